@@ -1,0 +1,7 @@
+"""RLHF on one machine: SFT, reward models and PPO over Hugging Face models, packed, on native kernels."""
+
+from fastrlhf.ops import *  # noqa: F403
+from fastrlhf.ops import __all__ as _ops
+
+__version__ = "0.1.0"
+__all__ = [*_ops]

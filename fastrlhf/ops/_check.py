@@ -1,0 +1,84 @@
+"""Checks shared by the ops: each raises ValueError or TypeError naming the function, the argument and what came.
+
+Metadata checks always run. Value checks read the data, so they run on the CPU only (on CUDA they would stall the
+device; kernels clamp their indices there) unless FASTRLHF_DEBUG=1.
+"""
+
+import itertools
+import os
+
+import torch
+from torch import Tensor
+
+DEBUG = os.environ.get("FASTRLHF_DEBUG", "0") == "1"
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether value checks may read this tensor: real data, and on the CPU or in debug mode."""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    return tensor.device.type == "cpu" or (DEBUG and tensor.device.type == "cuda")
+
+
+def same_device(function: str, **tensors: Tensor | None) -> None:
+    """Raises unless all tensors are on one device: a kernel takes addresses, and a mix would be a wild read."""
+    found = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(found.values())) > 1:
+        what = ", ".join(f"{name} on {device}" for name, device in found.items())
+        raise ValueError(f"{function}: all tensors must be on one device, got {what}")
+
+
+def dtype_in(function: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raises TypeError unless the dtype of `tensor` is one of `allowed`."""
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{function}: {name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def same_shape(function: str, **tensors: Tensor | None) -> None:
+    """Raises unless all tensors have the same shape."""
+    found = {name: tuple(t.shape) for name, t in tensors.items() if t is not None}
+    if len(set(found.values())) > 1:
+        what = " and ".join(f"{name} {shape}" for name, shape in found.items())
+        raise ValueError(f"{function}: {what} must have the same shape")
+
+
+def has_shape(function: str, name: str, tensor: Tensor, shape: tuple[int | None, ...], letters: str) -> None:
+    """Raises unless `tensor` has `shape` (None: any size); `letters` says it in words: "(T, V)"."""
+    fits = tensor.ndim == len(shape) and all(
+        want is None or got == want for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{function}: {name} must be {letters} = ({expected}), got {tuple(tensor.shape)}")
+
+
+def cu_seqlens_of(function: str, name: str, cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Raises unless `cu_seqlens` is (N + 1,) int32, starts at 0, never falls and ends at num_tokens."""
+    dtype_in(function, name, cu_seqlens, (torch.int32,))
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{function}: {name} must be (N + 1,), got {tuple(cu_seqlens.shape)}")
+    if not readable(cu_seqlens):
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != num_tokens or any(b < a for a, b in itertools.pairwise(bounds)):
+        shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
+        raise ValueError(f"{function}: {name} must rise from 0 to {num_tokens}, got {shown}")
+
+
+def indices_below(function: str, name: str, indices: Tensor, bound: int) -> None:
+    """Raises unless 0 <= indices < bound."""
+    if readable(indices) and indices.numel():
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= bound:
+            raise ValueError(f"{function}: {name} must be in [0, {bound}), got values from {low} to {high}")
+
+
+def address(tensor: Tensor | None) -> int:
+    """The address that a kernel takes for an optional tensor: 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """The suffix of a kernel's name: float32."""
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,106 @@
+"""One declaration per op. The only file that talks to torch.library and that reads FASTRLHF_BACKEND.
+
+`leaf` defines an operator: its reference serves every device, native launchers replace it where there are some, and the
+fake makes it traceable. `op` adds the gradient (twice from one pair of functions: through torch.library for
+`torch.ops.fastrlhf.*`, opcheck and torch.compile; and as an autograd.Function, three times cheaper per call, for eager
+callers) and files the result in OPS, from which the contract tests and the benchmarks are derived.
+
+FASTRLHF_BACKEND=ref makes the references the implementation everywhere, for debugging.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_lib = torch.library.Library("fastrlhf", "DEF")
+BACKEND = os.environ.get("FASTRLHF_BACKEND", "native")
+if BACKEND not in ("native", "ref"):
+    raise ValueError(f"FASTRLHF_BACKEND must be native or ref, got {BACKEND!r}")
+
+OPS: dict[str, "Op"] = {}
+BACKENDS: dict[str, dict[str, str]] = {}  # leaf -> device -> what serves it there, for `fastrlhf info`
+
+
+def leaf(
+    schema: str,
+    *,
+    ref: Callable[..., Any],
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Defines `fastrlhf::<schema>` and returns it: the reference on every device, a native kernel where there is one.
+
+    Outputs may not alias inputs (opcheck rejects it)."""
+    name = schema.split("(")[0]
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _lib.impl(name, ref, "CompositeExplicitAutograd")
+    BACKENDS[name] = {"cpu": "reference", "cuda": "reference"}
+    for device, kernel in (("cpu", cpu), ("cuda", cuda)):
+        if kernel is not None and BACKEND == "native":
+            _lib.impl(name, kernel, device.upper())
+            BACKENDS[name][device] = "native"
+    torch.library.register_fake(f"fastrlhf::{name}", fake, lib=_lib)
+    return getattr(torch.ops.fastrlhf, name).default
+
+
+@dataclass(frozen=True)
+class Op:
+    """What the contract tests and the benchmarks need to know of an op.
+
+    forward: the leaf operator. reference: plain torch, same arguments. samples(device, dtype): argument tuples of the
+    leaf, small, among them empty, one-token and ragged ones. differentiable: whether there is a gradient.
+    """
+
+    name: str
+    forward: Callable[..., Any]
+    reference: Callable[..., Any]
+    samples: Callable[[str, torch.dtype], Iterator[tuple[Any, ...]]]
+    differentiable: bool
+    apply: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.apply(*args)
+
+
+def op(
+    forward: Callable[..., Any],
+    *,
+    reference: Callable[..., Any],
+    samples: Callable[[str, torch.dtype], Iterator[tuple[Any, ...]]],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Op:
+    """Attaches the gradient to a leaf and files it in OPS.
+
+    setup_context(ctx, inputs, output) and backward(ctx, *grads) are those of torch.library.register_autograd."""
+    name = forward._schema.name.split("::")[1]  # type: ignore[attr-defined]
+    apply = forward
+    if backward is not None:
+        torch.library.register_autograd(f"fastrlhf::{name}", backward, setup_context=setup_context, lib=_lib)
+
+        def function_forward(ctx: Any, *args: Any) -> Any:
+            output = forward(*args)
+            setup_context(ctx, args, output)  # type: ignore[misc]
+            return output
+
+        # setup_context stays a plain call: as a staticmethod of the Function its argument binding costs 37 µs
+        function: Any = type(
+            name,
+            (torch.autograd.Function,),
+            {"forward": staticmethod(function_forward), "backward": staticmethod(once_differentiable(backward))},
+        )
+
+        def apply(*args: Any) -> Any:
+            wants_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+            if wants_grad and not torch.compiler.is_compiling():
+                return function.apply(*args)
+            return forward(*args)
+
+    OPS[name] = Op(name, forward, reference, samples, backward is not None, apply)
+    return OPS[name]

@@ -1,0 +1,203 @@
+"""The one layout: sequences laid end to end, with the rows of their response tokens.
+
+Alignment is stated here and nowhere else. A *response token* is one that a loss or a reward looks at: what the policy
+sampled, or the completion of a demonstration. Every per-token quantity of a loop (logprobs, values, rewards,
+advantages, ...) is a tensor (R,) over the response tokens of the pack, in order, cut into sequences by
+`cu_responses`. `logprobs[r]` is the log-probability of response token r given the tokens before it, and `values[r]` the
+value of the state before it, so both read the hidden state at `predictors[r]`, the row before the token. The score of a
+whole sequence reads the hidden state of its last token, `last_rows`. No other code shifts by one.
+
+There is no padding, so there are no padding masks: masks come from lengths, never from `ids == pad`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """N sequences of T tokens in all, R of them response tokens.
+
+    tokens: (T,) int64
+    position_ids: (T,) int64, restarting at 0 in each sequence
+    cu_seqlens: (N + 1,) int32, sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1]
+    response_rows: (R,) int64, row of each response token
+    cu_responses: (N + 1,) int32, the response tokens of sequence n are cu_responses[n] to cu_responses[n + 1]
+    lengths, response_lengths: the same lengths on the host, so that nobody waits for the device to learn them
+    fields: per-response-token tensors (R, ...) by name
+    """
+
+    tokens: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    response_rows: Tensor
+    cu_responses: Tensor
+    lengths: tuple[int, ...]
+    response_lengths: tuple[int, ...]
+    fields: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def num_responses(self) -> int:
+        """R, the number of response tokens."""
+        return sum(self.response_lengths)
+
+    @property
+    def targets(self) -> Tensor:
+        """(R,) the response tokens."""
+        return self.tokens[self.response_rows]
+
+    @property
+    def predictors(self) -> Tensor:
+        """(R,) row whose hidden state predicts each response token."""
+        return self.response_rows - 1
+
+    @property
+    def last_rows(self) -> Tensor:
+        """(N,) row of the last token of each sequence."""
+        return self.cu_seqlens[1:].long() - 1
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.fields[name]
+
+    def with_fields(self, **fields: Tensor) -> Packed:
+        """The same pack with more per-response-token tensors."""
+        for name, values in fields.items():
+            if values.shape[:1] != (self.num_responses,):
+                raise ValueError(f"Packed: field {name} must be ({self.num_responses}, ...), got {tuple(values.shape)}")
+        return dataclasses.replace(self, fields={**self.fields, **fields})
+
+    def select(self, indices: Sequence[int]) -> Packed:
+        """The pack of the given sequences, in the given order, with their fields."""
+        starts, response_starts = [0, *accumulate(self.lengths)], [0, *accumulate(self.response_lengths)]
+        lengths = tuple(self.lengths[i] for i in indices)
+        response_lengths = tuple(self.response_lengths[i] for i in indices)
+        rows = _ranges([starts[i] for i in indices], lengths).to(self.tokens.device)
+        responses = _ranges([response_starts[i] for i in indices], response_lengths).to(self.tokens.device)
+        moved = [new - starts[i] for i, new in zip(indices, [0, *accumulate(lengths)], strict=False)]
+        shifts = torch.repeat_interleave(torch.tensor(moved, dtype=torch.int64), torch.tensor(response_lengths))
+        return Packed(
+            tokens=self.tokens[rows],
+            position_ids=self.position_ids[rows],
+            cu_seqlens=_cumulate(lengths).to(self.tokens.device),
+            response_rows=self.response_rows[responses] + shifts.to(self.tokens.device),
+            cu_responses=_cumulate(response_lengths).to(self.tokens.device),
+            lengths=lengths,
+            response_lengths=response_lengths,
+            fields={name: values[responses] for name, values in self.fields.items()},
+        )
+
+    def microbatches(self, max_tokens: int) -> list[Packed]:
+        """The pack cut into packs of at most max_tokens tokens (see `plan_microbatches`)."""
+        plan = plan_microbatches(self.lengths, max_tokens)
+        return [self] if len(plan) == 1 else [self.select(indices) for indices in plan]
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of a transformers model on our attention (see attention.py)."""
+        longest = max(self.lengths, default=0)
+        inputs: dict[str, Any] = {
+            "input_ids": self.tokens[None],
+            "position_ids": self.position_ids[None],
+            "attention_mask": None,
+            "use_cache": False,
+            "cu_seq_lens_q": self.cu_seqlens,
+            "cu_seq_lens_k": self.cu_seqlens,
+        }
+        if self.tokens.is_cuda:
+            # a few distinct values only, and no host lists, so that compiled models are not compiled again
+            inputs["max_length_q"] = inputs["max_length_k"] = 1 << max(longest - 1, 0).bit_length()
+        else:
+            inputs["max_length_q"] = inputs["max_length_k"] = longest
+            inputs["sequence_lengths"] = self.lengths
+        return inputs
+
+
+def pack(
+    sequences: Sequence[Sequence[int]],
+    response_masks: Sequence[Sequence[bool]] | None = None,
+    *,
+    prompt_lengths: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> Packed:
+    """Returns the pack of token sequences.
+
+    sequences: token ids of each sequence, none empty
+    response_masks: for each sequence a flag a token, True where it is a response token; or
+    prompt_lengths: the number of tokens before the response of each sequence. Without either, no token is one.
+
+    Raises: ValueError for an empty sequence, masks of another length, or a response token at the first place (nothing
+    predicts it)."""
+    lengths = tuple(len(s) for s in sequences)
+    if 0 in lengths:
+        raise ValueError(f"pack: sequence {lengths.index(0)} is empty")
+    if response_masks is not None and prompt_lengths is not None:
+        raise ValueError("pack: give response_masks or prompt_lengths, not both")
+    if prompt_lengths is not None:
+        fits = len(prompt_lengths) == len(lengths)
+        if not fits or any(not 0 <= p <= n for p, n in zip(prompt_lengths, lengths, strict=True)):
+            raise ValueError(f"pack: prompt_lengths {list(prompt_lengths)} do not fit lengths {list(lengths)}")
+        response_masks = [[False] * p + [True] * (n - p) for p, n in zip(prompt_lengths, lengths, strict=True)]
+    if response_masks is None:
+        response_masks = [[False] * n for n in lengths]
+    if tuple(len(m) for m in response_masks) != lengths:
+        raise ValueError("pack: each response mask must have one flag a token of its sequence")
+    for n, mask in enumerate(response_masks):
+        if mask[0]:
+            raise ValueError(f"pack: the first token of sequence {n} is a response token, but nothing predicts it")
+    flags = torch.tensor([flag for mask in response_masks for flag in mask], dtype=torch.bool)
+    response_lengths = tuple(sum(map(bool, mask)) for mask in response_masks)
+    return Packed(
+        tokens=torch.tensor([t for s in sequences for t in s], dtype=torch.int64).to(device),
+        position_ids=_ranges([0] * len(lengths), lengths).to(device),
+        cu_seqlens=_cumulate(lengths).to(device),
+        response_rows=flags.nonzero()[:, 0].to(device),
+        cu_responses=_cumulate(response_lengths).to(device),
+        lengths=lengths,
+        response_lengths=response_lengths,
+    )
+
+
+def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Returns lists of sequence numbers, each list of at most max_tokens tokens, every sequence in exactly one.
+
+    First-fit decreasing, then numbers rise within a list. A sequence longer than max_tokens is alone in its list: it
+    is never cut."""
+    if max_tokens < 1:
+        raise ValueError(f"plan_microbatches: max_tokens must be at least 1, got {max_tokens}")
+    batches: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        for b, left in enumerate(room):
+            if lengths[i] <= left:
+                batches[b].append(i)
+                room[b] -= lengths[i]
+                break
+        else:
+            batches.append([i])
+            room.append(max_tokens - lengths[i])
+    return sorted(sorted(batch) for batch in batches)
+
+
+def _cumulate(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """The numbers start, start + 1, ... of each range, end to end, (sum(lengths),) int64."""
+    parts = [torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

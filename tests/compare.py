@@ -1,0 +1,34 @@
+"""Accuracy against float64, judged by plain torch's own error in the same dtype."""
+
+import torch
+from torch import Tensor
+
+
+def flat(outputs) -> list[Tensor]:
+    """The outputs of an op as a list of tensors."""
+    return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+
+
+def to_double(args) -> tuple:
+    """The same arguments with every floating-point tensor in float64."""
+    return tuple(a.detach().double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def assert_accurate(actual, exact, plain, what: str = "") -> None:
+    """Fails unless |actual - exact| <= 2 max|plain - exact| + 8 eps scale for each output.
+
+    actual: what we computed; exact: the float64 reference; plain: the reference in the dtype of `actual`."""
+    for i, (a, e, p) in enumerate(zip(flat(actual), flat(exact), flat(plain), strict=True)):
+        assert a.shape == e.shape, f"{what} output {i}: shape {tuple(a.shape)}, expected {tuple(e.shape)}"
+        if not a.is_floating_point():
+            assert torch.equal(a, p), f"{what} output {i} differs from the reference"
+            continue
+        same = (a.double() == e) | (a.isnan() & e.isnan())  # infinities and NaN must be the same
+        finite = e.isfinite()
+        assert bool((same | finite).all()), f"{what} output {i}: not finite where the reference is, or the reverse"
+        if not bool(finite.any()):
+            continue
+        error = (a.double() - e)[finite].abs().max().item()
+        allowed = 2 * (p.double() - e)[finite & p.isfinite()].abs().max().item()
+        allowed += 8 * torch.finfo(a.dtype).eps * max(1.0, e[finite].abs().max().item())
+        assert error <= allowed, f"{what} output {i}: error {error:.3g}, allowed {allowed:.3g}"

@@ -1,0 +1,108 @@
+"""What holds for every op: a new op is tested by being declared."""
+
+import pytest
+import torch
+from compare import assert_accurate, flat, to_double
+from torch import Tensor
+
+import fastrlhf  # noqa: F401
+from fastrlhf.ops._registry import OPS
+
+
+def arguments(name, device, dtype):
+    return list(OPS[name].samples(device, dtype))
+
+
+def with_grad(args):
+    return [a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+def differentiable_sum(outputs, seed=0):
+    """A scalar that weighs each differentiable output differently at each place."""
+    generator = torch.Generator().manual_seed(seed)
+    total = 0
+    for output in flat(outputs):
+        if output.requires_grad:
+            weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(
+                output.device, output.dtype
+            )
+            total = total + (output * weights).sum()
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", OPS)
+def test_forward_is_as_accurate_as_torch(name, device, dtype, poisoned):
+    for i, args in enumerate(arguments(name, device, dtype)):
+        actual = OPS[name](*args)
+        exact, plain = OPS[name].reference(*to_double(args)), OPS[name].reference(*args)
+        assert_accurate(actual, exact, plain, f"{name} sample {i}")
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if OPS[n].differentiable])
+def test_gradient_is_as_accurate_as_torch(name, device, poisoned):
+    for i, args in enumerate(arguments(name, device, torch.float32)):
+        results = []
+        for function, inputs in (
+            (OPS[name], args),
+            (OPS[name].reference, to_double(args)),
+            (OPS[name].reference, args),
+        ):
+            leaves = with_grad(inputs)
+            total = differentiable_sum(function(*leaves))
+            if not isinstance(total, Tensor):
+                break
+            tensors = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
+            grads = torch.autograd.grad(total, tensors, allow_unused=True)
+            results.append([g if g is not None else torch.zeros_like(t) for g, t in zip(grads, tensors, strict=True)])
+        if results:
+            assert_accurate(*results, f"gradient of {name} sample {i}")
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if OPS[n].differentiable])
+def test_gradcheck(name):
+    for args in arguments(name, "cpu", torch.float64):
+        leaves = with_grad(args)
+        size = sum(a.numel() for a in leaves if isinstance(a, Tensor))
+        if 0 < size <= 300:
+            for function in (OPS[name], OPS[name].forward):
+                outputs = function(*leaves)
+                wanted = [i for i, o in enumerate(flat(outputs)) if o.requires_grad]
+                torch.autograd.gradcheck(
+                    lambda *a, f=function, w=wanted: tuple(flat(f(*a))[i] for i in w), leaves, nondet_tol=0.0
+                )
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name, device):
+    for args in arguments(name, device, torch.float32):
+        torch.library.opcheck(OPS[name].forward, args)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compiles_to_one_graph(name, device):
+    torch.compiler.reset()
+    args = arguments(name, device, torch.float32)[-1]
+    compiled = torch.compile(lambda *a: OPS[name](*a), fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(flat(compiled(*args)), flat(OPS[name](*args)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_repeats_bit_for_bit(name, device):
+    for args in arguments(name, device, torch.float32):
+        for first, second in zip(flat(OPS[name](*args)), flat(OPS[name](*args)), strict=True):
+            torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_non_contiguous_inputs_give_the_same(name, device):
+    def strided(a):
+        if not isinstance(a, Tensor) or a.ndim == 0:
+            return a
+        spread = torch.stack([a, a], -1).flatten(-2)  # every element twice along the last axis
+        return spread[..., ::2]
+
+    for args in arguments(name, device, torch.float32):
+        for ours, theirs in zip(flat(OPS[name](*map(strided, args))), flat(OPS[name](*args)), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)

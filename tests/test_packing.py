@@ -1,0 +1,70 @@
+"""The packed layout: what each index means, and that cutting and selecting lose nothing."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastrlhf.packing import pack, plan_microbatches
+
+
+def test_predictor_of_a_response_token_is_the_row_before_it():
+    batch = pack([[5, 6, 7], [8, 9]], prompt_lengths=[1, 1])
+    assert batch.targets.tolist() == [6, 7, 9]
+    assert batch.tokens[batch.predictors].tolist() == [5, 6, 8]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1]
+    assert batch.last_rows.tolist() == [2, 4]
+    assert batch.cu_responses.tolist() == [0, 2, 3]
+
+
+def test_a_mask_may_have_gaps():
+    batch = pack([[1, 2, 3, 4]], [[False, True, False, True]])
+    assert batch.targets.tolist() == [2, 4] and batch.response_lengths == (2,)
+
+
+sequences = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=9), min_size=1, max_size=8)
+
+
+@given(sequences, st.data())
+@settings(max_examples=100, deadline=None)
+def test_select_equals_packing_the_selected(tokens, data):
+    prompts = [data.draw(st.integers(1, len(s))) for s in tokens]
+    order = data.draw(st.lists(st.integers(0, len(tokens) - 1), min_size=1, max_size=6))
+    batch = pack(tokens, prompt_lengths=prompts)
+    batch = batch.with_fields(twice=batch.targets * 2)
+    chosen, expected = batch.select(order), pack([tokens[i] for i in order], prompt_lengths=[prompts[i] for i in order])
+    for name in ("tokens", "position_ids", "cu_seqlens", "response_rows", "cu_responses"):
+        assert torch.equal(getattr(chosen, name), getattr(expected, name)), name
+    assert torch.equal(chosen["twice"], expected.targets * 2)
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 60))
+@settings(max_examples=100, deadline=None)
+def test_microbatches_hold_each_sequence_once_within_the_budget(lengths, max_tokens):
+    plan = plan_microbatches(lengths, max_tokens)
+    assert sorted(i for batch in plan for i in batch) == list(range(len(lengths)))
+    for batch in plan:
+        assert len(batch) == 1 or sum(lengths[i] for i in batch) <= max_tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (([[1], []],), "sequence 1 is empty"),
+        (([[1, 2]], [[True, False]]), "nothing predicts it"),
+        (([[1, 2]], [[False]]), "one flag a token"),
+    ],
+)
+def test_bad_input_is_named(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        pack(*arguments)
+
+
+def test_a_prompt_longer_than_its_sequence_is_refused():
+    with pytest.raises(ValueError, match="do not fit"):
+        pack([[1, 2]], prompt_lengths=[3])
+
+
+def test_a_field_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="field values must be"):
+        pack([[1, 2]], prompt_lengths=[1]).with_fields(values=torch.zeros(2))
