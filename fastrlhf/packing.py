@@ -103,9 +103,20 @@ class Packed:
         )
 
     def microbatches(self, max_tokens: int) -> list[Packed]:
-        """The pack cut into packs of at most max_tokens tokens (see `plan_microbatches`)."""
-        plan = plan_microbatches(self.lengths, max_tokens)
-        return [self] if len(plan) == 1 else [self.select(indices) for indices in plan]
+        """The pack cut, in order, into packs of at most max_tokens tokens.
+
+        A sequence longer than that is alone in its pack: it is never cut."""
+        if max_tokens < 1:
+            raise ValueError(f"microbatches: max_tokens must be at least 1, got {max_tokens}")
+        groups: list[list[int]] = []
+        room = 0
+        for n, length in enumerate(self.lengths):
+            if length > room:
+                groups.append([])
+                room = max_tokens
+            groups[-1].append(n)
+            room -= length
+        return [self] if len(groups) == 1 else [self.select(group) for group in groups]
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of a transformers model on our attention (see attention.py)."""
@@ -170,27 +181,6 @@ def pack(
         lengths=lengths,
         response_lengths=response_lengths,
     )
-
-
-def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Returns lists of sequence numbers, each list of at most max_tokens tokens, every sequence in exactly one.
-
-    First-fit decreasing, then numbers rise within a list. A sequence longer than max_tokens is alone in its list: it
-    is never cut."""
-    if max_tokens < 1:
-        raise ValueError(f"plan_microbatches: max_tokens must be at least 1, got {max_tokens}")
-    batches: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        for b, left in enumerate(room):
-            if lengths[i] <= left:
-                batches[b].append(i)
-                room[b] -= lengths[i]
-                break
-        else:
-            batches.append([i])
-            room.append(max_tokens - lengths[i])
-    return sorted(sorted(batch) for batch in batches)
 
 
 def _cumulate(lengths: Sequence[int]) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrlhf.packing import pack, plan_microbatches
+from fastrlhf.packing import pack
 
 
 def test_predictor_of_a_response_token_is_the_row_before_it():
@@ -38,13 +38,14 @@ def test_select_equals_packing_the_selected(tokens, data):
     assert torch.equal(chosen["twice"], expected.targets * 2)
 
 
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 60))
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 60))
 @settings(max_examples=100, deadline=None)
-def test_microbatches_hold_each_sequence_once_within_the_budget(lengths, max_tokens):
-    plan = plan_microbatches(lengths, max_tokens)
-    assert sorted(i for batch in plan for i in batch) == list(range(len(lengths)))
-    for batch in plan:
-        assert len(batch) == 1 or sum(lengths[i] for i in batch) <= max_tokens
+def test_microbatches_hold_each_sequence_once_in_order_within_the_budget(lengths, max_tokens):
+    batch = pack([[n] * length for n, length in enumerate(lengths)])
+    parts = batch.microbatches(max_tokens)
+    assert torch.equal(torch.cat([part.tokens for part in parts]), batch.tokens)
+    for part in parts:
+        assert part.num_sequences == 1 or part.num_tokens <= max_tokens
 
 
 @pytest.mark.parametrize(
