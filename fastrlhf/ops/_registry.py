@@ -54,18 +54,27 @@ class Op:
     """What the contract tests and the benchmarks need to know of an op.
 
     forward: the leaf operator. reference: plain torch, same arguments. samples(device, dtype): argument tuples of the
-    leaf, small, among them empty, one-token and ragged ones. differentiable: whether there is a gradient.
+    leaf, small, among them empty, one-token and ragged ones. grads: names of the arguments that get a gradient.
     """
 
     name: str
     forward: Callable[..., Any]
     reference: Callable[..., Any]
     samples: Callable[[str, torch.dtype], Iterator[tuple[Any, ...]]]
-    differentiable: bool
+    grads: tuple[str, ...]
     apply: Callable[..., Any]
 
     def __call__(self, *args: Any) -> Any:
         return self.apply(*args)
+
+    @property
+    def differentiable(self) -> bool:
+        return bool(self.grads)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the leaf's arguments."""
+        return tuple(a.name for a in self.forward._schema.arguments)  # type: ignore[attr-defined]
 
 
 def op(
@@ -73,13 +82,17 @@ def op(
     *,
     reference: Callable[..., Any],
     samples: Callable[[str, torch.dtype], Iterator[tuple[Any, ...]]],
+    grads: tuple[str, ...] = (),
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Op:
     """Attaches the gradient to a leaf and files it in OPS.
 
+    grads names the arguments that get a gradient; a caller who wants one of another argument is told to detach it.
     setup_context(ctx, inputs, output) and backward(ctx, *grads) are those of torch.library.register_autograd."""
     name = forward._schema.name.split("::")[1]  # type: ignore[attr-defined]
+    parameters = [a.name for a in forward._schema.arguments]  # type: ignore[attr-defined]
+    constant = [i for i, parameter in enumerate(parameters) if parameter not in grads]
     apply = forward
     if backward is not None:
         torch.library.register_autograd(f"fastrlhf::{name}", backward, setup_context=setup_context, lib=_lib)
@@ -98,9 +111,12 @@ def op(
 
         def apply(*args: Any) -> Any:
             wants_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+            for i in constant:
+                if wants_grad and isinstance(args[i], Tensor) and args[i].requires_grad:
+                    raise ValueError(f"{name}: {parameters[i]} gets no gradient, so it must be detached")
             if wants_grad and not torch.compiler.is_compiling():
                 return function.apply(*args)
             return forward(*args)
 
-    OPS[name] = Op(name, forward, reference, samples, backward is not None, apply)
+    OPS[name] = Op(name, forward, reference, samples, grads, apply)
     return OPS[name]
