@@ -1,0 +1,105 @@
+"""Attention over packed sequences, through unmodified transformers models.
+
+Importing this module registers the attention function "fastrlhf" with transformers. It takes what a layer hands it and
+one of two keywords that travelled through `model(...)`: the pack's cu_seqlens (`Packed.model_inputs`), or the slots of
+the generation engine, which then do the attention over their cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+ATTENTION = "fastrlhf"
+_VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.13 has it, 2.11 not
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    *,
+    slots: Any = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    sequence_lengths: Sequence[int] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Returns (output (1, T, H, K), None): causal attention of each sequence of the pack to itself.
+
+    query: (1, H, T, K); key, value: (1, Hkv, T, K), Hkv a divisor of H
+    sliding_window: a token sees itself and the window - 1 tokens before it
+
+    Raises: ValueError without cu_seq_lens_q or slots: padded input has no meaning here."""
+    if dropout:
+        raise ValueError(f"fastrlhf attention: dropout must be 0, got {dropout}")
+    if slots is not None:
+        return slots.attend(module, query, key, value, scaling, sliding_window)
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise ValueError("fastrlhf attention: call the model with **batch.model_inputs() of a Packed batch")
+    if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+    lengths = cu_seq_lens_q.diff().tolist() if sequence_lengths is None else list(sequence_lengths)
+    outputs = []
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+        outputs.append(_one_sequence(q, k, v, scaling, sliding_window, softcap))
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, cu: Tensor, longest: int
+) -> Tensor:
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, H, K)
+    options: dict[str, Any] = {"scale": scaling, "window_size": (window - 1, 0) if window else (-1, 0)}
+    if q.shape[1] != k.shape[1]:
+        if _VARLEN_TAKES_GQA:
+            options["enable_gqa"] = True
+        else:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    return varlen_attn(q, k, v, cu, cu, longest, longest, **options)[None]
+
+
+def _one_sequence(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    length, grouped = q.shape[2], q.shape[1] != k.shape[1]
+    if softcap is not None:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+        logits = softcap * torch.tanh(logits / softcap)
+        mask = causal_mask(length, window or length, q.device)
+        return logits.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    mask = causal_mask(length, window, q.device) if window and length > window else None
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def causal_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """(length, length) bool, True where the row's token sees the column's: at most window tokens, itself included."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (distance >= 0) & (distance < window)
+
+
+def _refuse_padding(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError("fastrlhf attention takes packed sequences, not padding; pass attention_mask=None")
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, _refuse_padding)

@@ -1,0 +1,120 @@
+"""What scores a response: a reward model, a Python function, or a weighted sum of such."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.data import Prompt, check_same_vocabulary, load_tokenizer
+from fastrlhf.models import RewardModel
+from fastrlhf.packing import Packed
+from fastrlhf.rollout import Sample
+
+RewardFunction = Callable[..., Sequence[float] | Tensor]
+
+
+def parse_reward(text: str) -> list[tuple[str, float]]:
+    """Returns (source, weight) of each term of "SOURCE", or of "SOURCE=WEIGHT,SOURCE=WEIGHT,...".
+
+    A source is a reward model folder or module:function."""
+    if not text:
+        raise ValueError("reward: give a reward model folder or module:function")
+    terms = []
+    for term in text.split(","):
+        source, equals, weight = term.strip().rpartition("=")
+        try:
+            terms.append((source, float(weight)) if equals else (weight, 1.0))
+        except ValueError:
+            raise ValueError(f"reward: the weight in {term.strip()!r} is no number; write SOURCE=WEIGHT") from None
+        if not terms[-1][0]:
+            raise ValueError(f"reward: no source in {term.strip()!r}; write SOURCE=WEIGHT")
+    return terms
+
+
+def load_function(source: str) -> RewardFunction:
+    """Returns the function named by "module:function"; the working folder is on the path, as for python -m."""
+    module_name, _, name = source.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        if error.name and not module_name.startswith(error.name):
+            raise  # the module is there, and an import inside it failed
+        raise ValueError(f"reward: no module named {module_name!r} (working folder {Path.cwd()})") from None
+    except AttributeError:
+        raise ValueError(f"reward: module {module_name!r} has no function {name!r}") from None
+    if not callable(function):
+        raise TypeError(f"reward: {source} must be a function, got {type(function).__name__}")
+    return function
+
+
+class Scorer:
+    """Scores responses: the weighted sum of its terms.
+
+    A function is called as f(prompts, responses, *, response_ids, finished, **columns) and returns N numbers: prompts
+    and responses are texts (special tokens left out), response_ids the token ids of each response, finished whether it
+    ended by itself, and every other column of the prompt file arrives by name."""
+
+    def __init__(
+        self,
+        reward: str | RewardFunction,
+        tokenizer: Any,
+        *,
+        max_tokens: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.models: list[tuple[RewardModel, float]] = []
+        self.functions: list[tuple[RewardFunction, float]] = []
+        self.folders: list[str] = []
+        for source, weight in parse_reward(reward) if isinstance(reward, str) else [(reward, 1.0)]:
+            if callable(source):
+                self.functions.append((source, weight))
+            elif not Path(source).is_dir() and ":" in source:
+                self.functions.append((load_function(source), weight))
+            else:
+                model = RewardModel.from_pretrained(source, device=device, dtype=dtype, freeze=True)
+                check_same_vocabulary(tokenizer, load_tokenizer(source))
+                self.models.append((model, weight))
+                self.folders.append(source)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sample], batch: Packed) -> Tensor:
+        """Returns the scores (N,) float32 of the responses.
+
+        Raises: ValueError when a function returns another number of scores, or one that is not finite."""
+        total = torch.zeros(batch.num_sequences, device=batch.tokens.device)
+        for model, weight in self.models:
+            total += weight * torch.cat([model(part) for part in batch.microbatches(self.max_tokens)])
+        for function, weight in self.functions:
+            total += weight * self._call(function, prompts, samples).to(total.device)
+        return total
+
+    def _call(self, function: RewardFunction, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> Tensor:
+        name = getattr(function, "__qualname__", repr(function))
+        response_ids = [sample.response for sample in samples]
+        columns = {key: [prompt.columns[key] for prompt in prompts] for key in prompts[0].columns}
+        scores = function(
+            [prompt.text for prompt in prompts],
+            self.tokenizer.batch_decode(response_ids, skip_special_tokens=True),
+            response_ids=response_ids,
+            finished=[sample.finished for sample in samples],
+            **columns,
+        )
+        scores = torch.as_tensor(scores, dtype=torch.float32)
+        if scores.shape != (len(samples),):
+            raise ValueError(f"reward: {name} must return {len(samples)} scores, got {tuple(scores.shape)}")
+        for n, score in enumerate(scores.tolist()):
+            if not math.isfinite(score):
+                raise ValueError(f"reward: {name} gave {score} for response {n} to prompt {prompts[n].text[:80]!r}")
+        return scores
