@@ -1,0 +1,179 @@
+"""Timing of several functions against each other in one process, with the machine's own limits beside them.
+
+report = Report("token_logprobs")
+expect_close("torch", theirs(), exact)                               # correct first,
+report.add("T=2048", compare({"fastrlhf": ours, "torch": theirs}))   # then timed
+report.finish()                                                      # appends to results/ with --save
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastrlhf
+from fastrlhf import _cpu
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+SHORTEST_MS = 2.0  # quick functions are called this long for one measurement
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A function whose arguments are made anew for every call, outside the timed region: run(*prepare())."""
+
+    prepare: Callable[[], tuple[Any, ...]]
+    run: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call."""
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+
+
+def _once(function: Callable[[], Any] | Prepared, calls: int) -> float:
+    """Milliseconds of one call, the average of `calls`; what a call returns is freed outside the timed region."""
+    prepare, run = (function.prepare, function.run) if isinstance(function, Prepared) else (tuple, function)
+    arguments, results = [prepare() for _ in range(calls)], []
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for args in arguments:
+        results.append(run(*args))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3 / calls
+
+
+def compare(
+    functions: dict[str, Callable[[], Any] | Prepared], *, seconds: float = 5.0, min_rounds: int = 5
+) -> dict[str, Timing]:
+    """Returns the timing of each function: called in turn, round after round, so that a slow spell hits all of them.
+
+    seconds: how long to go on; at least min_rounds rounds are made whatever they take."""
+    calls = {}
+    for name, function in functions.items():
+        _once(function, 1)
+        quick = not isinstance(function, Prepared)
+        calls[name] = max(1, int(SHORTEST_MS / max(_once(function, 1), 1e-4))) if quick else 1
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    gc.collect()
+    gc.disable()
+    try:
+        begin, order = time.perf_counter(), list(functions)
+        while len(times[order[0]]) < min_rounds or time.perf_counter() - begin < seconds:
+            for name in order:
+                times[name].append(_once(functions[name], calls[name]))
+            order = order[1:] + order[:1]
+    finally:
+        gc.enable()
+    return {name: _timing(values) for name, values in times.items()}
+
+
+def _timing(values: list[float]) -> Timing:
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return Timing(statistics.median(values), fifths[0], fifths[-1], len(values))
+
+
+def expect_close(what: str, actual: Tensor, expected: Tensor, *, rtol: float = 1e-5, atol: float = 1e-5) -> float:
+    """Returns the largest error; raises if `what` is wrong, because the time of a wrong result means nothing."""
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=rtol, atol=atol, msg=lambda text: f"{what} is wrong: {text}"
+    )
+    return (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a copy of 256 MiB into memory already touched, read and written bytes together."""
+    source = torch.ones(64 * 2**20)
+    target = source.clone()
+    best = min(_once(lambda: target.copy_(source), 1) for _ in range(7))
+    return 2 * source.nbytes / best / 1e6
+
+
+def matrix_rate() -> float:
+    """GFLOP/s of a float32 product of two 2048 x 2048 matrices."""
+    a = torch.ones(2048, 2048)
+    best = min(_once(lambda: a @ a, 1) for _ in range(7))
+    return 2 * 2048**3 / best / 1e6
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on, and two measured limits."""
+    return {
+        "processor": _processor(),
+        "isa": _cpu.isa,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "fastrlhf": fastrlhf.__version__,
+        "commit": _git("rev-parse", "--short=12", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "copy_gb_s": round(copy_bandwidth(), 1),
+        "matrix_gflop_s": round(matrix_rate(), 1),
+    }
+
+
+class Report:
+    """Collects timings, prints them as they come, and saves them when the user asks for it with --save."""
+
+    def __init__(self, name: str) -> None:
+        parser = argparse.ArgumentParser(prog=f"python -m benchmarks.ops.bench_{name}")
+        parser.add_argument("--save", action="store_true", help=f"append to benchmarks/results/{name}.jsonl")
+        parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch and ours")
+        parser.add_argument("--seconds", type=float, default=5.0, help="how long each case is timed")
+        self.options, self.name, self.rows = parser.parse_args(), name, list[dict[str, Any]]()
+        torch.set_num_threads(self.options.threads)
+        torch.manual_seed(0)
+        self.machine = machine()
+        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in self.machine.items()), flush=True)
+
+    def add(self, case: str, timings: dict[str, Timing], **figures: dict[str, float]) -> None:
+        """Adds one comparison; the first name is ours, and ratios say how many times longer the others take.
+
+        figures: further columns, such as error={"fastrlhf": 1e-6}, by the names in `timings`."""
+        ours = next(iter(timings.values()))
+        print(f"\n{case:<44}{'median ms':>12}{'p20':>10}{'p80':>10}{'ratio':>8}")
+        for name, timing in timings.items():
+            more = {figure: values[name] for figure, values in figures.items() if name in values}
+            row = {"case": case, "name": name, **asdict(timing), "ratio": timing.median / ours.median, **more}
+            self.rows.append(row)
+            extra = "".join(f"   {figure} {value:.3g}" for figure, value in more.items())
+            numbers = f"{timing.median:>12.3f}{timing.p20:>10.3f}{timing.p80:>10.3f}{row['ratio']:>8.2f}"
+            print(f"  {name:<42}{numbers}{extra}", flush=True)
+
+    def finish(self) -> None:
+        """Appends one JSON line for each row when --save was given."""
+        if not self.options.save:
+            return
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        RESULTS.mkdir(exist_ok=True)
+        with (RESULTS / f"{self.name}.jsonl").open("a") as file:
+            for row in self.rows:
+                file.write(json.dumps({"benchmark": self.name, "when": when, **row, "machine": self.machine}) + "\n")
