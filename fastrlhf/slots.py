@@ -1,0 +1,89 @@
+"""The engine's cache of keys and values: one slot a sequence, filled by packed prefill, read by one-token decode.
+
+Row n of a decode step lives in slot n, so slots in use are always the first ones: a freed slot is refilled by moving
+the last row into it. The cache is what the attention function (attention.py) finds under the keyword `slots`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.attention import attend
+from fastrlhf.ops import decode_attention
+from fastrlhf.packing import Packed
+
+
+class Slots:
+    """Keys and values of every layer, each (num_slots, kv heads, max_length, K), allocated when first written.
+
+    Layers may differ in heads, width and window. A forward pass is announced by `prefill` or `decode`."""
+
+    def __init__(self) -> None:
+        self.num_slots = 0
+        self.max_length = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._packed: dict[str, Any] | None = None
+        self._rows = self._places = self._lengths = torch.empty(0, dtype=torch.int64)
+        self.longest = 0  # no cached sequence is longer, so that nobody waits for the device to learn the lengths
+
+    def reserve(self, num_slots: int, max_length: int) -> None:
+        """Empties the slots and makes room for num_slots sequences of max_length tokens.
+
+        Memory that is large enough is kept."""
+        if num_slots > self.num_slots or max_length > self.max_length:
+            self.num_slots, self.max_length = max(num_slots, self.num_slots), max(max_length, self.max_length)
+            self._layers.clear()
+        self.longest = 0
+
+    def prefill(self, batch: Packed, first: int) -> None:
+        """Announces a packed forward pass: sequence i of `batch` fills slot first + i."""
+        lengths = batch.cu_seqlens.diff().long()
+        slots = torch.arange(first, first + batch.num_sequences, device=lengths.device)
+        self._rows = slots.repeat_interleave(lengths, output_size=batch.num_tokens)
+        self._places = batch.position_ids
+        inputs = batch.model_inputs()
+        self._packed = {name: inputs[name] for name in inputs.keys() - {"input_ids", "position_ids", "attention_mask"}}
+        self.longest = max(self.longest, *batch.lengths)
+
+    def decode(self, lengths: Tensor) -> None:
+        """Announces a forward pass of one new token a row; lengths (N,) int64: tokens cached before it."""
+        self._packed = None
+        self._rows = torch.arange(lengths.shape[0], device=lengths.device)
+        self._places = lengths
+        self._lengths = (lengths + 1).to(torch.int32)
+        self.longest += 1
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None
+    ) -> tuple[Tensor, None]:
+        """Caches the new keys and values and returns the attention output (batch, tokens, heads, K), and None.
+
+        query, key, value: (batch, heads, tokens, K), one pack (1, H, T, K) or one token a row (N, H, 1, K)."""
+        query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves normalised ones in float32
+        keys, values = self._layer(module.layer_idx, key, value)
+        keys[self._rows, :, self._places] = key.transpose(1, 2).flatten(0, 1)
+        values[self._rows, :, self._places] = value.transpose(1, 2).flatten(0, 1)
+        if self._packed is not None:
+            pack = self._packed
+            return attend(module, query, key, value, None, scaling, sliding_window=sliding_window, **pack)
+        seen = slice(0, self.longest)
+        out = decode_attention(
+            query[:, :, 0], keys[:, :, seen], values[:, :, seen], self._lengths, scale=scaling, window=sliding_window
+        )
+        return out[:, None], None
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copies slots `sources` to slots `targets`, which may not overlap."""
+        for layer in self._layers.values():
+            for cache in layer:
+                cache[targets, :, : self.longest] = cache[sources, :, : self.longest]
+
+    def _layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        found = self._layers.get(layer)
+        if found is None or found[0].dtype != key.dtype or found[0].device != key.device:
+            shapes = [(self.num_slots, t.shape[1], self.max_length, t.shape[3]) for t in (key, value)]
+            found = self._layers[layer] = key.new_empty(shapes[0]), value.new_empty(shapes[1])
+        return found
