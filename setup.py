@@ -65,7 +65,8 @@ class NinjaBuild(build_ext):
         include = [f"-I{ROOT / 'csrc'}"]
         python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
         flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *OPENMP, "-ffp-contract=fast", "-fno-math-errno"]
-        flags += ["-fno-trapping-math", "-Wall", *shlex.split(os.environ.get("CXXFLAGS", "")), *include]
+        flags += ["-fno-trapping-math", "-Wall", "-Wno-psabi"]  # psabi: vectors wider than base has, all inlined
+        flags += [*shlex.split(os.environ.get("CXXFLAGS", "")), *include]
         depfile = "-MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
         lines = [
             f"builddir = {build}",

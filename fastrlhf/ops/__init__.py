@@ -4,12 +4,22 @@ Letters in shapes: T tokens of a pack, N sequences, R response tokens, V vocabul
 K head width.
 """
 
+from fastrlhf.ops.approx_kl import approx_kl
 from fastrlhf.ops.decode_attention import decode_attention
 from fastrlhf.ops.gae import gae
+from fastrlhf.ops.masked_whiten import masked_whiten
+from fastrlhf.ops.pairwise_reward_loss import pairwise_reward_loss
+from fastrlhf.ops.ppo_policy_loss import ppo_policy_loss
 from fastrlhf.ops.sample_tokens import sample_tokens
+from fastrlhf.ops.value_loss import value_loss
 
 __all__ = [
+    "approx_kl",
     "decode_attention",
     "gae",
+    "masked_whiten",
+    "pairwise_reward_loss",
+    "ppo_policy_loss",
     "sample_tokens",
+    "value_loss",
 ]

@@ -74,6 +74,24 @@ def indices_below(function: str, name: str, indices: Tensor, bound: int) -> None
             raise ValueError(f"{function}: {name} must be in [0, {bound}), got values from {low} to {high}")
 
 
+def mask_of(function: str, mask: Tensor | None, **like: Tensor) -> None:
+    """Raises unless `mask` is None, or bool and of the shape of the tensor it is for."""
+    if mask is not None:
+        dtype_in(function, "mask", mask, (torch.bool,))
+        same_shape(function, **like, mask=mask)
+
+
+def denominator_of(function: str, denominator: float | None) -> None:
+    """Raises unless `denominator` is None or a positive number."""
+    if denominator is not None and not denominator > 0:
+        raise ValueError(f"{function}: denominator must be positive, got {denominator}")
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 if it was in half precision."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def address(tensor: Tensor | None) -> int:
     """The address that a kernel takes for an optional tensor: 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -93,7 +93,7 @@ def op(
     name = forward._schema.name.split("::")[1]  # type: ignore[attr-defined]
     parameters = [a.name for a in forward._schema.arguments]  # type: ignore[attr-defined]
     constant = [i for i, parameter in enumerate(parameters) if parameter not in grads]
-    apply = forward
+    function: Any = None
     if backward is not None:
         torch.library.register_autograd(f"fastrlhf::{name}", backward, setup_context=setup_context, lib=_lib)
 
@@ -103,20 +103,16 @@ def op(
             return output
 
         # setup_context stays a plain call: as a staticmethod of the Function its argument binding costs 37 µs
-        function: Any = type(
-            name,
-            (torch.autograd.Function,),
-            {"forward": staticmethod(function_forward), "backward": staticmethod(once_differentiable(backward))},
-        )
+        methods = {"forward": staticmethod(function_forward), "backward": staticmethod(once_differentiable(backward))}
+        function = type(name, (torch.autograd.Function,), methods)
 
-        def apply(*args: Any) -> Any:
-            wants_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-            for i in constant:
-                if wants_grad and isinstance(args[i], Tensor) and args[i].requires_grad:
-                    raise ValueError(f"{name}: {parameters[i]} gets no gradient, so it must be detached")
-            if wants_grad and not torch.compiler.is_compiling():
-                return function.apply(*args)
+    def apply(*args: Any) -> Any:
+        if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
             return forward(*args)
+        for i in constant:
+            if isinstance(args[i], Tensor) and args[i].requires_grad:
+                raise ValueError(f"{name}: {parameters[i]} gets no gradient, so it must be detached")
+        return forward(*args) if torch.compiler.is_compiling() else function.apply(*args)
 
     OPS[name] = Op(name, forward, reference, samples, grads, apply)
     return OPS[name]

@@ -1,0 +1,130 @@
+"""Estimators of the KL divergence from the log-probs of sampled tokens."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf import _cpu
+from fastrlhf.ops._check import dtype_in, dtype_name, same_device, same_shape, widen
+from fastrlhf.ops._registry import leaf, op
+
+try:
+    from fastrlhf.kernels import approx_kl as triton_kernel
+except ImportError:  # without Triton the reference serves CUDA
+    triton_kernel = None  # type: ignore[assignment]
+
+FLOATS = (torch.float32, torch.float64)
+ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+
+
+def exp_minus_linear(r: Tensor) -> Tensor:
+    """Returns e^r - 1 - r. Near 0 even expm1(r) - r cancels, so there it is the series, exact in float64 too."""
+    series = torch.ones_like(r)
+    for n in range(10, 2, -1):
+        series = 1 + r / n * series
+    return torch.where(r.abs() < 2**-4, r * r / 2 * series, r.expm1() - r)
+
+
+def approx_kl_ref(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    r = ref_logprobs - logprobs
+    if estimator == 1:
+        return -r
+    return r * r / 2 if estimator == 2 else exp_minus_linear(r)
+
+
+def _check(logprobs: Tensor, ref_logprobs: Tensor) -> None:
+    same_device("approx_kl", logprobs=logprobs, ref_logprobs=ref_logprobs)
+    dtype_in("approx_kl", "logprobs", logprobs, FLOATS)
+    dtype_in("approx_kl", "ref_logprobs", ref_logprobs, (logprobs.dtype,))
+    same_shape("approx_kl", logprobs=logprobs, ref_logprobs=ref_logprobs)
+
+
+def _fake(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    return torch.empty_like(logprobs, memory_format=torch.contiguous_format)
+
+
+def _cpu_forward(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    _check(logprobs, ref_logprobs)
+    logprobs, ref_logprobs = logprobs.contiguous(), ref_logprobs.contiguous()
+    out = torch.empty_like(logprobs)
+    kernel = getattr(_cpu, f"approx_kl_{dtype_name(logprobs)}")
+    kernel(
+        logprobs.data_ptr(),
+        ref_logprobs.data_ptr(),
+        out.data_ptr(),
+        out.numel(),
+        estimator,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _cuda_forward(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    _check(logprobs, ref_logprobs)
+    return triton_kernel.approx_kl(logprobs.contiguous(), ref_logprobs.contiguous(), estimator)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logprobs, ref_logprobs, ctx.estimator = inputs
+    ctx.save_for_backward(logprobs, ref_logprobs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    logprobs, ref_logprobs = ctx.saved_tensors
+    if ctx.estimator == 1:
+        return grad, -grad, None
+    r = ref_logprobs - logprobs
+    grad_ref = grad * (r if ctx.estimator == 2 else r.expm1())
+    return -grad_ref, grad_ref, None
+
+
+def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    for shape, spread in [((0,), 1.0), ((1,), 1.0), ((7, 3), 0.1), ((301,), 2.0), ((5000,), 0.01)]:
+        logprobs = -3 + torch.randn(shape, generator=generator, dtype=torch.float64)
+        ref_logprobs = logprobs + spread * torch.randn(shape, generator=generator, dtype=torch.float64)
+        for estimator in ESTIMATORS.values():
+            yield logprobs.to(device, dtype), ref_logprobs.to(device, dtype), estimator
+
+
+_forward = leaf(
+    "approx_kl(Tensor logprobs, Tensor ref_logprobs, int estimator) -> Tensor",
+    ref=approx_kl_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+    cuda=None if triton_kernel is None else _cuda_forward,
+)
+_op = op(
+    _forward,
+    reference=approx_kl_ref,
+    samples=samples,
+    grads=("logprobs", "ref_logprobs"),
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
+    """Returns an estimate of KL(policy || reference) at each token that the policy sampled.
+
+    With r = ref_logprobs - logprobs:  k1 = -r,  k2 = r^2 / 2,  k3 = e^r - 1 - r.
+
+    k1 and k3 are unbiased, k3 is never negative, k2 is biased but close. In a reward use k1: its sum over a response
+    is the log-ratio of the response itself. In a loss use k2: its gradient is that of KL(policy || reference), whereas
+    the gradient of k1 has mean zero and that of k3 pulls towards KL(reference || policy).
+
+    logprobs: (...) float32|float64, log-probs of the sampled tokens under the policy; half precision becomes float32
+    ref_logprobs: like logprobs, of the same tokens under the reference
+    estimator: "k1", "k2" or "k3"
+
+    Both arguments get a gradient. Nothing is clamped: k3 overflows to inf where r > 88.7 in float32. NaN in, NaN out.
+    Raises: ValueError for shapes or devices that differ and for other estimators, TypeError for dtypes.
+    Source: Schulman, "Approximating KL divergence" (2020).
+    """
+    logprobs, ref_logprobs = widen(logprobs), widen(ref_logprobs)
+    _check(logprobs, ref_logprobs)
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"approx_kl: estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    return _op(logprobs, ref_logprobs, ESTIMATORS[estimator])
