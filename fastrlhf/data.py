@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import torch
+import numpy as np
 
 from fastrlhf.template import Message, Renderer
 
@@ -172,6 +172,13 @@ def load_pairs(
     return _load(path, make, **options)
 
 
+def shuffled(num: int, *key: int) -> list[int]:
+    """Returns 0 ... num - 1 in an order that follows from the key.
+
+    torch's CPU generator keeps only the low 32 bits of a seed, so (seed << 32) + epoch would ignore the seed."""
+    return np.random.default_rng(key).permutation(num).tolist()
+
+
 def batch_rows(num_rows: int, batch_size: int, step: int, *, seed: int, total: int | None = None) -> list[int]:
     """Returns the rows of step 0, 1, ...: consecutive pieces of one endless stream of shuffled epochs.
 
@@ -183,8 +190,7 @@ def batch_rows(num_rows: int, batch_size: int, step: int, *, seed: int, total: i
     rows: list[int] = []
     while start < stop:
         epoch, offset = divmod(start, num_rows)
-        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed((seed << 32) + epoch))
-        rows += order[offset : offset + stop - start].tolist()
+        rows += shuffled(num_rows, seed, epoch)[offset : offset + stop - start]
         start += min(num_rows - offset, stop - start)
     return rows
 
