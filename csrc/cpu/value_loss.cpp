@@ -21,11 +21,11 @@ void value_loss(const T* values, const T* old_values, const T* returns, const bo
     const Vec old_value = clipping ? select(counts, load(old_values + i, size), all(0)) : all(0);
     const Vec target = select(counts, load(returns + i, size), all(0));
     const Vec lowest = old_value - clip_range, highest = old_value + clip_range;
-    // the order of the comparisons lets a NaN of either value through
     const Vec bounded = select(value > lowest, select(value < highest, value, highest), lowest);
     const Vec error = value - target, bounded_error = bounded - target;
     const Vec plain = error * error, clipped = bounded_error * bounded_error;
-    const Bits clips_here = ~(clipped <= plain);
+    // a NaN of old_value is in `clipped` alone, any other is in `plain`: both must reach the loss
+    const Bits clips_here = ~(clipped <= plain) & (plain == plain);
     store(grad + i, select(clips_here, all(0), error * scale), size);
     losses.of[chunk] += select(clips_here, clipped, plain);
     clips.of[chunk] += select(clips_here, all(1), all(0));

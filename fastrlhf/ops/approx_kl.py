@@ -20,11 +20,11 @@ ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 
 
 def exp_minus_linear(r: Tensor) -> Tensor:
-    """Returns e^r - 1 - r. Near 0 even expm1(r) - r cancels, so there it is the series, exact in float64 too."""
+    """Returns e^r - 1 - r. Below 1 even expm1(r) - r cancels; there it is the Taylor series, to float64's last digits."""
     series = torch.ones_like(r)
-    for n in range(10, 2, -1):
+    for n in range(19, 2, -1):
         series = 1 + r / n * series
-    return torch.where(r.abs() < 2**-4, r * r / 2 * series, r.expm1() - r)
+    return torch.where(r.abs() < 1, r * r / 2 * series, r.expm1() - r)
 
 
 def approx_kl_ref(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:

@@ -35,6 +35,7 @@ def pairwise_reward_loss_ref(
     center_coef: float,
     denominator: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chosen, rejected = chosen.contiguous(), rejected.contiguous()  # sums go by the order in memory
     count = max(chosen.shape[0], 1) if denominator is None else denominator
     weights = torch.ones_like(chosen) if weights is None else weights
     targets = torch.ones_like(chosen) if targets is None else targets
@@ -45,8 +46,8 @@ def pairwise_reward_loss_ref(
     loss = (weights * (entropy + center_coef * total.square())).sum() / count
     with torch.no_grad():
         difference = chosen - rejected
-        accuracy = (0.5 * difference.sign() + 0.5).sum()
-        stats = torch.stack([accuracy, difference.sum(), chosen.sum(), rejected.sum()]) / count
+        accuracy = torch.where(difference.isnan(), difference, 0.5 * difference.sign() + 0.5)
+        stats = torch.stack([accuracy.sum(), difference.sum(), chosen.sum(), rejected.sum()]) / count
         slope, pull = (1 - targets) * h.sigmoid() - targets * (-h).sigmoid(), 2 * center_coef * total
         grads = weights * (pull + slope) / count, weights * (pull - slope) / count
     return loss, stats, *grads
