@@ -20,7 +20,7 @@ ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 
 
 def exp_minus_linear(r: Tensor) -> Tensor:
-    """Returns e^r - 1 - r. Below 1 even expm1(r) - r cancels; there it is the Taylor series, to float64's last digits."""
+    """Returns e^r - 1 - r. Below 1 even expm1(r) - r cancels, so there it is the Taylor series (float64 needs 19)."""
     series = torch.ones_like(r)
     for n in range(19, 2, -1):
         series = 1 + r / n * series
