@@ -1,6 +1,6 @@
 """The output folder of a run, and checkpoints that a killed run continues from.
 
-<output>/config.yaml           the resolved configuration; marks the folder as ours
+<output>/config.yaml           the resolved configuration; its first line marks the folder as ours
 <output>/metrics.jsonl         deterministic values, a line a step (timing.jsonl: times)
 <output>/checkpoints/step-*    everything the run needs; complete or not there
 <output>/model                 the final model
@@ -11,9 +11,12 @@ from __future__ import annotations
 import os
 import platform
 import random
+import re
 import shutil
 import warnings
-from collections.abc import Callable
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from fastrlhf import _cpu
 from fastrlhf.config import LoopConfig, dump
 
 KEEP = 2  # the newest, and the one before it
+MARK = "# settings of a fastrlhf run\n"
+OURS = ("config.yaml", "metrics.jsonl", "timing.jsonl", "checkpoints", "model", "tensorboard")
 # a resumed run may change how it runs, not what it computes
 MAY_DIFFER = {
     "resume",
@@ -39,33 +44,52 @@ MAY_DIFFER = {
 }
 
 
-def open_output(config: LoopConfig) -> Path | None:
-    """Creates the output folder; returns the newest checkpoint to resume from, None to start afresh.
+def check_output(config: LoopConfig) -> Path | None:
+    """Returns the newest checkpoint to resume from, None to start afresh. Changes nothing, so call it before long work.
 
-    Raises: FileExistsError for a folder that is not empty without resume or overwrite, or that overwrite would delete
-    though it holds no run of ours; ValueError when a resumed run's configuration differs in what it computes."""
+    Raises: FileExistsError for a folder that is not empty without resume or overwrite, or that holds no run of ours;
+    ValueError when a resumed run's configuration differs in what it computes."""
     output = Path(config.output)
+    if not output.exists():
+        return None
+    if not output.is_dir():
+        raise FileExistsError(f"output: {output} is a file, expected a folder")
+    if not any(output.iterdir()):
+        return None
+    if not (config.resume or config.overwrite):
+        raise FileExistsError(f"output: {output} is not empty; give --resume to continue or --overwrite to delete it")
     marker = output / "config.yaml"
-    if output.exists() and any(output.iterdir()):
-        if not (config.resume or config.overwrite):
-            raise FileExistsError(
-                f"output: {output} is not empty; give --resume to continue or --overwrite to delete it"
-            )
-        if not marker.is_file():
-            raise FileExistsError(f"output: {output} holds no fastrlhf run (no config.yaml), so it is left alone")
-        if config.overwrite:
-            shutil.rmtree(output)
-        else:
-            _check_same(yaml.safe_load(marker.read_text(encoding="utf-8")), config)
+    if not (marker.is_file() and marker.read_text(encoding="utf-8").startswith(MARK)):
+        raise FileExistsError(f"output: {output} holds no fastrlhf run (no config.yaml of one), so it is left alone")
+    if config.overwrite:
+        return None
+    _check_same(yaml.safe_load(marker.read_text(encoding="utf-8")), config)
+    return newest_checkpoint(output)
+
+
+def open_output(config: LoopConfig) -> Path | None:
+    """Makes the output folder ready: deletes an earlier run (overwrite), writes config.yaml. Otherwise as check_output.
+
+    Only what a run writes is deleted; other files that lie in the folder stay."""
+    checkpoint = check_output(config)
+    output = Path(config.output)
+    if config.overwrite:
+        for name in OURS:
+            if (output / name).is_dir():
+                shutil.rmtree(output / name)
+            else:
+                (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    marker.write_text(dump(config), encoding="utf-8")
-    return newest_checkpoint(output) if config.resume else None
+    partial = output / "config.yaml.partial"
+    partial.write_text(MARK + dump(config), encoding="utf-8")
+    os.replace(partial, output / "config.yaml")
+    return checkpoint
 
 
-def newest_checkpoint(output: Path) -> Path | None:
+def newest_checkpoint(output: str | Path) -> Path | None:
     """The complete checkpoint with the highest step, None if there is none."""
-    folders = sorted((output / "checkpoints").glob("step-*[0-9]"))
-    return folders[-1] if folders else None
+    found = _checkpoints(Path(output) / "checkpoints")
+    return found[-1] if found else None
 
 
 def save_checkpoint(output: str | Path, step: int, write: Callable[[Path], None], **state: Any) -> Path:
@@ -75,21 +99,38 @@ def save_checkpoint(output: str | Path, step: int, write: Callable[[Path], None]
     and renamed. Older ones are deleted but for the one before.
 
     state: tensors, numbers, texts, lists and dicts of such"""
-    folder = Path(output) / "checkpoints" / f"step-{step:06d}"
-    partial = folder.with_suffix(".partial")
-    for leftover in (partial, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
+    checkpoints = Path(output) / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for leftover in checkpoints.glob("*.partial"):
+        shutil.rmtree(leftover)
+    folder = checkpoints / f"step-{step:06d}"
+
+    def write_all(partial: Path) -> None:
+        write(partial)
+        config = Path(output) / "config.yaml"
+        if config.exists():
+            shutil.copy(config, partial)
+        everything = {**state, "step": step, "random": random_state(), "environment": environment()}
+        torch.save(everything, partial / "state.pt")
+
+    write_whole(folder, write_all)
+    for old in _checkpoints(checkpoints)[:-KEEP]:
+        _remove(old)
+    return folder
+
+
+def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """Makes a folder that write(folder) fills; a kill at any moment leaves no half of it under its name."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write(partial)
-    torch.save({**state, "step": step, "random": random_state(), "environment": environment()}, partial / "state.pt")
     for path in partial.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        _flush(path)
+    if folder.exists():
+        _remove(folder)
     os.rename(partial, folder)
-    for old in sorted(folder.parent.glob("step-*[0-9]"))[:-KEEP]:
-        shutil.rmtree(old)
-    return folder
+    _flush(folder.parent)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -98,9 +139,8 @@ def load_state(folder: Path) -> dict[str, Any]:
     here = environment()
     for name, then in state["environment"].items():
         if here.get(name) != then:
-            warnings.warn(
-                f"resume: {name} was {then} and is {here.get(name)}; the run continues, not bit for bit", stacklevel=2
-            )
+            text = f"resume: {name} was {then} and is {here.get(name)}; the run continues, not bit for bit"
+            warnings.warn(text, stacklevel=2)
     restore_random_state(state["random"])
     return state
 
@@ -108,13 +148,22 @@ def load_state(folder: Path) -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """What the last bits of a result depend on."""
     return {
-        "machine": platform.machine(),
+        "processor": _processor(),
         "instruction set": f"{_cpu.isa}, torch {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": transformers.__version__,
+        "numpy": np.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
+
+
+def fingerprint(sequences: Iterable[Sequence[int]]) -> int:
+    """A checksum of token sequences, by which a resumed run notices that its data changed."""
+    checksum = 0
+    for sequence in sequences:
+        checksum = zlib.crc32(array("q", [len(sequence), *sequence]).tobytes(), checksum)
+    return checksum
 
 
 def random_state() -> dict[str, Any]:
@@ -124,11 +173,12 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached),
     }
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
+    """Undoes what was drawn since random_state."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -139,9 +189,39 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 def _check_same(saved: dict[str, Any], config: LoopConfig) -> None:
     now = yaml.safe_load(dump(config))
-    for name in now:
-        if name not in MAY_DIFFER and saved.get(name) != now[name]:
+    for name in {**now, **saved}:
+        if name not in MAY_DIFFER and saved.get(name) != now.get(name):
             raise ValueError(
-                f"resume: {name} was {saved.get(name)!r} and is {now[name]!r}; "
+                f"resume: {name} was {saved.get(name)!r} and is {now.get(name)!r}; "
                 "give the same, or --overwrite to start anew"
             )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a folder that is no longer found under its name once this has begun."""
+    partial = folder.with_name(folder.name + ".deleted.partial")
+    os.rename(folder, partial)
+    shutil.rmtree(partial)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = re.findall(r"^model name\s*:\s*(.*)$", cpuinfo.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()

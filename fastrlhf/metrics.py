@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, timing.jsonl, TensorBoard, a line a step on the terminal, a progress bar."""
+"""What a run tells: metrics.jsonl, timing.jsonl, TensorBoard, a growing table on the terminal, a progress bar."""
 
 from __future__ import annotations
 
@@ -8,83 +8,96 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-SHORT = {  # what a line on the terminal shows, in this order, if the loop has it
+COLUMNS = {  # of the table on the terminal, most important first; a loop shows those that it has
     "loss": "loss",
-    "accuracy": "acc",
-    "eval/loss": "eval loss",
-    "eval/accuracy": "eval acc",
+    "accuracy": "accuracy",
+    "margin": "margin",
     "objective/scores": "score",
     "objective/kl": "kl",
     "objective/entropy": "entropy",
-    "ppo/policy/clip_fraction": "clip",
-    "ppo/value/explained_variance": "expl var",
     "response/length": "length",
     "response/eos_rate": "eos",
+    "ppo/policy/clip_fraction": "clipped",
+    "ppo/value/explained_variance": "expl.var",
+    "ppo/policy/grad_norm": "grad",
     "grad_norm": "grad",
     "learning_rate": "lr",
 }
+WIDTH = 9  # of a column, and two spaces
+PIPE_WIDTH = 110  # of the table where there is no terminal
+ROWS_A_HEADER = 30
 
 
 class MetricsLog:
-    """Writes a run's metrics. On resume it first cuts both files back to the checkpoint's step."""
+    """Writes a run's metrics. On resume it first cuts both files back to the checkpoint's step.
+
+    num_steps: of the whole run; step: the last one that is done; timer: measures phases of a step"""
 
     def __init__(self, output: str | Path, *, num_steps: int, step: int = 0, tensorboard: bool = False) -> None:
         self.output = Path(output)
         self.num_steps = num_steps
         for name in ("metrics.jsonl", "timing.jsonl"):
             cut_back(self.output / name, step)
-        self.writer = tensorboard_writer(self.output) if tensorboard else None
-        self.console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self.writer = tensorboard_writer(self.output / "tensorboard", step) if tensorboard else None
+        self.columns: list[str] = []
+        self.num_rows = 0
         self.timer = Timer()
 
-    def add(self, step: int, metrics: dict[str, float], *, num_tokens: int) -> None:
-        """Writes the metrics of a step, and its times since the last one.
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes the metrics of a step, its times since the last one, and a row of the table.
 
-        metrics: values that do not depend on the clock; num_tokens: tokens processed, for tokens/s"""
+        metrics: values that do not depend on the clock, among them num_tokens, the tokens of the step"""
         timing = self.timer.lap()
-        timing["tokens_per_second"] = num_tokens / timing["seconds"]
+        timing["tokens_per_second"] = metrics["num_tokens"] / timing["seconds"]
         append(self.output / "metrics.jsonl", {"step": step, **metrics})
         append(self.output / "timing.jsonl", {"step": step, **timing, "peak_memory_gib": peak_memory_gib()})
         if self.writer is not None:
             for name, value in {**metrics, **{f"time/{k}": v for k, v in timing.items()}}.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
-        shown = [f"{short} {metrics[name]:.4g}" for name, short in SHORT.items() if name in metrics]
-        head = f"step {step:>{len(str(self.num_steps))}}/{self.num_steps}"
-        self.console.print("  ".join([head, *shown, f"{timing['tokens_per_second']:.0f} tok/s"]))
+        self._show(step, metrics, timing["tokens_per_second"])
 
     def say(self, text: str) -> None:
-        """Prints a line to the terminal."""
-        self.console.print(text)
+        """Prints a line."""
+        print(text, flush=True)
+
+    def _show(self, step: int, metrics: dict[str, float], tokens_per_second: float) -> None:
+        console = Console()
+        if not self.columns:
+            room = (console.width if console.is_terminal else PIPE_WIDTH) // (WIDTH + 2) - 2
+            self.columns = [name for name in COLUMNS if name in metrics][:room]
+        if self.num_rows % ROWS_A_HEADER == 0:
+            self.say(table_row(["step", *(COLUMNS[name] for name in self.columns), "tokens/s"]))
+        self.num_rows += 1
+        values = [short(metrics[name]) if name in metrics else "" for name in self.columns]
+        self.say(table_row([f"{step}/{self.num_steps}", *values, f"{tokens_per_second:.0f}"]))
+        held_out = [f"{name[5:]} {short(value)}" for name, value in metrics.items() if name.startswith("eval/")]
+        if held_out:
+            self.say("  held out: " + ", ".join(held_out))
 
     @contextmanager
-    def progress(self, what: str, total: int | None) -> Iterator[Any]:
-        """A bar that lives during a phase: yields advance(n), n in tokens. Silent when not on a terminal."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-        )
+    def progress(self, what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """A bar with tokens/s that lives during a phase: yields advance(num_tokens). Silent when not on a terminal."""
+        console = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
         start, done = time.perf_counter(), 0
-        bar = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
-        bar.disable = not self.console.is_terminal
+        bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
         with bar:
-            task: TaskID = bar.add_task(what, total=total, rate="")
+            task = bar.add_task(what, total=total, rate="")
 
-            def advance(n: int) -> None:
+            def advance(num_tokens: int) -> None:
                 nonlocal done
-                done += n
-                bar.update(task, advance=n, rate=f"{done / (time.perf_counter() - start):.0f} tok/s")
+                done += num_tokens
+                bar.update(task, advance=num_tokens, rate=f"{done / (time.perf_counter() - start):.0f} tokens/s")
 
             yield advance
 
@@ -103,6 +116,7 @@ class Timer:
         self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
 
     def lap(self) -> dict[str, float]:
+        """The times since the last lap: seconds, and NAME_seconds of each phase."""
         now = time.perf_counter()
         times = {"seconds": now - self.start, **{f"{name}_seconds": s for name, s in self.phases.items()}}
         self.start, self.phases = now, {}
@@ -113,7 +127,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
     """Adds a line of JSON; a number that is not finite becomes null, which every reader takes."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(clean) + "\n")
+        file.write(json.dumps(clean, allow_nan=False) + "\n")
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -135,6 +149,16 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
+def table_row(cells: list[str]) -> str:
+    """Cells of equal width, two spaces apart, numbers to the right."""
+    return "  ".join(f"{cell:>{WIDTH}}" for cell in cells)
+
+
+def short(value: float) -> str:
+    """A number in at most WIDTH characters."""
+    return min((f"{value:.{digits}g}" for digits in (4, 3, 2)), key=lambda text: len(text) > WIDTH)
+
+
 def peak_memory_gib() -> float:
     """Peak memory of the process, or of the GPU where there is one."""
     if torch.cuda.is_available():
@@ -143,10 +167,12 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def tensorboard_writer(folder: Path) -> Any:
-    """A TensorBoard writer; raises ModuleNotFoundError naming the extra where it is not installed."""
+def tensorboard_writer(folder: Path, step: int = 0) -> Any:
+    """A TensorBoard writer that hides what was written after `step`.
+
+    Raises: ModuleNotFoundError naming the extra where TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ModuleNotFoundError("tensorboard is not installed: pip install 'fastrlhf[tensorboard]'") from None
-    return SummaryWriter(folder / "tensorboard")
+    return SummaryWriter(str(folder), purge_step=step + 1)

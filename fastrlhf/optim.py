@@ -27,8 +27,14 @@ def learning_rate_at(step: int, *, peak: float, num_steps: int, num_warmup_steps
     return peak
 
 
+def check_finite(what: str, value: Tensor, where: str) -> None:
+    """Raises NonFiniteError, naming `where` (the step and the rows of the batch), unless value is finite."""
+    if not bool(value.isfinite().all()):
+        raise NonFiniteError(f"{what} is {value.item()} at {where}")
+
+
 class Optimizer:
-    """AdamW for one model. Matrices decay, vectors (norms, biases) do not.
+    """AdamW for one model, betas (0.9, 0.95). Matrices decay, vectors (norms, biases) do not.
 
     num_steps: steps of the whole run, which the schedule falls over"""
 
@@ -44,15 +50,14 @@ class Optimizer:
         eps: float,
         max_grad_norm: float,
     ) -> None:
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.adam = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=eps, fused=True)
-        self.parameters = parameters
         self.max_grad_norm = max_grad_norm
-        self.schedule = {
+        self.schedule: dict[str, Any] = {
             "peak": learning_rate,
             "num_steps": num_steps,
             "num_warmup_steps": round(warmup_ratio * num_steps),
@@ -63,17 +68,14 @@ class Optimizer:
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
-        return learning_rate_at(self.num_steps_done, **self.schedule)  # type: ignore[arg-type]
+        return learning_rate_at(self.num_steps_done, **self.schedule)
 
     def step(self, where: str) -> Tensor:
         """Clips the gradients, updates the parameters, clears the gradients. Returns the norm before clipping.
 
-        Raises: NonFiniteError, naming `where`, before anything is changed."""
+        Raises: NonFiniteError, naming `where` (the step and the rows of the batch), before a parameter is changed."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        if not bool(norm.isfinite()):
-            raise NonFiniteError(
-                f"the gradient norm is {norm.item()} at {where}: the loss or its gradient is not finite"
-            )
+        check_finite("the norm of the gradient", norm, where)
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate
         self.adam.step()
@@ -82,8 +84,10 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
+        """Adam's moments and the position in the schedule."""
         return {"adam": self.adam.state_dict(), "num_steps_done": self.num_steps_done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what state_dict gave."""
         self.adam.load_state_dict(state["adam"])
         self.num_steps_done = state["num_steps_done"]

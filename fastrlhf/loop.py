@@ -1,0 +1,109 @@
+"""The life of a loop around its steps: begin or resume, log, checkpoint, write the final model.
+
+A loop is an object with a configuration, a number of steps and a method `step`; sft.py shows the smallest.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fastrlhf.checkpoint import fingerprint, load_state, newest_checkpoint, open_output, save_checkpoint, write_whole
+from fastrlhf.config import LoopConfig
+from fastrlhf.metrics import MetricsLog
+from fastrlhf.optim import NonFiniteError
+
+
+class Loop(Protocol):
+    """What `begin` and `advance` need of a loop; they set the last three."""
+
+    @property
+    def config(self) -> LoopConfig: ...
+
+    @property
+    def num_steps(self) -> int: ...
+
+    num_steps_done: int
+    data_fingerprint: int
+    log: MetricsLog
+
+    def step(self) -> dict[str, float]:
+        """Does one step and returns its metrics, deterministic values only, among them num_tokens (for tokens/s)."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the model that the loop makes, with its tokenizer."""
+
+    def save_models(self, folder: Path) -> None:
+        """Writes the models that a checkpoint needs."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizers and whatever else changes from step to step."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what state_dict gave."""
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds torch, numpy and Python: what a new head and a user's reward function draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def begin(loop: Loop, checkpoint: Path | None, data: Iterable[Sequence[int]]) -> None:
+    """Opens the output folder of a loop that is otherwise ready, and takes up the checkpoint if there is one.
+
+    checkpoint: what check_output returned, and where the loop's models were loaded from
+    data: token sequences of the training data
+
+    Raises: as check_output; ValueError when the data is not that of the checkpoint."""
+    config = loop.config
+    loop.data_fingerprint = fingerprint(data)
+    loop.num_steps_done = 0
+    if checkpoint is not None:
+        state = load_state(checkpoint)
+        if state["data_fingerprint"] != loop.data_fingerprint:
+            raise ValueError(f"resume: the tokens of {config.data} are no longer those of {checkpoint}")
+        loop.load_state_dict(state["loop"])
+        loop.num_steps_done = state["step"]
+    open_output(config)
+    loop.log = MetricsLog(
+        config.output, num_steps=loop.num_steps, step=loop.num_steps_done, tensorboard=config.tensorboard
+    )
+    if checkpoint is not None:
+        loop.log.say(f"resuming from {checkpoint}")
+    elif config.resume:
+        loop.log.say(f"no checkpoint in {config.output} to resume from: starting from the first step")
+
+
+def advance(loop: Loop) -> dict[str, float]:
+    """Does the next step of a loop and returns its metrics; this is the `__next__` of every loop.
+
+    Logs the metrics, writes a checkpoint when one is due, and the final model after the last step.
+
+    Raises: StopIteration after the last step; NonFiniteError, naming the newest checkpoint."""
+    output = Path(loop.config.output)
+    if loop.num_steps_done >= loop.num_steps:
+        if not (output / "model").exists():  # killed between the last checkpoint and the final model
+            write_whole(output / "model", loop.save)
+        raise StopIteration
+    try:
+        metrics = loop.step()
+    except NonFiniteError as error:
+        good = newest_checkpoint(output)
+        advice = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        raise NonFiniteError(f"{error}; {advice}") from error
+    loop.num_steps_done += 1
+    loop.log.add(loop.num_steps_done, metrics)
+    last = loop.num_steps_done == loop.num_steps
+    if last or loop.num_steps_done % loop.config.save_every == 0:
+        state = {"loop": loop.state_dict(), "data_fingerprint": loop.data_fingerprint}
+        save_checkpoint(output, loop.num_steps_done, loop.save_models, **state)
+    if last:
+        write_whole(output / "model", loop.save)
+    return metrics

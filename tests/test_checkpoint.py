@@ -1,0 +1,119 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fastrlhf import checkpoint
+from fastrlhf.checkpoint import (
+    check_output,
+    fingerprint,
+    load_state,
+    newest_checkpoint,
+    open_output,
+    save_checkpoint,
+    write_whole,
+)
+from fastrlhf.config import SFTConfig
+
+
+def config(tmp_path, **changes):
+    return SFTConfig(model="m", data="d", output=str(tmp_path / "out"), **changes)
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
+    open_output(config(tmp_path))
+    with pytest.raises(FileExistsError, match="not empty; give --resume to continue or --overwrite to delete"):
+        check_output(config(tmp_path))
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, how):
+    other = config(tmp_path, **{how: True})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text("learning_rate: 1\n")  # a common name
+    with pytest.raises(FileExistsError, match="holds no fastrlhf run"):
+        open_output(other)
+    assert (tmp_path / "out" / "config.yaml").exists()
+
+
+def test_overwrite_deletes_what_a_run_writes_and_nothing_else(tmp_path):
+    open_output(config(tmp_path))
+    out = tmp_path / "out"
+    save_checkpoint(out, 1, lambda folder: None)
+    (out / "metrics.jsonl").write_text("")
+    (out / "notes.txt").write_text("mine")
+    open_output(config(tmp_path, overwrite=True))
+    assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "notes.txt"]
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(FileExistsError, match="is a file, expected a folder"):
+        check_output(config(tmp_path, overwrite=True))
+
+
+def test_resume_names_the_setting_that_differs(tmp_path):
+    open_output(config(tmp_path, batch_size=8))
+    with pytest.raises(ValueError, match="resume: batch_size was 8 and is 32"):
+        check_output(config(tmp_path, resume=True))
+    same = config(tmp_path, batch_size=8, resume=True, max_tokens=7, save_every=3, gradient_checkpointing=True)
+    assert open_output(same) is None  # these change how it runs, not what it computes
+
+
+def test_resume_without_a_run_starts_afresh(tmp_path):
+    assert open_output(config(tmp_path, resume=True)) is None
+    assert (tmp_path / "out" / "config.yaml").is_file()
+
+
+def test_the_newest_complete_checkpoints_are_kept(tmp_path):
+    for step in (9, 10, 999999, 1000000):
+        save_checkpoint(tmp_path, step, lambda folder: (folder / "weights").write_text("w"))
+    (tmp_path / "checkpoints" / "step-2000000.partial").mkdir()  # killed while writing
+    assert newest_checkpoint(tmp_path).name == "step-1000000"
+    save_checkpoint(tmp_path, 1000001, lambda folder: None)
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"step-1000000", "step-1000001"}
+
+
+def test_a_checkpoint_that_fails_half_way_leaves_the_last_one(tmp_path):
+    save_checkpoint(tmp_path, 1, lambda folder: None)
+
+    def full(folder):
+        (folder / "half").write_text("")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint(tmp_path, 2, full)
+    assert newest_checkpoint(tmp_path).name == "step-000001"
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    write_whole(tmp_path / "model", lambda folder: (folder / "old").write_text(""))
+    write_whole(tmp_path / "model", lambda folder: (folder / "new").write_text(""))
+    assert [p.name for p in tmp_path.rglob("*")] == ["model", "new"]
+
+
+def test_state_and_all_random_numbers_come_back(tmp_path):
+    folder = save_checkpoint(tmp_path, 3, lambda folder: None, moments=torch.arange(3), kl_coef=0.1 + 0.2)
+    drawn = torch.rand(3), np.random.rand(3), random.random()
+    torch.manual_seed(9)
+    np.random.seed(9)
+    random.seed(9)
+    state = load_state(folder)
+    assert (state["step"], state["kl_coef"], state["moments"].tolist()) == (3, 0.1 + 0.2, [0, 1, 2])
+    assert torch.equal(torch.rand(3), drawn[0])
+    assert np.array_equal(np.random.rand(3), drawn[1])
+    assert random.random() == drawn[2]
+
+
+def test_another_machine_warns(tmp_path, monkeypatch):
+    folder = save_checkpoint(tmp_path, 1, lambda folder: None)
+    there = checkpoint.environment() | {"threads": 64}
+    monkeypatch.setattr(checkpoint, "environment", lambda: there)
+    with pytest.warns(UserWarning, match=rf"threads was {torch.get_num_threads()} and is 64; .* not bit for bit"):
+        load_state(folder)
+
+
+def test_fingerprint_sees_tokens_and_boundaries():
+    assert fingerprint([[1, 2], [3]]) == fingerprint([[1, 2], [3]])
+    assert len({fingerprint(x) for x in ([[1, 2], [3]], [[1], [2, 3]], [[1, 2, 3]], [[1, 2], [4]])}) == 4

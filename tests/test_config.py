@@ -1,0 +1,89 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from fastrlhf.config import PPOConfig, RewardConfig, SFTConfig, dump
+
+GIVEN = {"model": "m", "data": "d.jsonl", "output": "o"}
+
+
+def length_reward(prompts, responses, **_):
+    return [len(response) for response in responses]
+
+
+@pytest.mark.parametrize("config_class", [SFTConfig, RewardConfig, PPOConfig])
+def test_every_option_has_help_and_none_too_many(config_class):
+    fields = dataclasses.fields(config_class)
+    assert all(field.metadata["help"] for field in fields)
+    assert len({field.name for field in fields}) <= 45
+
+
+def test_preset_sets_defaults_and_given_values_win():
+    assert PPOConfig(**GIVEN, reward="r").epochs == 4
+    chat = PPOConfig(**GIVEN, reward="r", preset="chat", lam=0.9, learning_rate=1e-6)
+    assert (chat.epochs, chat.kl_coef, chat.value_learning_rate, chat.schedule) == (1, 0.01, 9e-6, "cosine")
+    assert (chat.lam, chat.learning_rate) == (0.9, 1e-6)
+
+
+def test_values_are_converted_to_the_type_of_their_field():
+    config = SFTConfig(**GIVEN, learning_rate="3e-6", weight_decay=1, limit="none", resume="true")
+    assert (config.learning_rate, config.weight_decay, config.limit, config.resume) == (3e-6, 1.0, None, True)
+    assert isinstance(config.weight_decay, float)
+
+
+def test_a_configuration_survives_yaml():
+    config = PPOConfig(**GIVEN, reward="a=0.5,b:c=0.5", kl_target=6)
+    assert PPOConfig(**yaml.safe_load(dump(config))) == config
+
+
+def test_a_reward_function_is_kept_and_dumped_by_name():
+    config = PPOConfig(**GIVEN, reward=length_reward)
+    assert config.reward is length_reward
+    assert yaml.safe_load(dump(config))["reward"] == f"{__name__}:length_reward"
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "text"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 2.5}, TypeError, "batch_size must be a whole number, got 2.5"),
+        ({"batch_size": True}, TypeError, "batch_size must be a whole number, got True"),
+        ({"learning_rate": "fast"}, TypeError, "learning_rate must be a number, got 'fast'"),
+        ({"learning_rate": float("nan")}, ValueError, "learning_rate must be finite, got nan"),
+        ({"learning_rate": 0}, ValueError, "learning_rate must be above 0, got 0.0"),
+        ({"warmup_ratio": 1.5}, ValueError, "warmup_ratio must be between 0 and 1, got 1.5"),
+        ({"schedule": "cosin"}, ValueError, "one of constant, linear, cosine, got 'cosin'; did you mean cosine?"),
+        ({"seed": 2**31}, ValueError, "seed must be below 2\\*\\*31 = 2147483648, got 2147483648"),
+        ({"resume": "maybe"}, TypeError, "resume must be true or false, got 'maybe'"),
+        ({"resume": True, "overwrite": True}, ValueError, "resume and overwrite exclude each other"),
+        ({"output": None}, TypeError, "output must be text, got None"),
+        ({"limit": -1}, ValueError, "limit must be at least 1, got -1"),
+        ({"eval_data": "e", "eval_fraction": 0.1}, ValueError, "give eval_data \\(e\\) or eval_fraction \\(0.1\\)"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(values, error, text):
+    with pytest.raises(error, match=text):
+        SFTConfig(**{**GIVEN, **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "text"),
+    [
+        ({"minibatches": 33}, ValueError, r"minibatches \(33\) must not exceed batch_size \(32\)"),
+        ({"preset": "chatt"}, ValueError, "did you mean chat?"),
+        ({"gamma": 1.1}, ValueError, "gamma must be between 0 and 1, got 1.1"),
+        ({"kl_target": 0}, ValueError, "kl_target must be above 0, got 0.0"),
+        ({"reward": ["a", "b"]}, TypeError, r"reward must be text, got \['a', 'b'\]"),
+        ({"limit": length_reward}, TypeError, "limit must be a whole number"),
+    ],
+)
+def test_wrong_ppo_values_are_refused_by_name(values, error, text):
+    with pytest.raises(error, match=text):
+        PPOConfig(**{**GIVEN, "reward": "r", **values})
+
+
+def test_cuda_without_a_gpu_is_an_error(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch sees no GPU"):
+        SFTConfig(**GIVEN, device="cuda").resolve_device()

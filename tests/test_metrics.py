@@ -1,0 +1,71 @@
+import json
+
+import pytest
+
+from fastrlhf.metrics import MetricsLog, cut_back, read_jsonl, short
+
+
+def test_metrics_hold_what_was_given_and_timing_the_clock(tmp_path):
+    log = MetricsLog(tmp_path, num_steps=2)
+    with log.timer("generate"):
+        pass
+    log.add(1, {"loss": 0.5, "grad_norm": float("nan"), "num_tokens": 100})
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "grad_norm": None, "num_tokens": 100}]
+    (timing,) = read_jsonl(tmp_path / "timing.jsonl")
+    assert {"step", "seconds", "generate_seconds", "tokens_per_second", "peak_memory_gib"} == set(timing)
+    assert timing["tokens_per_second"] * timing["seconds"] == pytest.approx(100)
+
+
+def test_resuming_cuts_back_to_the_step_byte_for_byte(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "x": 0.1 * step}) + "\n" for step in (1, 2, 3)]
+    path.write_text("".join(lines) + '{"step": 4, "x')
+    MetricsLog(tmp_path, num_steps=9, step=2)
+    assert path.read_text() == "".join(lines[:2])
+    cut_back(path, 0)
+    assert path.read_text() == ""
+
+
+def test_the_table_fits_a_pipe(tmp_path, capsys):
+    log = MetricsLog(tmp_path, num_steps=1000)
+    names = ["objective/scores", "objective/kl", "objective/entropy", "response/length", "response/eos_rate"]
+    names += ["ppo/policy/clip_fraction", "ppo/value/explained_variance", "ppo/policy/grad_norm", "learning_rate"]
+    for step in range(1, 4):
+        metrics = dict.fromkeys(names, -1.234567e-5)
+        if step == 3:
+            metrics["eval/loss"] = 2.5
+        log.add(step, {**metrics, "num_tokens": 10})
+    header, *rows, held_out = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["step", "score", "kl", "entropy"]
+    assert len(rows) == 3
+    assert {len(line) for line in (header, *rows)} == {len(header)}
+    assert len(header) <= 110
+    assert held_out == "  held out: loss 2.5"
+
+
+@pytest.mark.parametrize("value", [0.0, 1, -1.23456789e-12, 123456789.0, -0.333333, float("nan"), float("inf")])
+def test_a_number_of_the_table_fits_its_column(value):
+    assert len(short(value)) <= 9
+
+
+def test_the_bar_is_silent_in_a_pipe(tmp_path, capsys):
+    with MetricsLog(tmp_path, num_steps=1).progress("generating", total=10) as advance:
+        advance(10)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_tensorboard_files_hold_the_metrics(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path, num_steps=1, tensorboard=True)
+    log.add(1, {"loss": 0.5, "num_tokens": 3})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5)]
+
+
+def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fastrlhf\[tensorboard\]'"):
+        MetricsLog(tmp_path, num_steps=1, tensorboard=True)

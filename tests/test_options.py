@@ -1,0 +1,85 @@
+import pytest
+
+from fastrlhf.config import PPOConfig, RewardConfig, SFTConfig
+from fastrlhf.options import UsageError, help_text, parse
+
+GIVEN = ["--model", "m", "--data", "d.jsonl", "--output", "o"]
+
+
+def test_spaces_equals_dashes_and_underscores_are_alike():
+    config = parse(
+        SFTConfig, [*GIVEN, "--batch-size", "8", "--max_tokens=64", "--save_every", "5", "--eval-data=a_b=c"]
+    )
+    assert (config.batch_size, config.max_tokens, config.save_every, config.eval_data) == (8, 64, 5, "a_b=c")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], True),
+        (["--whiten"], True),
+        (["--no-whiten"], False),
+        (["--whiten", "false"], False),
+        (["--whiten=True"], True),
+        (["--whiten", "--resume"], True),
+    ],
+)
+def test_flags_take_every_usual_form(arguments, expected):
+    assert parse(PPOConfig, [*GIVEN, "--reward", "r", *arguments]).whiten is expected
+
+
+def test_a_negative_number_is_a_value():
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        parse(SFTConfig, [*GIVEN, "--seed", "-1"])
+
+
+def test_command_line_wins_over_yaml_and_yaml_over_the_preset(tmp_path):
+    file = tmp_path / "ppo.yaml"
+    file.write_text("model: m\ndata: d\nreward: r\npreset: chat\nkl-coef: 0.02\nlam: 0.9\nlearning_rate: 3e-6\n")
+    config = parse(PPOConfig, ["--config", str(file), "--output=o", "--lam", "0.5"])
+    assert (config.epochs, config.kl_coef, config.lam, config.learning_rate) == (1, 0.02, 0.5, 3e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--lerning-rate", "1"], "unknown option --lerning-rate; did you mean --learning-rate?"),
+        (["--qwertz", "1"], "unknown option --qwertz$"),
+        (["--batch-size"], "option --batch-size needs a value"),
+        (["--batch-size", "--resume"], "option --batch-size needs a value"),
+        (["--seed", "1", "--seed", "2"], "option --seed is given twice"),
+        (["stray"], "expected an option --key, got 'stray'"),
+        (["--config", "nowhere.yaml"], "config: no file 'nowhere.yaml'"),
+        (["--no-seed"], "unknown option --no-seed"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(arguments, text):
+    with pytest.raises(UsageError, match=text):
+        parse(SFTConfig, [*GIVEN, *arguments])
+
+
+def test_missing_options_are_named():
+    with pytest.raises(UsageError, match="missing --data, --output"):
+        parse(SFTConfig, ["--model", "m"])
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("lerning_rate: 1", "unknown key lerning_rate; did you mean learning_rate?"),
+        ("- a\n- b", "must hold lines `key: value`, got list"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_yaml_file_is_refused(tmp_path, text, error):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=error):
+        parse(SFTConfig, [*GIVEN, "--config", str(file)])
+
+
+@pytest.mark.parametrize("config_class", [SFTConfig, RewardConfig, PPOConfig])
+def test_help_fits_a_screen(config_class):
+    lines = help_text("fastrlhf reward", config_class).splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 115
