@@ -12,6 +12,7 @@ from fastrlhf.ops.pairwise_reward_loss import pairwise_reward_loss
 from fastrlhf.ops.ppo_policy_loss import ppo_policy_loss
 from fastrlhf.ops.sample_tokens import sample_tokens
 from fastrlhf.ops.value_loss import value_loss
+from fastrlhf.ops.token_logprobs import token_logprobs
 
 __all__ = [
     "approx_kl",
@@ -22,4 +23,5 @@ __all__ = [
     "ppo_policy_loss",
     "sample_tokens",
     "value_loss",
+    "token_logprobs",
 ]

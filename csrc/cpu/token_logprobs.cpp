@@ -1,0 +1,166 @@
+// Log-probability of a target and entropy of each row of logits in one read, and their gradient in one read and write.
+#include "exp.h"
+#include "half.h"
+#include "kernel.h"
+
+namespace FASTRLHF_ISA {
+namespace {
+
+constexpr int64_t BLOCK = 1024;  // columns whose maximum is found, and which are then still in the L1 cache
+
+template <class In>
+using Wide = decltype(load(In()));
+
+template <class T>
+constexpr T LOWEST = sizeof(T) == 4 ? T(-87.3) : T(-746);  // e to this and below is 0
+
+// Keeps 0 log 0 from being 0 * -inf = NaN; NaN stays NaN.
+template <class T>
+inline T finite_log(T x) {
+  return x < LOWEST<T> ? LOWEST<T> : x;
+}
+
+// Returns the block in the type that is computed in: itself, or widened into `buffer`.
+template <class In>
+inline const Wide<In>* widen(const In* block, Wide<In>* buffer, int64_t size) {
+  if constexpr (std::is_same_v<In, Wide<In>>) {
+    return block;
+  } else {
+#pragma omp simd
+    for (int64_t v = 0; v < size; v++) buffer[v] = load(block[v]);
+    return buffer;
+  }
+}
+
+template <class T>
+inline T highest_of(const T* x, int64_t size) {
+  T highest = -INFINITY;  // NaN is passed over here, and comes back in the sum of exponentials
+#pragma omp simd reduction(max : highest)
+  for (int64_t v = 0; v < size; v++) highest = x[v] > highest ? x[v] : highest;
+  return highest;
+}
+
+// Running sums over a row of z = logits / temperature: sum of e^(z - top) and of (z - top) e^(z - top).
+struct Sums {
+  double top, exps, weighted;
+};
+
+template <class In>
+Sums sums_of(const In* row, int64_t size, double scale) {
+  using T = Wide<In>;
+  T buffer[BLOCK];
+  T highest = -INFINITY;
+  double exps = 0, weighted = 0;
+  for (int64_t start = 0; start < size; start += BLOCK) {
+    const int64_t width = size - start < BLOCK ? size - start : BLOCK;
+    const T* x = widen(row + start, buffer, width);
+    const T block_highest = highest_of(x, width);
+    if (block_highest > highest) {
+      if (exps > 0) {
+        const double shift = (static_cast<double>(highest) - block_highest) * scale, factor = exp(shift);
+        weighted = factor > 0 ? factor * (weighted + exps * shift) : 0;
+        exps *= factor;
+      }
+      highest = block_highest;
+    }
+    const T origin = highest == -INFINITY ? 0 : highest, factor = static_cast<T>(scale);
+    T block_exps = 0, block_weighted = 0;
+#pragma omp simd reduction(+ : block_exps, block_weighted)
+    for (int64_t v = 0; v < width; v++) {
+      const T z = (x[v] - origin) * factor, e = exp_nonpositive(z);
+      block_exps += e;
+      block_weighted += e * finite_log(z);
+    }
+    exps += block_exps;
+    weighted += block_weighted;
+  }
+  return {static_cast<double>(highest), exps, weighted};
+}
+
+// logprob = z_y - lse, entropy = lse - sum p z, lse = log sum e^z. Row r uses temperature[r * temperature_step].
+template <class In>
+void token_logprobs(const In* logits, const int64_t* targets, const Wide<In>* temperature, Wide<In>* logprobs,
+                    Wide<In>* entropy, double* lse, int64_t num_rows, int64_t size, int64_t stride,
+                    int64_t temperature_step, int64_t num_threads) {
+  using T = Wide<In>;
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1 + 65536 / size)
+  for (int64_t r = 0; r < num_rows; r++) {
+    const In* row = logits + r * stride;
+    const double scale = 1 / static_cast<double>(temperature[r * temperature_step]);
+    const Sums sums = sums_of(row, size, scale);
+    const double log_exps = log(sums.exps);
+    const bool inside = targets[r] >= 0 && targets[r] < size;
+    const double target = inside ? static_cast<double>(load(row[targets[r]])) : NAN;
+    logprobs[r] = static_cast<T>((target - sums.top) * scale - log_exps);
+    entropy[r] = static_cast<T>(log_exps - sums.weighted / sums.exps);
+    lse[r] = sums.top * scale + log_exps;
+  }
+}
+
+// What the gradient of one row needs: log p_v = (x_v - origin) scale - rest.
+template <class T>
+struct Row {
+  T origin, scale, rest, entropy, grad_logprob, grad_entropy;
+};
+
+// grad_z_v = -p_v (grad_logprob + grad_entropy (log p_v + entropy)), but for the target's own column.
+template <class In, bool WITH_ENTROPY>
+void gradient_of(const In* row, In* grad, int64_t size, Row<Wide<In>> at) {
+  using T = Wide<In>;
+#pragma omp simd
+  for (int64_t v = 0; v < size; v++) {
+    const T log_p = (load(row[v]) - at.origin) * at.scale - at.rest;
+    T slope = at.grad_logprob;
+    if constexpr (WITH_ENTROPY) slope += at.grad_entropy * (finite_log(log_p) + at.entropy);
+    store(grad + v, -exp_nonpositive(log_p) * slope * at.scale);
+  }
+}
+
+// Writes the gradient of the logits to `grads`, which may be the logits themselves. The upstream gradients may be null.
+// A row whose upstream gradients are 0 gets 0 and is not read.
+template <class In>
+void token_logprobs_backward(const Wide<In>* grad_logprobs, const Wide<In>* grad_entropy, const In* logits,
+                             const int64_t* targets, const Wide<In>* temperature, const Wide<In>* entropy,
+                             const double* lse, In* grads, int64_t num_rows, int64_t size, int64_t stride,
+                             int64_t grad_stride, int64_t temperature_step, int64_t num_threads) {
+  using T = Wide<In>;
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1 + 65536 / size)
+  for (int64_t r = 0; r < num_rows; r++) {
+    const In* row = logits + r * stride;
+    In* grad = grads + r * grad_stride;
+    const bool inside = targets[r] >= 0 && targets[r] < size;
+    const double g = !inside ? NAN : grad_logprobs ? static_cast<double>(grad_logprobs[r]) : 0;
+    const double h = grad_entropy ? static_cast<double>(grad_entropy[r]) : 0;
+    if (g == 0 && h == 0) {
+      memset(grad, 0, size * sizeof(In));
+      continue;
+    }
+    const double scale = 1 / static_cast<double>(temperature[r * temperature_step]);
+    const T origin = static_cast<T>(lse[r] / scale);  // near the largest logit, so that large logits lose no digits
+    const double rest = lse[r] - static_cast<double>(origin) * scale;
+    const double target = inside ? static_cast<double>(load(row[targets[r]])) : NAN;
+    const Row<T> at = {origin, T(scale), T(rest), entropy[r], T(g), T(h)};
+    if (h == 0)
+      gradient_of<In, false>(row, grad, size, at);
+    else
+      gradient_of<In, true>(row, grad, size, at);
+    if (inside) {
+      const double log_p = (target - static_cast<double>(origin)) * scale - rest;
+      const double of_entropy = exp(log_p) * (finite_log(log_p) + static_cast<double>(entropy[r]));
+      // 1 - p by expm1: p is near 1 for a confident policy
+      store(grad + targets[r], static_cast<T>((-g * expm1(log_p) - h * of_entropy) * scale));
+    }
+  }
+}
+
+FASTRLHF_KERNEL(token_logprobs_float32, token_logprobs<float>)
+FASTRLHF_KERNEL(token_logprobs_float64, token_logprobs<double>)
+FASTRLHF_KERNEL(token_logprobs_bfloat16, token_logprobs<bfloat16>)
+FASTRLHF_KERNEL(token_logprobs_float16, token_logprobs<float16>)
+FASTRLHF_KERNEL(token_logprobs_backward_float32, token_logprobs_backward<float>)
+FASTRLHF_KERNEL(token_logprobs_backward_float64, token_logprobs_backward<double>)
+FASTRLHF_KERNEL(token_logprobs_backward_bfloat16, token_logprobs_backward<bfloat16>)
+FASTRLHF_KERNEL(token_logprobs_backward_float16, token_logprobs_backward<float16>)
+
+}  // namespace
+}  // namespace FASTRLHF_ISA

@@ -1,0 +1,298 @@
+"""Log-probabilities and entropies of the rows of given logits."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastrlhf import _cpu
+from fastrlhf.ops._check import address, dtype_in, dtype_name, has_shape, indices_below, readable, same_device
+from fastrlhf.ops._registry import leaf, op
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LOWEST = -1e4  # stands for log 0, so that 0 log 0 is 0
+
+
+def computed_in(logits: Tensor) -> torch.dtype:
+    """The dtype of statistics and outputs: float32, and float64 for float64."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def token_logprobs_ref(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scaled = logits.to(computed_in(logits)) / temperature[:, None]
+    table = scaled.log_softmax(-1)
+    size = logits.shape[1]
+    logprobs = table.gather(1, targets.clamp(0, size - 1)[:, None])[:, 0]
+    logprobs = logprobs.masked_fill((targets < 0) | (targets >= size), torch.nan)
+    entropy = -(table.exp() * table.clamp_min(LOWEST)).sum(-1)
+    lse = scaled.detach().amax(-1).double() - table.detach().amax(-1).double()
+    return logprobs, entropy, lse
+
+
+def token_logprobs_backward_ref(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+) -> Tensor:
+    scale = 1 / temperature[:, None]
+    origin = (lse[:, None] / scale).to(entropy.dtype)  # near the largest logit: no digits are lost to large ones
+    table = (logits.to(entropy.dtype) - origin) * scale - (lse[:, None] - origin.double() * scale).to(entropy.dtype)
+    probs = table.exp()
+    grads, skipped = torch.zeros_like(table), torch.ones_like(targets, dtype=torch.bool)
+    inside = (targets >= 0) & (targets < logits.shape[1])
+    if grad_logprobs is not None:
+        index = targets.clamp(0, logits.shape[1] - 1)[:, None]
+        grads = -probs.scatter(1, index, table.gather(1, index).expm1()) * grad_logprobs[:, None]
+        skipped &= grad_logprobs == 0
+    if grad_entropy is not None:
+        log_probs = table.clamp_min(LOWEST)
+        grads = grads - probs * (log_probs + entropy[:, None]) * grad_entropy[:, None]
+        skipped &= grad_entropy == 0
+    grads = (grads * scale).masked_fill(~inside[:, None], torch.nan).masked_fill((skipped & inside)[:, None], 0.0)
+    return grads.to(logits.dtype)
+
+
+def _backward_in_place_ref(
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *saved: Tensor
+) -> None:
+    logits.copy_(token_logprobs_backward_ref(grad_logprobs, grad_entropy, logits, *saved))
+
+
+def _check(logits: Tensor, targets: Tensor, temperature: Tensor) -> None:
+    name = "token_logprobs"
+    same_device(name, logits=logits, targets=targets, temperature=temperature)
+    dtype_in(name, "logits", logits, FLOATS)
+    has_shape(name, "logits", logits, (None, None), "(T, V)")
+    if logits.shape[1] == 0:
+        raise ValueError(f"{name}: logits must have at least one column, got {tuple(logits.shape)}")
+    dtype_in(name, "targets", targets, (torch.int64,))
+    has_shape(name, "targets", targets, (logits.shape[0],), "(T,)")
+    dtype_in(name, "temperature", temperature, (computed_in(logits),))
+    if temperature.ndim != 1 or temperature.shape[0] not in (1, logits.shape[0]):
+        raise ValueError(f"{name}: temperature must be ({logits.shape[0]},) or (1,), got {tuple(temperature.shape)}")
+
+
+def rows_of(logits: Tensor) -> Tensor:
+    """The logits with the elements of a row side by side: the same memory where they are already."""
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+
+
+def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.new_empty(logits.shape[0], dtype=computed_in(logits))
+    return rows, torch.empty_like(rows), torch.empty_like(rows, dtype=torch.float64)
+
+
+def _cpu_forward(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check(logits, targets, temperature)
+    logits, targets, temperature = rows_of(logits), targets.contiguous(), temperature.contiguous()
+    logprobs, entropy, lse = _fake(logits)
+    getattr(_cpu, f"token_logprobs_{dtype_name(logits)}")(
+        logits.data_ptr(),
+        targets.data_ptr(),
+        temperature.data_ptr(),
+        logprobs.data_ptr(),
+        entropy.data_ptr(),
+        lse.data_ptr(),
+        *logits.shape,
+        logits.stride(0),
+        int(temperature.shape[0] > 1),
+        torch.get_num_threads(),
+    )
+    return logprobs, entropy, lse
+
+
+def _cpu_gradient(
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, saved: tuple[Tensor, ...], out: Tensor
+) -> None:
+    """Writes the gradient to `out`, whose rows are (T, V) with V consecutive elements each."""
+    targets, temperature, entropy, lse = (t.contiguous() for t in saved)
+    _check(logits, targets, temperature)
+    logits, rows = rows_of(logits), (logits.shape[0],)
+    grads = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy)]
+    for name, tensor, dtype in (
+        ("grad_logprobs", grads[0], computed_in(logits)),
+        ("grad_entropy", grads[1], computed_in(logits)),
+        ("entropy", entropy, computed_in(logits)),
+        ("lse", lse, torch.float64),
+    ):
+        if tensor is not None:
+            same_device("token_logprobs", logits=logits, **{name: tensor})
+            dtype_in("token_logprobs", name, tensor, (dtype,))
+            has_shape("token_logprobs", name, tensor, rows, "(T,)")
+    getattr(_cpu, f"token_logprobs_backward_{dtype_name(logits)}")(
+        address(grads[0]),
+        address(grads[1]),
+        logits.data_ptr(),
+        targets.data_ptr(),
+        temperature.data_ptr(),
+        entropy.data_ptr(),
+        lse.data_ptr(),
+        out.data_ptr(),
+        *logits.shape,
+        logits.stride(0),
+        out.stride(0),
+        int(temperature.shape[0] > 1),
+        torch.get_num_threads(),
+    )
+
+
+def _cpu_backward(grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *saved: Tensor) -> Tensor:
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _cpu_gradient(grad_logprobs, grad_entropy, logits, saved, out)
+    return out
+
+
+def _cpu_backward_in_place(
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *saved: Tensor
+) -> None:
+    _check_in_place(logits)
+    _cpu_gradient(grad_logprobs, grad_entropy, logits, saved, logits)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, entropy, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, entropy, lse)
+
+
+def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Any) -> tuple[Any, ...]:
+    if grad_logprobs is None and grad_entropy is None:
+        return None, None, None
+    return _gradient(grad_logprobs, grad_entropy, *ctx.saved_tensors), None, None
+
+
+class _InPlace(torch.autograd.Function):
+    """The op with its gradient written over the logits. Saved tensors are version-checked: a second backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        output = _forward(logits, targets, temperature)
+        _setup_context(ctx, (logits, targets, temperature), output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Any) -> tuple[Any, ...]:
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, None
+        logits, *saved = ctx.saved_tensors
+        logits = logits.detach()
+        _gradient_in_place(grad_logprobs, grad_entropy, logits, *saved)
+        torch.autograd.graph.increment_version(logits)
+        return logits, None, None
+
+
+def _check_in_place(logits: Tensor) -> None:
+    """Raises unless a gradient may be written over these logits."""
+    if torch.compiler.is_compiling():
+        raise ValueError("token_logprobs: inplace_backward is not supported under torch.compile")
+    base = logits if logits._base is None else logits._base
+    if base.requires_grad and base.is_leaf:
+        raise ValueError(
+            "token_logprobs: inplace_backward would overwrite a parameter: logits is a leaf, or a view of one"
+        )
+    (rows, size), (step, inner) = logits.shape, logits.stride()
+    if (rows > 1 and step < size) or (size > 1 and inner != 1):
+        expected = "rows of consecutive elements that do not overlap"
+        raise ValueError(
+            f"token_logprobs: inplace_backward expects logits with {expected}, got strides {logits.stride()}"
+        )
+
+
+def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    for num_rows, size in [(0, 3), (1, 1), (4, 5), (3, 2048), (5, 5003)]:
+        logits = 3 * torch.randn(num_rows, size, generator=generator) + 100 * torch.arange(num_rows)[:, None]
+        targets = torch.randint(size, (num_rows,), generator=generator).to(device)
+        yield logits.to(device, dtype), targets, torch.ones(1, device=device, dtype=wide)
+        temperature = torch.linspace(0.5, 2.0, num_rows).to(device, wide)
+        if size > 100:  # one token certain, the rest impossible; out of reach of gradcheck's finite differences
+            logits[1:2, 1:] = -torch.inf
+        yield logits.to(device, dtype), targets, temperature
+
+
+_SAVED = "Tensor targets, Tensor temperature, Tensor entropy, Tensor lse"
+_forward = leaf(
+    "token_logprobs(Tensor logits, Tensor targets, Tensor temperature) -> (Tensor, Tensor, Tensor)",
+    ref=token_logprobs_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+)
+_gradient = leaf(
+    f"token_logprobs_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, {_SAVED}) -> Tensor",
+    ref=token_logprobs_backward_ref,
+    fake=lambda g, h, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
+    cpu=_cpu_backward,
+)
+_gradient_in_place = leaf(
+    f"token_logprobs_backward_(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, {_SAVED}) -> ()",
+    ref=_backward_in_place_ref,
+    fake=lambda *_: None,
+    cpu=_cpu_backward_in_place,
+)
+_op = op(
+    _forward,
+    reference=token_logprobs_ref,
+    samples=samples,
+    grads=("logits",),
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def temperature_of(function: str, temperature: float | Tensor, like: Tensor) -> Tensor:
+    """The temperature as a (1,) or (T,) tensor beside `like`; raises unless it is positive and finite."""
+    if isinstance(temperature, Tensor):
+        if temperature.requires_grad:
+            raise ValueError(f"{function}: temperature gets no gradient, so it must be detached")
+        if readable(temperature) and not bool(((temperature > 0) & temperature.isfinite()).all()):
+            raise ValueError(
+                f"{function}: every temperature must be above 0 and finite, got {temperature.min().item()}"
+            )
+        return temperature.to(computed_in(like))
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{function}: temperature must be above 0 and finite, got {temperature}")
+    return like.new_full((1,), temperature, dtype=computed_in(like))
+
+
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Returns the log-probability of each row's target, and with return_entropy also the entropy of each row.
+
+    logprobs[t] = log softmax(logits[t] / temperature)[targets[t]];  entropy[t] = -sum_v p[t, v] log p[t, v]
+
+    logits: (T, V) float32|float64|bfloat16|float16; rows may be strided; -inf is a token of probability 0
+    targets: (T,) int64 in [0, V); elsewhere than on the CPU a target out of range gives NaN for its row
+    temperature: a number or (T,), above 0; gets no gradient
+    logprobs, entropy: (T,) float32 whatever the logits (float64 for float64), computed in it in one read of the logits
+    inplace_backward: writes the gradient over the logits, which saves a (T, V) tensor; they are garbage after backward,
+        which can then run only once. Not under torch.compile, nor for logits that are a leaf
+
+    Both outputs have a gradient; a second derivative raises. Rows with an upstream gradient of 0 get exactly 0. NaN in,
+    NaN out, for the row. Sums run in a fixed order: the result does not depend on the number of threads.
+    Raises: ValueError for shapes, devices, targets or temperatures that do not fit, TypeError for dtypes.
+    """
+    scale = temperature_of("token_logprobs", temperature, logits)
+    _check(logits, targets, scale)
+    indices_below("token_logprobs", "targets", targets, logits.shape[1])
+    if inplace_backward and torch.is_grad_enabled() and logits.requires_grad:
+        _check_in_place(logits)
+        logprobs, entropy, _ = _InPlace.apply(logits, targets, scale)
+    else:
+        logprobs, entropy, _ = _op(logits, targets, scale)
+    return (logprobs, entropy) if return_entropy else logprobs
