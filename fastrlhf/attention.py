@@ -48,6 +48,8 @@ def attend(
     if dropout:
         raise ValueError(f"fastrlhf attention: dropout must be 0, got {dropout}")
     if slots is not None:
+        if softcap is not None:
+            raise ValueError(f"fastrlhf attention: softcap must be None while generating, got {softcap}")
         return slots.attend(module, query, key, value, scaling, sliding_window)
     if cu_seq_lens_q is None or max_length_q is None:
         raise ValueError("fastrlhf attention: call the model with **batch.model_inputs() of a Packed batch")

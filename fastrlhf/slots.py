@@ -15,6 +15,8 @@ from fastrlhf.attention import attend
 from fastrlhf.ops import decode_attention
 from fastrlhf.packing import Packed
 
+PACK_KEYWORDS = ("cu_seq_lens_q", "max_length_q", "sequence_lengths")  # of the attention function
+
 
 class Slots:
     """Keys and values of every layer, each (num_slots, kv heads, max_length, K), allocated when first written.
@@ -45,7 +47,7 @@ class Slots:
         self._rows = slots.repeat_interleave(lengths, output_size=batch.num_tokens)
         self._places = batch.position_ids
         inputs = batch.model_inputs()
-        self._packed = {name: inputs[name] for name in inputs.keys() - {"input_ids", "position_ids", "attention_mask"}}
+        self._packed = {name: inputs.get(name) for name in PACK_KEYWORDS}
         self.longest = max(self.longest, *batch.lengths)
 
     def decode(self, lengths: Tensor) -> None:
@@ -67,8 +69,7 @@ class Slots:
         keys[self._rows, :, self._places] = key.transpose(1, 2).flatten(0, 1)
         values[self._rows, :, self._places] = value.transpose(1, 2).flatten(0, 1)
         if self._packed is not None:
-            pack = self._packed
-            return attend(module, query, key, value, None, scaling, sliding_window=sliding_window, **pack)
+            return attend(module, query, key, value, None, scaling, sliding_window=sliding_window, **self._packed)
         seen = slice(0, self.longest)
         out = decode_attention(
             query[:, :, 0], keys[:, :, seen], values[:, :, seen], self._lengths, scale=scaling, window=sliding_window

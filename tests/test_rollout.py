@@ -78,6 +78,17 @@ def test_logits_pass_through_the_models_own_head():
         assert_teacher_forced(model, sample)
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3_text"])
+def test_it_runs_under_the_callers_autocast(arch):
+    model = model_of(arch)
+    engine = engine_of(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        samples = engine.generate(prompts_of(), Sampling(8), seeds=range(9))
+        for sample in samples:
+            expected = teacher_forced(model, sample).float()
+            torch.testing.assert_close(torch.tensor(sample.logprobs), expected, rtol=0, atol=0.15)
+
+
 @pytest.mark.parametrize("max_slots", [1, 2, 5])
 def test_responses_do_not_depend_on_the_number_of_slots_or_the_order(max_slots):
     model, prompts, seeds = model_of(), prompts_of(), [100 * i for i in range(9)]
@@ -232,6 +243,12 @@ def test_bad_sampling_is_named(options, text):
     with pytest.raises(ValueError) as caught:
         Sampling(**{"max_new_tokens": 5, **options})
     assert "Sampling: " in str(caught.value) and text in str(caught.value)
+
+
+def test_attention_softcapping_is_refused():
+    model = model_of("gemma2", head_dim=8, num_key_value_heads=2)
+    with pytest.raises(ValueError, match="softcap must be None while generating, got 50"):
+        engine_of(model).generate(prompts_of(), Sampling(3), seeds=range(9))
 
 
 def test_a_model_on_another_attention_is_refused():

@@ -1,12 +1,14 @@
 // One draw a row by inverse CDF, with the log-probability of what was drawn.
+#include <stdlib.h>
+
 #include "exp.h"
 #include "kernel.h"
-#include <stdlib.h>
 
 namespace FASTRLHF_ISA {
 namespace {
 
-constexpr int64_t NUM_BLOCKS = 512;  // the CDF is kept at this many points; within a block it is summed again
+constexpr int64_t NUM_BLOCKS =
+    512;  // the CDF is kept at this many points; within a block it is summed again
 
 uint64_t mix(uint64_t z) {  // the output function of splitmix64
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -18,7 +20,8 @@ uint64_t mix(uint64_t z) {  // the output function of splitmix64
 double uniform(int64_t seed, int64_t position) {
   const uint64_t golden = 0x9E3779B97F4A7C15u;
   const uint64_t start = mix(static_cast<uint64_t>(seed) + golden);
-  return static_cast<double>(mix(start + golden * (static_cast<uint64_t>(position) + 1)) >> 11) * 0x1p-53;
+  return static_cast<double>(mix(start + golden * (static_cast<uint64_t>(position) + 1)) >> 11) *
+         0x1p-53;
 }
 
 // Unsigned integers in the order of the floating-point numbers.
@@ -36,10 +39,12 @@ inline uint64_t order_of(double x) {
   return bits >> 63 ? ~bits : bits | 0x8000000000000000u;
 }
 
-// Returns the largest c such that the tokens with order >= c weigh `wanted` in all, among those with order >= lowest; a
-// null `weights` counts them. Radix descent: each pass fixes the next 8 bits of c.
+// Returns the largest c such that the tokens with order >= c weigh `wanted` in all, among those
+// with order >= lowest; a null `weights` counts them. Radix descent: each pass fixes the next 8
+// bits of c.
 template <class T, class Order>
-Order weighted_quantile(const T* logits, const T* weights, int64_t size, Order lowest, double wanted) {
+Order weighted_quantile(const T* logits, const T* weights, int64_t size, Order lowest,
+                        double wanted) {
   const int num_bits = 8 * sizeof(Order);
   Order prefix = 0;
   for (int shift = num_bits - 8; shift >= 0; shift -= 8) {
@@ -47,7 +52,8 @@ Order weighted_quantile(const T* logits, const T* weights, int64_t size, Order l
     for (int64_t v = 0; v < size; v++) {
       const Order order = order_of(logits[v]);
       const bool inside = shift + 8 == num_bits || order >> (shift + 8) == prefix;
-      if (inside && order >= lowest) sums[order >> shift & 255] += weights ? static_cast<double>(weights[v]) : 1.;
+      if (inside && order >= lowest)
+        sums[order >> shift & 255] += weights ? static_cast<double>(weights[v]) : 1.;
     }
     int digit = 255;
     for (; digit > 0 && sums[digit] < wanted; digit--) wanted -= sums[digit];
@@ -70,11 +76,14 @@ double sum_blocks(const T* weights, int64_t size, int64_t width, double* sums) {
   return total;
 }
 
-// Returns the first token at which the running sum of the weights exceeds `target`: never one without weight.
+// Returns the first token at which the running sum of the weights exceeds `target`: never one
+// without weight.
 template <class T>
-int64_t inverse_cdf(const T* weights, int64_t size, int64_t width, const double* sums, double target) {
+int64_t inverse_cdf(const T* weights, int64_t size, int64_t width, const double* sums,
+                    double target) {
   int64_t block = 0, last = 0;
-  for (int64_t b = 0; b * width < size; b++) {  // rounding may leave target at the end: then the last one with weight
+  for (int64_t b = 0; b * width < size;
+       b++) {  // rounding may leave target at the end: then the last one with weight
     if (sums[b] > 0) block = b;
     if (target < sums[b]) break;
     target -= sums[b];
@@ -113,9 +122,10 @@ void truncate(const T* logits, T* weights, int64_t size, double total, Truncatio
 }
 
 template <class T>
-void sample_tokens(const T* logits, const int64_t* seeds, const int64_t* positions, int64_t* tokens, T* logprobs,
-                   T* sampler_logprobs, int64_t num_rows, int64_t size, double temperature, int64_t top_k,
-                   double top_p, double min_p, int64_t num_threads) {
+void sample_tokens(const T* logits, const int64_t* seeds, const int64_t* positions, int64_t* tokens,
+                   T* logprobs, T* sampler_logprobs, int64_t num_rows, int64_t size,
+                   double temperature, int64_t top_k, double top_p, double min_p,
+                   int64_t num_threads) {
   const bool truncated = (top_k > 0 && top_k < size) || top_p < 1 || min_p > 0;
   const int64_t width = size > 16 * NUM_BLOCKS ? (size + NUM_BLOCKS - 1) / NUM_BLOCKS : 16;
   const T scale = static_cast<T>(1 / temperature);
@@ -142,7 +152,8 @@ void sample_tokens(const T* logits, const int64_t* seeds, const int64_t* positio
         truncate(row, weights, size, total, {top_k, top_p, min_p});
         kept = sum_blocks(weights, size, width, sums);
       }
-      const int64_t token = inverse_cdf(weights, size, width, sums, uniform(seeds[n], positions[n]) * kept);
+      const int64_t token =
+          inverse_cdf(weights, size, width, sums, uniform(seeds[n], positions[n]) * kept);
       const double scaled = static_cast<double>((row[token] - highest) * scale);
       tokens[n] = token;
       logprobs[n] = static_cast<T>(scaled - log(total));
