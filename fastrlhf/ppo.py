@@ -1,67 +1,178 @@
-"""PPO against a reward with a KL penalty to a reference model (Ziegler et al., arXiv 1909.08593; Ouyang et al., 2203.02155).
+"""PPO against a reward with a KL penalty to a reference model.
 
-`PPO.step` is the algorithm, one verb a line; the rest of this file is what each verb means. Everything a step draws at
-random (order of prompts, sampling seeds, order of minibatches) is a function of the seed and the step number, so a run
-that was killed continues as if it had not been.
+`PPO.step` is the algorithm, one verb a line; the rest of the file is what each verb means. Everything that a step draws
+(prompts, sampling seeds, order of minibatches) follows from the seed and the step number, so a run that was killed
+continues as if it had not been.
+
+Source: Ziegler et al., arXiv 1909.08593; Stiennon et al., arXiv 2009.01325; Ouyang et al., arXiv 2203.02155.
 """
 
 from __future__ import annotations
 
-import itertools
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastrlhf.checkpoint import load_state, newest_checkpoint, open_output, save_checkpoint
 from fastrlhf.config import PPOConfig
-from fastrlhf.data import Prompt, eos_token_ids, load_prompts, load_tokenizer
-from fastrlhf.models import Policy, RewardModel, ValueModel
+from fastrlhf.data import Prompt, batch_rows, load_prompts
+from fastrlhf.metrics import MetricsLog
+from fastrlhf.models import Policy, ValueModel, autocasting
 from fastrlhf.ops import approx_kl, gae, masked_whiten, ppo_policy_loss, value_loss
+from fastrlhf.optim import Optimizer
 from fastrlhf.packing import Packed, pack
-from fastrlhf.rewards import adapt_kl_coef, apply_missing_eos, shape_rewards
+from fastrlhf.rewards import adapt_kl_coef, apply_missing_eos, parse_missing_eos, shape_rewards
 from fastrlhf.rollout import Engine, Sample, Sampling
 from fastrlhf.scoring import RewardFunction, Scorer
+from fastrlhf.template import eos_token_ids, load_tokenizer
 
 
 class PPO:
+    """Iterates over PPO steps; each yields its metrics. The final model is left in `<output>/model`.
+
+    reward: a function in place of config.reward (see `Scorer` for how it is called)
+
+    Raises: what loading raises, before any work is done; NonFiniteError when a gradient is not finite."""
+
+    def __init__(self, config: PPOConfig, *, reward: RewardFunction | None = None) -> None:
+        if (reward is None) == (not config.reward):
+            raise ValueError("PPO: give a reward, as config.reward or as a function, not both")
+        parse_missing_eos(config.missing_eos)
+        self.config = config
+        self.device = config.resolve_device()
+        torch.manual_seed(config.seed)
+        self.tokenizer = load_tokenizer(config.model)
+        loaded = load_prompts(
+            config.data,
+            self.tokenizer,
+            max_prompt_tokens=config.max_prompt_tokens,
+            template=config.template,
+            limit=config.limit,
+            max_rejected=config.max_rejected,
+        )
+        self.prompts = loaded.rows
+        self.scorer = Scorer(
+            reward or config.reward,
+            self.tokenizer,
+            max_tokens=config.max_tokens,
+            device=self.device,
+            autocast=config.autocast_dtype(),
+        )
+        checkpoint = open_output(config)
+        self.load_models(checkpoint)
+        self.policy_optimizer = self.make_optimizer(self.policy, config.learning_rate)
+        self.value_optimizer = self.make_optimizer(self.value_model, config.value_learning_rate)
+        self.kl_coef = config.kl_coef
+        self.num_steps_done = 0
+        if checkpoint:
+            state = load_state(checkpoint)
+            self.policy_optimizer.load_state_dict(state["policy_optimizer"])
+            self.value_optimizer.load_state_dict(state["value_optimizer"])
+            self.kl_coef, self.num_steps_done = state["kl_coef"], state["step"]
+        self.sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+        self.engine = Engine(
+            self.policy.model,
+            eos_token_ids=eos_token_ids(self.tokenizer, self.policy.model),
+            max_slots=min(config.max_slots, config.batch_size),
+        )
+        self.log = MetricsLog(
+            config.output, num_steps=config.steps, step=self.num_steps_done, tensorboard=config.tensorboard
+        )
+        self.log.say(str(loaded.report))
+
+    def load_models(self, checkpoint: Path | None) -> None:
+        """The policy, its reference, and the value model: a copy of the reward model if there is just one, else the
+        policy's body with a zero head, which then trains alone for the first steps."""
+        config = self.config
+        common: dict[str, Any] = {"autocast": config.autocast_dtype(), "device": self.device}
+        trained = {**common, "gradient_checkpointing": config.gradient_checkpointing}
+        self.policy = Policy.from_pretrained(checkpoint / "policy" if checkpoint else config.model, **trained)
+        self.reference = Policy.from_pretrained(config.reference or config.model, freeze=True, **common)
+        reward_models = self.scorer.models
+        if checkpoint:
+            self.value_model = ValueModel.from_pretrained(checkpoint / "value_model", **trained)
+        elif len(reward_models) == 1:
+            self.value_model = ValueModel.from_reward_model(
+                reward_models[0][0], gradient_checkpointing=config.gradient_checkpointing
+            )
+        else:
+            self.value_model = ValueModel.from_policy(self.policy, gradient_checkpointing=config.gradient_checkpointing)
+        default = 0 if len(reward_models) == 1 else 2
+        self.num_value_warmup_steps = default if config.value_warmup_steps is None else config.value_warmup_steps
+
+    def make_optimizer(self, model: torch.nn.Module, learning_rate: float) -> Optimizer:
+        config = self.config
+        return Optimizer(
+            model,
+            learning_rate=learning_rate,
+            num_steps=config.steps * config.epochs * config.minibatches,
+            schedule=config.schedule,
+            warmup_ratio=config.warmup_ratio,
+            weight_decay=config.weight_decay,
+            eps=config.adam_eps,
+            max_grad_norm=config.max_grad_norm,
+        )
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        while self.num_steps_done < self.config.steps:
+            metrics = self.step()
+            self.num_steps_done += 1
+            self.log.add(self.num_steps_done, metrics)
+            if self.num_steps_done % self.config.save_every == 0 or self.num_steps_done == self.config.steps:
+                self.save_checkpoint()
+            yield metrics
+        self.save(Path(self.config.output) / "model")
+
     def step(self) -> dict[str, float]:
         """Runs one PPO step: sample, score, shape, estimate advantages, update. Returns its metrics."""
         config = self.config
         prompts = self.next_prompts()
-        with self.timer("generate"):
+        with self.log.timer("generate"):
             samples = self.generate(prompts)
-        with self.timer("score"):
+        with self.log.timer("score"):
             batch, scores = self.score(prompts, samples)
         if self.num_steps_done == 0:
             self.check_start(batch)
-        finished = torch.tensor([sample.finished for sample in samples], device=scores.device)
-        final_scores = apply_missing_eos(scores, finished, config.missing_eos)
+        finished = torch.tensor([sample.finished for sample in samples], device=self.device)
         rewards = shape_rewards(
-            final_scores, batch["old_logprobs"], batch["ref_logprobs"], batch.cu_responses, kl_coef=self.kl_coef
+            apply_missing_eos(scores, finished, config.missing_eos),
+            batch["old_logprobs"],
+            batch["ref_logprobs"],
+            batch.cu_responses,
+            kl_coef=self.kl_coef,
         )
         advantages, returns = gae(rewards, batch["values"], batch.cu_responses, gamma=config.gamma, lam=config.lam)
         if config.whiten:
             advantages = masked_whiten(advantages)
         batch = batch.with_fields(rewards=rewards, advantages=advantages, returns=returns)
-        with self.timer("update"):
-            stats = [self.update(minibatch) for minibatch in self.minibatches(batch)]
-        metrics = self.describe(batch, scores, samples, stats)
+        with self.log.timer("update"), self.log.progress("update", config.epochs * batch.num_tokens) as advance:
+            stats = [self.update(minibatch, advance) for minibatch in self.minibatches(batch)]
+        metrics = self.describe(batch, scores, finished, stats)
         if config.kl_target is not None:
             self.kl_coef = adapt_kl_coef(
                 self.kl_coef, metrics["objective/kl"], target=config.kl_target, num_responses=len(samples)
             )
         return metrics
 
+    def next_prompts(self) -> list[Prompt]:
+        """The prompts of this step: each pass over the file has its own order, which follows from the seed."""
+        rows = batch_rows(len(self.prompts), self.config.batch_size, self.num_steps_done, seed=self.config.seed)
+        return [self.prompts[row] for row in rows]
+
     def generate(self, prompts: list[Prompt]) -> list[Sample]:
-        """One response to each prompt; the draws of a response depend on its number in the run, not on the batch."""
-        first = self.num_steps_done * self.config.batch_size
-        seeds = [(self.config.seed << 32) + first + i for i in range(len(prompts))]
-        return self.engine.generate([prompt.tokens for prompt in prompts], self.sampling, seeds=seeds)
+        """A response to each prompt. Its draws follow from its number in the run, not from the batch."""
+        first = (self.config.seed << 32) + self.num_steps_done * self.config.batch_size
+        total = len(prompts) * self.sampling.max_new_tokens
+        with self.log.progress("generate", total) as advance, autocasting(self.device, self.policy.autocast):
+            return self.engine.generate(
+                [prompt.tokens for prompt in prompts],
+                self.sampling,
+                seeds=range(first, first + len(prompts)),
+                progress=advance,
+            )
 
     @torch.no_grad()
     def score(self, prompts: list[Prompt], samples: list[Sample]) -> tuple[Packed, Tensor]:
@@ -71,39 +182,155 @@ class PPO:
             prompt_lengths=[len(sample.prompt) for sample in samples],
             device=self.device,
         )
-        parts = batch.microbatches(self.config.max_tokens)
-        temperature = self.config.temperature
+        if self.policy.autocast is None:
+            # the engine's, which equal the trainer's to 1e-5
+            old_logprobs = torch.tensor([x for sample in samples for x in sample.logprobs], device=self.device)
+        else:
+            # in half precision the two round differently, and the ratio of the first minibatch must be 1
+            old_logprobs = self.logprobs(self.policy, batch)
         batch = batch.with_fields(
-            old_logprobs=self.old_logprobs(parts, samples),
-            ref_logprobs=torch.cat([self.reference(part, temperature=temperature) for part in parts]),
-            values=torch.cat([self.value_model(part) for part in parts]),
+            old_logprobs=old_logprobs,
+            ref_logprobs=self.logprobs(self.reference, batch),
+            values=torch.cat([self.value_model(part) for part in batch.microbatches(self.config.max_tokens)]),
         )
         return batch, self.scorer(prompts, samples, batch)
 
-    def update(self, minibatch: Packed) -> dict[str, Tensor]:
+    def logprobs(self, policy: Policy, batch: Packed) -> Tensor:
+        """Log-probabilities (R,) of the sampled tokens, at the temperature of sampling."""
+        parts = batch.microbatches(self.config.max_tokens)
+        return torch.cat([policy(part, temperature=self.config.temperature) for part in parts])
+
+    @torch.no_grad()
+    def check_start(self, batch: Packed) -> None:
+        """Stops unless, before the first update, ratios are 1 and, with equal weights, the KL to the reference is 0."""
+        exact = self.policy.autocast is None
+        ratio = (self.logprobs(self.policy, batch) - batch["old_logprobs"]).exp()
+        error = (ratio - 1).abs().mean().item()
+        kl = approx_kl(batch["old_logprobs"], batch["ref_logprobs"], estimator="k1").mean().item()
+        if not error <= (1e-5 if exact else 1e-2):
+            raise RuntimeError(
+                f"PPO: before the first update the mean |ratio - 1| is {error:.2e}: sampler and trainer disagree on "
+                "the log-probabilities of the same tokens, so nothing learned from them could be trusted"
+            )
+        if not same_weights(self.policy, self.reference):
+            self.log.say(f"the reference is another model: KL before the first update is {kl:.4f} nats a token")
+        elif not abs(kl) <= (1e-5 if exact else 1e-3):
+            raise RuntimeError(f"PPO: policy and reference have equal weights, yet their KL is {kl:.2e} nats a token")
+
+    def minibatches(self, batch: Packed) -> Iterator[Packed]:
+        """The minibatches of each epoch: the responses in an order that follows from seed, step and epoch."""
+        config = self.config
+        size = -(-batch.num_sequences // config.minibatches)
+        for epoch in range(config.epochs):
+            generator = torch.Generator().manual_seed((config.seed << 32) + self.num_steps_done * config.epochs + epoch)
+            order = torch.randperm(batch.num_sequences, generator=generator).tolist()
+            for start in range(0, len(order), size):
+                yield batch.select(sorted(order[start : start + size]))
+
+    def update(self, minibatch: Packed, advance: Callable[[int], None]) -> dict[str, Tensor]:
         """One optimizer step of the policy and of the value model. Returns its statistics.
 
         Losses are sums over tokens divided by the tokens of the whole minibatch, so micro-batches do not matter."""
         config, num_tokens = self.config, minibatch.num_responses
-        stats: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        trains_policy = self.num_steps_done >= self.num_value_warmup_steps
+        stats: dict[str, Tensor] = {}
+        self.policy.train()
+        self.value_model.train()
         for part in minibatch.microbatches(config.max_tokens):
-            logprobs, entropy = self.policy(part, temperature=config.temperature, return_entropy=True)
-            loss, policy_stats = ppo_policy_loss(
-                logprobs,
-                part["old_logprobs"],
-                part["advantages"],
-                clip_range=config.clip_range,
-                denominator=num_tokens,
-            )
-            if self.trains_policy:
-                bonus = config.entropy_coef * entropy.sum() / num_tokens if config.entropy_coef else 0.0
-                (loss - bonus).backward()
-            values = self.value_model(part)
-            v_loss, value_stats = value_loss(
-                values,
+            if trains_policy:
+                logprobs, entropy = self.policy(part, temperature=config.temperature, return_entropy=True)
+                entropy = entropy.sum() / num_tokens
+                loss, loss_stats = ppo_policy_loss(
+                    logprobs,
+                    part["old_logprobs"],
+                    part["advantages"],
+                    clip_range=config.clip_range,
+                    denominator=num_tokens,
+                )
+                (loss - config.entropy_coef * entropy if config.entropy_coef else loss).backward()
+                add_stats(stats, "ppo/policy/", {"loss": loss, "entropy": entropy, **loss_stats})
+            loss, loss_stats = value_loss(
+                self.value_model(part),
                 part["values"],
                 part["returns"],
                 clip_range=config.clip_range_value,
                 denominator=num_tokens,
             )
-            (config.value_coef * v_loss).backward()
+            (config.value_coef * loss).backward()
+            add_stats(stats, "ppo/value/", {"loss": loss, **loss_stats})
+            advance(part.num_tokens)
+        where = f"step {self.num_steps_done + 1}; the last good checkpoint is {newest_checkpoint(config.output)}"
+        if trains_policy:
+            stats["ppo/policy/grad_norm"] = self.policy_optimizer.step(f"the policy's update in {where}")
+        stats["ppo/value/grad_norm"] = self.value_optimizer.step(f"the value model's update in {where}")
+        return stats
+
+    def describe(
+        self, batch: Packed, scores: Tensor, finished: Tensor, stats: list[dict[str, Tensor]]
+    ) -> dict[str, float]:
+        """The metrics of a step under the names the field knows. KL is summed over a response, then averaged."""
+        kl = approx_kl(batch["old_logprobs"], batch["ref_logprobs"], estimator="k1")
+        returns, errors = batch["returns"], batch["returns"] - batch["values"]
+        metrics: dict[str, Any] = {
+            "objective/scores": scores.mean(),
+            "objective/scores_std": scores.std(correction=0),
+            "objective/kl": kl.sum() / batch.num_sequences,
+            "objective/kl_coef": self.kl_coef,
+            "objective/rlhf_reward": batch["rewards"].sum() / batch.num_sequences,
+            "objective/entropy": -batch["old_logprobs"].mean(),
+            "response/length": batch.num_responses / batch.num_sequences,
+            "response/eos_rate": finished.float().mean(),
+            "ppo/value/mean": batch["values"].mean(),
+            "ppo/value/explained_variance": 1 - errors.var(correction=0) / returns.var(correction=0),
+            "ppo/returns/mean": returns.mean(),
+            "ppo/policy/learning_rate": self.policy_optimizer.learning_rate,
+            "num_tokens": batch.num_tokens,
+        }
+        for name in stats[0]:
+            values = torch.stack([each[name] for each in stats])
+            metrics[name] = (
+                values.max() if name.endswith("_max") else values.min() if name.endswith("_min") else values.mean()
+            )
+        return {name: float(value) for name, value in metrics.items()}
+
+    def save_checkpoint(self) -> None:
+        """Writes everything that the next step needs."""
+
+        def write(folder: Path) -> None:
+            self.policy.save_pretrained(folder / "policy")
+            self.value_model.save_pretrained(folder / "value_model")
+            self.tokenizer.save_pretrained(folder / "policy")
+
+        save_checkpoint(
+            self.config.output,
+            self.num_steps_done,
+            write,
+            policy_optimizer=self.policy_optimizer.state_dict(),
+            value_optimizer=self.value_optimizer.state_dict(),
+            kl_coef=self.kl_coef,
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the policy and its tokenizer as a folder that transformers loads."""
+        self.policy.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def add_stats(stats: dict[str, Tensor], prefix: str, values: dict[str, Tensor]) -> None:
+    """Adds a micro-batch's statistics: sums over the minibatch's denominator, or extremes."""
+    for key, value in values.items():
+        name, value = prefix + key, value.detach()
+        if name not in stats:
+            stats[name] = value
+        elif key.endswith("_max"):
+            stats[name] = torch.maximum(stats[name], value)
+        elif key.endswith("_min"):
+            stats[name] = torch.minimum(stats[name], value)
+        else:
+            stats[name] = stats[name] + value
+
+
+def same_weights(first: Policy, second: Policy) -> bool:
+    """Whether two models have equal parameters."""
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)

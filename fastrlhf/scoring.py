@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrlhf.data import Prompt, check_same_vocabulary, load_tokenizer
+from fastrlhf.data import Prompt
 from fastrlhf.models import RewardModel
 from fastrlhf.packing import Packed
 from fastrlhf.rollout import Sample
+from fastrlhf.template import check_same_vocabulary, load_tokenizer
 
 RewardFunction = Callable[..., Sequence[float] | Tensor]
 
@@ -61,7 +62,8 @@ class Scorer:
 
     A function is called as f(prompts, responses, *, response_ids, finished, **columns) and returns N numbers: prompts
     and responses are texts (special tokens left out), response_ids the token ids of each response, finished whether it
-    ended by itself, and every other column of the prompt file arrives by name."""
+    ended by itself, every other column of the prompt file arrives by name,
+    None where a row lacks it."""
 
     def __init__(
         self,
@@ -70,23 +72,22 @@ class Scorer:
         *,
         max_tokens: int,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.models: list[tuple[RewardModel, float]] = []
         self.functions: list[tuple[RewardFunction, float]] = []
-        self.folders: list[str] = []
         for source, weight in parse_reward(reward) if isinstance(reward, str) else [(reward, 1.0)]:
             if callable(source):
                 self.functions.append((source, weight))
             elif not Path(source).is_dir() and ":" in source:
                 self.functions.append((load_function(source), weight))
             else:
+                check_same_vocabulary(tokenizer, load_tokenizer(source), f"reward model {source}")
+                dtype = autocast or torch.float32  # frozen, so it needs no fp32 weights
                 model = RewardModel.from_pretrained(source, device=device, dtype=dtype, freeze=True)
-                check_same_vocabulary(tokenizer, load_tokenizer(source))
                 self.models.append((model, weight))
-                self.folders.append(source)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sample], batch: Packed) -> Tensor:
@@ -103,7 +104,8 @@ class Scorer:
     def _call(self, function: RewardFunction, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> Tensor:
         name = getattr(function, "__qualname__", repr(function))
         response_ids = [sample.response for sample in samples]
-        columns = {key: [prompt.columns[key] for prompt in prompts] for key in prompts[0].columns}
+        names = sorted({name for prompt in prompts for name in prompt.columns})
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
         scores = function(
             [prompt.text for prompt in prompts],
             self.tokenizer.batch_decode(response_ids, skip_special_tokens=True),

@@ -7,6 +7,7 @@ K head width.
 from fastrlhf.ops.approx_kl import approx_kl
 from fastrlhf.ops.decode_attention import decode_attention
 from fastrlhf.ops.gae import gae
+from fastrlhf.ops.linear_token_logprobs import linear_token_logprobs
 from fastrlhf.ops.masked_whiten import masked_whiten
 from fastrlhf.ops.pairwise_reward_loss import pairwise_reward_loss
 from fastrlhf.ops.ppo_policy_loss import ppo_policy_loss
@@ -18,6 +19,7 @@ __all__ = [
     "approx_kl",
     "decode_attention",
     "gae",
+    "linear_token_logprobs",
     "masked_whiten",
     "pairwise_reward_loss",
     "ppo_policy_loss",

@@ -1,0 +1,230 @@
+"""PPO: it learns, it starts where it says, it does not depend on micro-batches, and it survives a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from fastrlhf import PPO, PPOConfig
+from fastrlhf.metrics import read_jsonl
+from fastrlhf.models import RewardModel
+from fastrlhf.optim import NonFiniteError
+
+VOCAB = 300
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices are slower on two threads than on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a random 2-layer model, its tokenizer, a reward model and a prompt file."""
+    tokenizer = tiny_tokenizer(VOCAB)
+    tiny_model("llama", vocab=VOCAB).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    RewardModel.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "reward")
+    tokenizer.save_pretrained(tmp_path / "reward")
+    with open(tmp_path / "prompts.jsonl", "w") as file:
+        for n in range(40):
+            file.write(json.dumps({"prompt": f"Say {n}", "want": n % 3}) + "\n")
+    return tmp_path
+
+
+def config(folder, **changes):
+    settings = {
+        "model": str(folder / "model"),
+        "data": str(folder / "prompts.jsonl"),
+        "output": str(folder / "out"),
+        "steps": 3,
+        "batch_size": 8,
+        "minibatches": 2,
+        "epochs": 2,
+        "max_new_tokens": 8,
+        "learning_rate": 1e-3,
+        "value_learning_rate": 1e-3,
+    }
+    return PPOConfig(**{**settings, **changes})
+
+
+def share_of_low_tokens(prompts, responses, *, response_ids, **_):
+    """The share of token ids below 40: about 40 / 300 for a random model, 1 at best."""
+    return [sum(t < 40 for t in ids) / len(ids) for ids in response_ids]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ppo_goes_from_below_20_to_above_80_percent_of_the_optimum(folder, seed):
+    settings = {"batch_size": 32, "epochs": 4, "learning_rate": 1e-2, "value_learning_rate": 1e-2, "kl_coef": 0.0}
+    trainer = PPO(config(folder, seed=seed, steps=20, schedule="constant", **settings), reward=share_of_low_tokens)
+    scores = [metrics["objective/scores"] for metrics in trainer]
+    assert scores[0] <= 0.2 and sum(scores[-3:]) / 3 >= 0.8, scores
+
+
+def test_at_the_first_minibatch_ratios_are_one_and_the_kl_is_zero(folder):
+    metrics = next(iter(PPO(config(folder, minibatches=1, epochs=1), reward=share_of_low_tokens)))
+    assert abs(metrics["objective/kl"]) < 1e-4
+    assert metrics["ppo/value/clip_fraction"] == 0
+    trainer = PPO(
+        config(folder, output=str(folder / "two"), epochs=1, minibatches=1, value_warmup_steps=0),
+        reward=share_of_low_tokens,
+    )
+    metrics = next(iter(trainer))
+    assert abs(metrics["ppo/policy/ratio_max"] - 1) < 1e-4 and abs(metrics["ppo/policy/ratio_min"] - 1) < 1e-4
+
+
+def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(folder, monkeypatch):
+    trainer = PPO(config(folder), reward=share_of_low_tokens)
+    generate = trainer.engine.generate
+
+    def wrong(*args, **kwargs):
+        samples = generate(*args, **kwargs)
+        for sample in samples:
+            sample.logprobs[:] = [x - 0.01 for x in sample.logprobs]
+        return samples
+
+    monkeypatch.setattr(trainer.engine, "generate", wrong)
+    with pytest.raises(RuntimeError, match="sampler and trainer disagree"):
+        next(iter(trainer))
+
+
+def test_micro_batches_do_not_change_the_metrics(folder):
+    runs = []
+    for max_tokens in (16, 10_000):
+        output = str(folder / f"out{max_tokens}")
+        trainer = PPO(config(folder, output=output, max_tokens=max_tokens, steps=2), reward=share_of_low_tokens)
+        runs.append(list(trainer))
+    for small, large in zip(*runs, strict=True):
+        assert small.keys() == large.keys()
+        for name in small:
+            assert small[name] == pytest.approx(large[name], rel=1e-3, abs=1e-5), name
+
+
+def test_values_start_as_scores_of_the_reward_model(folder):
+    trainer = PPO(config(folder, reward=str(folder / "reward")))
+    body, value_body = trainer.scorer.models[0][0].state_dict(), trainer.value_model.state_dict()
+    assert all(torch.equal(body[name], value_body[name]) for name in body)
+    assert len(list(trainer)) == 3
+
+
+def test_a_weighted_sum_of_rewards_adds_up(folder):
+    reward = f"{folder / 'reward'}=2,rewards_of_this_test:constant=0.5"
+    (folder / "rewards_of_this_test.py").write_text(
+        "def constant(prompts, responses, **_):\n    return [3] * len(prompts)\n"
+    )
+    sys.path.insert(0, str(folder))
+    try:
+        summed = next(iter(PPO(config(folder, reward=reward, output=str(folder / "sum")))))
+        alone = next(iter(PPO(config(folder, reward=str(folder / "reward"), output=str(folder / "alone")))))
+    finally:
+        sys.path.remove(str(folder))
+    assert summed["objective/scores"] == pytest.approx(2 * alone["objective/scores"] + 1.5, rel=1e-5)
+
+
+def test_reward_functions_get_texts_ids_and_the_other_columns(folder):
+    seen = {}
+
+    def reward(prompts, responses, *, response_ids, finished, want):
+        seen.update(prompts=prompts, responses=responses, ids=response_ids, finished=finished, want=want)
+        return torch.zeros(len(prompts))
+
+    next(iter(PPO(config(folder), reward=reward)))
+    assert all(
+        text == f"Say {text.split()[1]}" and want == int(text.split()[1]) % 3
+        for text, want in zip(seen["prompts"], seen["want"], strict=True)
+    )
+    assert len(seen["responses"]) == len(seen["ids"]) == len(seen["finished"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("reward", "text"),
+    [
+        (lambda prompts, responses, **_: [1.0], r"must return 8 scores, got \(1,\)"),
+        (lambda prompts, responses, **_: [float("nan")] * len(prompts), "gave nan for response 0"),
+    ],
+)
+def test_a_reward_function_that_returns_nonsense_is_named(folder, reward, text):
+    with pytest.raises(ValueError, match=text):
+        next(iter(PPO(config(folder), reward=reward)))
+
+
+def test_nan_weights_stop_the_run_and_name_step_and_checkpoint(folder):
+    trainer = PPO(config(folder, save_every=1, value_warmup_steps=0), reward=share_of_low_tokens)
+    steps = iter(trainer)
+    next(steps)
+    update = trainer.update
+
+    def poisoned(minibatch, advance):
+        return update(minibatch.with_fields(advantages=minibatch["advantages"] * float("nan")), advance)
+
+    trainer.update = poisoned
+    with pytest.raises(NonFiniteError, match=r"policy's update in step 2; .*step-000001"):
+        next(steps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"reward": "no_such_module:f"}, ValueError, "no module named 'no_such_module'"),
+        ({"reward": "json:no_such_function"}, ValueError, "has no function 'no_such_function'"),
+        ({"reward": "no/such/reward/model"}, FileNotFoundError, "no/such/reward/model"),
+        ({"reward": "json:dumps=much"}, ValueError, "the weight in 'json:dumps=much' is no number"),
+        ({"reward": ""}, ValueError, "give a reward"),
+        ({"reward": "json:dumps", "max_new_tokens": 400}, ValueError, "context"),
+        ({"reward": "json:dumps", "missing_eos": "drop"}, ValueError, "missing_eos: expected none, subtract:V"),
+        ({"reward": "json:dumps", "data": "missing.jsonl"}, ValueError, "no file 'missing.jsonl'"),
+        ({"reward": "json:dumps", "max_prompt_tokens": 3}, ValueError, "more than max_prompt_tokens = 3"),
+    ],
+)
+def test_bad_settings_are_named_before_any_work(folder, changes, error, text):
+    with pytest.raises(error, match=text):
+        next(iter(PPO(config(folder, **changes))))
+
+
+def test_a_reward_model_with_another_vocabulary_is_refused(folder):
+    tiny_tokenizer(VOCAB + 1).save_pretrained(folder / "reward")
+    with pytest.raises(ValueError, match="vocabulary"):
+        PPO(config(folder, reward=str(folder / "reward")))
+
+
+RUN = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from test_ppo import PPO, config, share_of_low_tokens
+from pathlib import Path
+for _ in PPO(config(Path({folder!r}), output={output!r}, steps=8, save_every=2, kl_target=1.0, resume={resume}),
+             reward=share_of_low_tokens):
+    print("step", flush=True)
+"""
+
+
+def test_a_killed_run_resumes_bit_for_bit(folder):
+    def command(output, resume=False):
+        code = RUN.format(
+            tests=os.path.dirname(__file__), folder=str(folder), output=str(folder / output), resume=resume
+        )
+        return [sys.executable, "-c", code]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    killed = subprocess.Popen(command("killed"), stdout=subprocess.PIPE, text=True)
+    for _ in range(5):
+        killed.stdout.readline()
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    killed.stdout.close()
+    with open(folder / "killed" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99')  # as a kill in the middle of a line leaves it
+    subprocess.run(command("killed", resume=True), check=True, capture_output=True)
+    whole, resumed = ((folder / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed"))
+    assert resumed == whole
+    assert len(read_jsonl(folder / "killed" / "metrics.jsonl")) == 8
