@@ -72,7 +72,8 @@ def _varlen(
             options["enable_gqa"] = True
         else:
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    return varlen_attn(q, k, v, cu, cu, longest, longest, **options)[None]
+    output: Any = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+    return output[None]
 
 
 def _one_sequence(
@@ -83,8 +84,8 @@ def _one_sequence(
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
         logits = softcap * torch.tanh(logits / softcap)
-        mask = causal_mask(length, window or length, q.device)
-        return logits.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        hidden = ~causal_mask(length, window or length, q.device)
+        return logits.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
     mask = causal_mask(length, window, q.device) if window and length > window else None
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped

@@ -149,13 +149,14 @@ class PPOConfig(LoopConfig):
     reference: str | None = option(None, "model that the KL is measured to; default: model")
     preset: str = option("summarize", "summarize or chat: which of the defaults a | b hold")
     steps: int = option(100, "PPO steps")
-    learning_rate: float | None = option(None, "peak learning rate of the policy")  # type: ignore[assignment]
-    value_learning_rate: float | None = option(None, "peak learning rate of the value model")
-    schedule: str | None = option(None, "of both: constant, linear or cosine (to 0)")  # type: ignore[assignment]
-    epochs: int | None = option(None, "passes over the responses of a step")
+    # the preset fills in what is None here
+    learning_rate: float = option(None, "peak learning rate of the policy")
+    value_learning_rate: float = option(None, "peak learning rate of the value model")
+    schedule: str = option(None, "of both: constant, linear or cosine (to 0)")
+    epochs: int = option(None, "passes over the responses of a step")
     minibatches: int = option(1, "optimizer steps a pass")
-    kl_coef: float | None = option(None, "weight of the KL penalty in the reward")
-    lam: float | None = option(None, "trace decay of generalised advantage estimation")
+    kl_coef: float = option(None, "weight of the KL penalty in the reward")
+    lam: float = option(None, "trace decay of generalised advantage estimation")
     kl_target: float | None = option(None, "adapt kl_coef to reach this KL (nats a response); default: fixed")
     gamma: float = option(1.0, "discount")
     clip_range: float = option(0.2, "clip range of the probability ratio")

@@ -308,7 +308,9 @@ def _conversation(value: Any) -> str | list[Message]:
         return _string(value)
     if not value:
         raise Rejected("empty prompt")
-    messages = [{**message, "content": _content(message)} for message in value if isinstance(message, dict)]
+    messages: list[Message] = [
+        {**message, "content": _content(message)} for message in value if isinstance(message, dict)
+    ]
     if len(messages) != len(value):
         raise Rejected("a message is no object with role and content")
     roles = [message.get("role") for message in messages]

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrlhf.checkpoint import load_state, newest_checkpoint, open_output, save_checkpoint
+from fastrlhf.checkpoint import check_output
 from fastrlhf.config import PPOConfig
 from fastrlhf.data import Prompt, batch_rows, load_prompts
+from fastrlhf.loop import advance, begin, seed_everything
 from fastrlhf.metrics import MetricsLog
 from fastrlhf.models import Policy, ValueModel, autocasting
 from fastrlhf.ops import approx_kl, gae, masked_whiten, ppo_policy_loss, value_loss
@@ -26,24 +27,26 @@ from fastrlhf.optim import Optimizer
 from fastrlhf.packing import Packed, pack
 from fastrlhf.rewards import adapt_kl_coef, apply_missing_eos, parse_missing_eos, shape_rewards
 from fastrlhf.rollout import Engine, Sample, Sampling
-from fastrlhf.scoring import RewardFunction, Scorer
+from fastrlhf.scoring import Scorer
 from fastrlhf.template import eos_token_ids, load_tokenizer
 
 
 class PPO:
-    """Iterates over PPO steps; each yields its metrics. The final model is left in `<output>/model`.
-
-    reward: a function in place of config.reward (see `Scorer` for how it is called)
+    """Iterates over PPO steps; each yields its metrics. The final policy is left in `<output>/model`.
 
     Raises: what loading raises, before any work is done; NonFiniteError when a gradient is not finite."""
 
-    def __init__(self, config: PPOConfig, *, reward: RewardFunction | None = None) -> None:
-        if (reward is None) == (not config.reward):
-            raise ValueError("PPO: give a reward, as config.reward or as a function, not both")
+    num_steps_done: int
+    data_fingerprint: int
+    log: MetricsLog
+
+    def __init__(self, config: PPOConfig) -> None:
         parse_missing_eos(config.missing_eos)
         self.config = config
+        self.num_steps = config.steps
         self.device = config.resolve_device()
-        torch.manual_seed(config.seed)
+        checkpoint = check_output(config)
+        seed_everything(config.seed)
         self.tokenizer = load_tokenizer(config.model)
         loaded = load_prompts(
             config.data,
@@ -55,33 +58,42 @@ class PPO:
         )
         self.prompts = loaded.rows
         self.scorer = Scorer(
-            reward or config.reward,
+            config.reward,
             self.tokenizer,
             max_tokens=config.max_tokens,
             device=self.device,
             autocast=config.autocast_dtype(),
         )
-        checkpoint = open_output(config)
         self.load_models(checkpoint)
         self.policy_optimizer = self.make_optimizer(self.policy, config.learning_rate)
         self.value_optimizer = self.make_optimizer(self.value_model, config.value_learning_rate)
         self.kl_coef = config.kl_coef
-        self.num_steps_done = 0
-        if checkpoint:
-            state = load_state(checkpoint)
-            self.policy_optimizer.load_state_dict(state["policy_optimizer"])
-            self.value_optimizer.load_state_dict(state["value_optimizer"])
-            self.kl_coef, self.num_steps_done = state["kl_coef"], state["step"]
         self.sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
         self.engine = Engine(
             self.policy.model,
             eos_token_ids=eos_token_ids(self.tokenizer, self.policy.model),
             max_slots=min(config.max_slots, config.batch_size),
         )
-        self.log = MetricsLog(
-            config.output, num_steps=config.steps, step=self.num_steps_done, tensorboard=config.tensorboard
-        )
+        self.check_context()
+        begin(self, checkpoint, (prompt.tokens for prompt in self.prompts))
         self.log.say(str(loaded.report))
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        return self
+
+    def __next__(self) -> dict[str, float]:
+        return advance(self)
+
+    def check_context(self) -> None:
+        """Raises ValueError unless every prompt and its response fit the models' contexts."""
+        longest = max(len(prompt.tokens) for prompt in self.prompts)
+        for model in (self.policy.model, self.reference.model, self.value_model.model):
+            context = getattr(model.config, "max_position_embeddings", None)
+            if context is not None and longest + self.config.max_new_tokens > context:
+                raise ValueError(
+                    f"PPO: the longest prompt has {longest} tokens and max_new_tokens is {self.config.max_new_tokens}, "
+                    f"but the context of {type(model).__name__} is {context}; lower max_prompt_tokens or max_new_tokens"
+                )
 
     def load_models(self, checkpoint: Path | None) -> None:
         """The policy, its reference, and the value model: a copy of the reward model if there is just one, else the
@@ -115,16 +127,6 @@ class PPO:
             eps=config.adam_eps,
             max_grad_norm=config.max_grad_norm,
         )
-
-    def __iter__(self) -> Iterator[dict[str, float]]:
-        while self.num_steps_done < self.config.steps:
-            metrics = self.step()
-            self.num_steps_done += 1
-            self.log.add(self.num_steps_done, metrics)
-            if self.num_steps_done % self.config.save_every == 0 or self.num_steps_done == self.config.steps:
-                self.save_checkpoint()
-            yield metrics
-        self.save(Path(self.config.output) / "model")
 
     def step(self) -> dict[str, float]:
         """Runs one PPO step: sample, score, shape, estimate advantages, update. Returns its metrics."""
@@ -259,10 +261,10 @@ class PPO:
             (config.value_coef * loss).backward()
             add_stats(stats, "ppo/value/", {"loss": loss, **loss_stats})
             advance(part.num_tokens)
-        where = f"step {self.num_steps_done + 1}; the last good checkpoint is {newest_checkpoint(config.output)}"
+        where = f"step {self.num_steps_done + 1}, minibatch of {minibatch.num_sequences} responses"
         if trains_policy:
-            stats["ppo/policy/grad_norm"] = self.policy_optimizer.step(f"the policy's update in {where}")
-        stats["ppo/value/grad_norm"] = self.value_optimizer.step(f"the value model's update in {where}")
+            stats["ppo/policy/grad_norm"] = self.policy_optimizer.step(f"the policy's update, {where}")
+        stats["ppo/value/grad_norm"] = self.value_optimizer.step(f"the value model's update, {where}")
         return stats
 
     def describe(
@@ -293,24 +295,24 @@ class PPO:
             )
         return {name: float(value) for name, value in metrics.items()}
 
-    def save_checkpoint(self) -> None:
-        """Writes everything that the next step needs."""
+    def save_models(self, folder: Path) -> None:
+        """Writes the models that a checkpoint needs."""
+        self.policy.save_pretrained(folder / "policy")
+        self.value_model.save_pretrained(folder / "value_model")
 
-        def write(folder: Path) -> None:
-            self.policy.save_pretrained(folder / "policy")
-            self.value_model.save_pretrained(folder / "value_model")
-            self.tokenizer.save_pretrained(folder / "policy")
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "policy_optimizer": self.policy_optimizer.state_dict(),
+            "value_optimizer": self.value_optimizer.state_dict(),
+            "kl_coef": self.kl_coef,
+        }
 
-        save_checkpoint(
-            self.config.output,
-            self.num_steps_done,
-            write,
-            policy_optimizer=self.policy_optimizer.state_dict(),
-            value_optimizer=self.value_optimizer.state_dict(),
-            kl_coef=self.kl_coef,
-        )
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policy_optimizer.load_state_dict(state["policy_optimizer"])
+        self.value_optimizer.load_state_dict(state["value_optimizer"])
+        self.kl_coef = state["kl_coef"]
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: Path) -> None:
         """Writes the policy and its tokenizer as a folder that transformers loads."""
         self.policy.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)

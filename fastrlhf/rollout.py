@@ -19,7 +19,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from fastrlhf.attention import ATTENTION
-from fastrlhf.ops import sample_tokens
+from fastrlhf.ops.sample_tokens import sample_tokens
 from fastrlhf.packing import pack
 from fastrlhf.slots import Slots
 

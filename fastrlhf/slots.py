@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.attention import attend
-from fastrlhf.ops import decode_attention
+from fastrlhf.ops.decode_attention import decode_attention
 from fastrlhf.packing import Packed
 
 PACK_KEYWORDS = ("cu_seq_lens_q", "max_length_q", "sequence_lengths")  # of the attention function

@@ -12,8 +12,8 @@ from fastrlhf.ops.masked_whiten import masked_whiten
 from fastrlhf.ops.pairwise_reward_loss import pairwise_reward_loss
 from fastrlhf.ops.ppo_policy_loss import ppo_policy_loss
 from fastrlhf.ops.sample_tokens import sample_tokens
-from fastrlhf.ops.value_loss import value_loss
 from fastrlhf.ops.token_logprobs import token_logprobs
+from fastrlhf.ops.value_loss import value_loss
 
 __all__ = [
     "approx_kl",
@@ -24,6 +24,6 @@ __all__ = [
     "pairwise_reward_loss",
     "ppo_policy_loss",
     "sample_tokens",
-    "value_loss",
     "token_logprobs",
+    "value_loss",
 ]
