@@ -1,0 +1,130 @@
+"""The losses, whitening and approx_kl against plain torch and torch.compile: python -m benchmarks.ops.bench_losses
+
+Each side computes the loss, the same statistics and, in the second table of a loss, the gradient.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastrlhf
+from benchmarks.harness import Report, compare, expect_close
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+def ppo_torch(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    count = mask.sum()
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
+    ratio = log_ratio.exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)
+    loss = torch.where(mask, torch.maximum(plain, clipped), 0).sum() / count
+    with torch.no_grad():
+        stats = [((clipped > plain) & mask), torch.where(mask, log_ratio.expm1() - log_ratio, 0), ratio * mask]
+        extremes = torch.where(mask, ratio, -torch.inf).max(), torch.where(mask, ratio, torch.inf).min()
+        return loss, *(x.sum() / count for x in stats), *extremes
+
+
+def ppo_ours(*args: Tensor) -> tuple[Tensor, ...]:
+    loss, stats = fastrlhf.ppo_policy_loss(*args)
+    return loss, *stats.values()
+
+
+def value_torch(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    count = mask.sum()
+    bounded = values.clamp(old_values - 0.2, old_values + 0.2)
+    plain, clipped = (values - returns).square(), (bounded - returns).square()
+    loss = torch.where(mask, torch.maximum(plain, clipped), 0).sum() / (2 * count)
+    with torch.no_grad():
+        return loss, ((clipped > plain) & mask).sum() / count, torch.where(mask, plain, 0).sum() / count
+
+
+def value_ours(*args: Tensor) -> tuple[Tensor, ...]:
+    loss, stats = fastrlhf.value_loss(*args)
+    return loss, *stats.values()
+
+
+def pairwise_torch(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, ...]:
+    loss = -F.logsigmoid(chosen - rejected).mean() + 0.01 * (chosen + rejected).square().mean()
+    with torch.no_grad():
+        accuracy = (chosen > rejected).float().mean() + 0.5 * (chosen == rejected).float().mean()
+        return loss, accuracy, (chosen - rejected).mean(), chosen.mean(), rejected.mean()
+
+
+def pairwise_ours(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, ...]:
+    loss, stats = fastrlhf.pairwise_reward_loss(chosen, rejected, center_coef=0.01)
+    return loss, *stats.values()
+
+
+def whiten_torch(x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    count = mask.sum()
+    mean = torch.where(mask, x, 0).sum() / count
+    variance = torch.where(mask, (x - mean).square(), 0).sum() / count
+    return (torch.where(mask, (x - mean) * (variance + 1e-8).rsqrt(), 0),)
+
+
+def k3_torch(logprobs: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, ...]:
+    r = ref_logprobs - logprobs
+    return (r.exp() - 1 - r,)
+
+
+def with_gradient(function: Function) -> Function:
+    """The function's outputs and the gradient of the first with respect to the first argument."""
+
+    def run(first: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        leaf = first.detach().requires_grad_()
+        loss, *stats = function(leaf, *rest)
+        return torch.autograd.grad(loss, leaf)[0], *stats
+
+    return run
+
+
+def table(report: Report, case: str, ours: Function, theirs: Function, args: tuple[Tensor, ...], grad: bool) -> None:
+    functions = {"fastrlhf": ours, "torch": theirs, "torch.compile": torch.compile(theirs)}
+    wrap: Callable[[Function], Function] = with_gradient if grad else lambda f: f
+    exact = wrap(theirs)(*(a.double() if a.is_floating_point() else a for a in args))
+    errors, calls = {}, {}
+    for name, function in functions.items():
+        run = wrap(function)
+        pairs = list(zip(run(*args), exact, strict=True))
+        errors[name] = max(expect_close(name, a, e, rtol=1e-4, atol=1e-4) for a, e in pairs)
+        calls[name] = lambda run=run: run(*args)
+    report.add(case, compare(calls, seconds=report.options.seconds), error=errors)
+
+
+def main() -> None:
+    report = Report("losses")
+    for size in (4096, 1 << 20):
+        old, step, other = torch.randn(size) - 3, 0.2 * torch.randn(size), torch.randn(size)
+        mask = torch.rand(size) < 0.9
+        for grad in (False, True):
+            what = f"{size} tokens, {'forward + backward' if grad else 'forward'}"
+            table(report, f"ppo_policy_loss, {what}", ppo_ours, ppo_torch, (old + step, old, other, mask), grad)
+            table(report, f"value_loss, {what}", value_ours, value_torch, (old + step, old, other, mask), grad)
+        table(
+            report,
+            f"masked_whiten, {size} tokens",
+            lambda x, mask: (fastrlhf.masked_whiten(x, mask),),
+            whiten_torch,
+            (other, mask),
+            False,
+        )
+        table(
+            report,
+            f"approx_kl k3, {size} tokens",
+            lambda x, y: (fastrlhf.approx_kl(x, y, estimator="k3"),),
+            k3_torch,
+            (old + step, old),
+            False,
+        )
+    for grad in (False, True):
+        what = "forward + backward" if grad else "forward"
+        pairs = torch.randn(64), torch.randn(64)
+        table(report, f"pairwise_reward_loss, 64 pairs, {what}", pairwise_ours, pairwise_torch, pairs, grad)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
