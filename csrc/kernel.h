@@ -75,7 +75,7 @@ struct Add {
 }  // namespace FASTRLHF_ISA
 
 // NAME is what Python sees; the rest is the function, which may hold commas: f<float, int>
-#define FASTRLHF_KERNEL(NAME, ...)                                                 \
+#define FASTRLHF_KERNEL(NAME, ...)                                                        \
   static FASTRLHF_ISA::Add add_##NAME(#NAME, FASTRLHF_ISA::Bound<__VA_ARGS__>::signature, \
                                       FASTRLHF_ISA::Bound<__VA_ARGS__>::call);
 #endif

@@ -1,6 +1,7 @@
-// What the element-wise kernels share: a vector of doubles as wide as the instruction set has, an exponential, and
-// sums that do not depend on the number of threads. All arithmetic is double whatever the tensors hold: these kernels
-// wait for memory. The vectors are GCC's and clang's, so one source serves every instruction set.
+// What the element-wise kernels share: a vector of doubles as wide as the instruction set has, an
+// exponential, and sums that do not depend on the number of threads. All arithmetic is double
+// whatever the tensors hold: these kernels wait for memory. The vectors are GCC's and clang's, so
+// one source serves every instruction set.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -20,7 +21,8 @@ constexpr int kLanes = 4;
 constexpr int kLanes = 2;
 #endif
 typedef double Vec __attribute__((vector_size(kLanes * 8)));
-typedef int64_t Bits __attribute__((vector_size(kLanes * 8)));  // an integer a lane, or a truth value: 0 or -1
+// an integer a lane, or a truth value: 0 or -1
+typedef int64_t Bits __attribute__((vector_size(kLanes * 8)));
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef int8_t Flags __attribute__((vector_size(kLanes)));
 
@@ -39,7 +41,9 @@ static FASTRLHF_INLINE Vec load(const float* p, int size) {
   memcpy(&v, p, size * sizeof(float));
   return __builtin_convertvector(v, Vec);
 }
-static FASTRLHF_INLINE void store(double* p, Vec v, int size) { memcpy(p, &v, size * sizeof(double)); }
+static FASTRLHF_INLINE void store(double* p, Vec v, int size) {
+  memcpy(p, &v, size * sizeof(double));
+}
 static FASTRLHF_INLINE void store(float* p, Vec v, int size) {
   const Floats f = __builtin_convertvector(v, Floats);
   memcpy(p, &f, size * sizeof(float));
@@ -61,7 +65,8 @@ static FASTRLHF_INLINE Vec exp_lanes(Vec x) {
   x = select(x < -746.0, all(-746.0), x);
   const Vec magic = all(0x1.8p52);  // adding it rounds to an integer, found in the low bits
   const Vec shifted = x * 1.4426950408889634 + magic, k = shifted - magic;
-  const Vec r = (x - k * 0x1.62e42fefa3800p-1) - k * 0x1.ef35793c76730p-45;  // x - k ln 2, |r| <= ln(2) / 2
+  // x - k ln 2, so |r| <= ln(2) / 2
+  const Vec r = (x - k * 0x1.62e42fefa3800p-1) - k * 0x1.ef35793c76730p-45;
   Vec p = all(1.0 / 6227020800);  // Taylor: the first term left out is r^14 / 14! < 5e-18
   p = p * r + 1.0 / 479001600;
   p = p * r + 1.0 / 39916800;
@@ -76,7 +81,7 @@ static FASTRLHF_INLINE Vec exp_lanes(Vec x) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
-  // 2^k in two factors, as k may lie outside the range of exponents; biased to stay positive under the shift
+  // 2^k in two factors, as k may exceed the exponents; biased to be positive under the shift
   const Bits biased = (Bits)shifted - (Bits)magic + 2048, half = biased >> 1;
   return p * (Vec)((half - 1) << 52) * (Vec)((biased - half - 1) << 52);
 }
@@ -97,7 +102,8 @@ static FASTRLHF_INLINE Vec exp_minus_linear(Vec r, Vec exp_r) {
 constexpr int64_t kChunks = 64, kChunkSize = 2048;
 constexpr int64_t kWorthThreads = 32768;  // below, waking threads costs more than it saves
 
-// Calls body(i, size, chunk) for elements i to i + size of [0, n), on all threads. The cut depends on n alone.
+// Calls body(i, size, chunk) for elements i to i + size of [0, n), on all threads. The cut depends
+// on n alone.
 template <class Body>
 static FASTRLHF_INLINE void for_elements(int64_t n, int64_t num_threads, const Body& body) {
   const int64_t even = (n + kChunks - 1) / kChunks, size = even > kChunkSize ? even : kChunkSize;
@@ -133,12 +139,19 @@ struct Slots {
   }
 };
 
-// How many tokens count: what a mean is divided by where the caller gives no denominator.
+// How many tokens count.
 static inline int64_t count(const bool* mask, int64_t n) {
   if (!mask) return n;
   int64_t kept = 0;
   for (int64_t i = 0; i < n; i++) kept += mask[i];
   return kept;
+}
+
+// What turns a sum into a mean: over the denominator of the caller, or without one over what
+// counts.
+static inline double mean_scale(double denominator, int64_t kept) {
+  if (denominator > 0) return 1 / denominator;
+  return kept > 0 ? 1 / static_cast<double>(kept) : 1.0;
 }
 
 }  // namespace

@@ -7,10 +7,15 @@ namespace {
 
 // With r = ref - logprob: k1 = -r, k2 = r^2 / 2, k3 = e^r - 1 - r.
 template <class T>
-void approx_kl(const T* logprobs, const T* ref_logprobs, T* out, int64_t n, int64_t estimator, int64_t num_threads) {
+void approx_kl(const T* logprobs, const T* ref_logprobs, T* out, int64_t n, int64_t estimator,
+               int64_t num_threads) {
   for_elements(n, num_threads, [&](int64_t i, int size, int64_t) FASTRLHF_LAMBDA {
     const Vec r = load(ref_logprobs + i, size) - load(logprobs + i, size);
-    store(out + i, estimator == 1 ? -r : estimator == 2 ? 0.5 * r * r : exp_minus_linear(r, exp_lanes(r)), size);
+    store(out + i,
+          estimator == 1   ? -r
+          : estimator == 2 ? 0.5 * r * r
+                           : exp_minus_linear(r, exp_lanes(r)),
+          size);
   });
 }
 

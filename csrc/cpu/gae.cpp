@@ -4,13 +4,15 @@
 namespace FASTRLHF_ISA {
 namespace {
 
-// Segments that one thread scans side by side: each waits for its own previous sum, so alone it leaves the core idle.
+// Segments that one thread scans side by side: each waits for its own previous sum, so alone it
+// leaves the core idle.
 constexpr int kGroup = 4;
+constexpr int64_t kWorthThreads = 32768;  // tokens; below, waking threads costs more than it saves
 
 // One segment [begin, end) with a mask: next means the next token whose mask is set.
 template <class T>
-void gae_masked(const T* rewards, const T* values, const bool* mask, T next_value, T* advantages, T* returns,
-                int64_t begin, int64_t end, T gamma, T decay) {
+void gae_masked(const T* rewards, const T* values, const bool* mask, T next_value, T* advantages,
+                T* returns, int64_t begin, int64_t end, T gamma, T decay) {
   T next_advantage = 0;
   for (int64_t t = end - 1; t >= begin; t--) {
     if (!mask[t]) {
@@ -25,12 +27,14 @@ void gae_masked(const T* rewards, const T* values, const bool* mask, T next_valu
   }
 }
 
-// `num` <= kGroup segments without a mask: the deltas, the recurrence and the returns, each in a loop of its own.
+// `num` <= kGroup segments without a mask: the deltas, the recurrence and the returns, each in a
+// loop of its own.
 template <class T>
 void gae_group(const T* rewards, const T* values, const int32_t* cu_seqlens, const T* bootstrap,
                T* __restrict__ advantages, T* __restrict__ returns, int num, T gamma, T decay) {
   const int64_t begin = cu_seqlens[0], end = cu_seqlens[num];
-  for (int64_t t = begin; t < end - 1; t++) advantages[t] = rewards[t] + gamma * values[t + 1] - values[t];
+  for (int64_t t = begin; t < end - 1; t++)
+    advantages[t] = rewards[t] + gamma * values[t + 1] - values[t];
   int64_t length[kGroup] = {}, shortest = end - begin;
   T* tail[kGroup];
   for (int j = 0; j < num; j++) {
@@ -38,7 +42,8 @@ void gae_group(const T* rewards, const T* values, const int32_t* cu_seqlens, con
     length[j] = last + 1 - cu_seqlens[j];
     tail[j] = advantages + last;
     shortest = length[j] < shortest ? length[j] : shortest;
-    if (length[j]) *tail[j] = rewards[last] + gamma * (bootstrap ? bootstrap[j] : T(0)) - values[last];
+    if (length[j])
+      *tail[j] = rewards[last] + gamma * (bootstrap ? bootstrap[j] : T(0)) - values[last];
   }
   T sum[kGroup] = {};
   int64_t k = 0;
@@ -46,26 +51,29 @@ void gae_group(const T* rewards, const T* values, const int32_t* cu_seqlens, con
     for (; k < shortest; k++)
       for (int j = 0; j < kGroup; j++) tail[j][-k] = sum[j] = tail[j][-k] + decay * sum[j];
   for (int j = 0; j < num; j++)
-    for (int64_t rest = k; rest < length[j]; rest++) tail[j][-rest] = sum[j] = tail[j][-rest] + decay * sum[j];
+    for (int64_t rest = k; rest < length[j]; rest++)
+      tail[j][-rest] = sum[j] = tail[j][-rest] + decay * sum[j];
   for (int64_t t = begin; t < end; t++) returns[t] = advantages[t] + values[t];
 }
 
 // A_t = delta_t + gamma lam A_next with delta_t = r_t + gamma V_next - V_t, next being the next
 // token of the segment whose mask is set; where the mask is not set, both outputs are 0.
 template <class T>
-void gae(const T* rewards, const T* values, const int32_t* cu_seqlens, const bool* mask, const T* bootstrap,
-         T* advantages, T* returns, int64_t num_segments, double gamma, double lam, int64_t num_threads) {
+void gae(const T* rewards, const T* values, const int32_t* cu_seqlens, const bool* mask,
+         const T* bootstrap, T* advantages, T* returns, int64_t num_segments, double gamma,
+         double lam, int64_t num_threads) {
   const T g = static_cast<T>(gamma), gl = static_cast<T>(gamma * lam);
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 4) if (cu_seqlens[num_segments] > 4096)
+#pragma omp parallel for num_threads(num_threads) \
+    schedule(dynamic, 4) if (cu_seqlens[num_segments] > kWorthThreads)
   for (int64_t first = 0; first < num_segments; first += kGroup) {
     const int num = num_segments - first < kGroup ? static_cast<int>(num_segments - first) : kGroup;
     if (mask) {
       for (int64_t n = first; n < first + num; n++)
-        gae_masked(rewards, values, mask, bootstrap ? bootstrap[n] : T(0), advantages, returns, cu_seqlens[n],
-                   cu_seqlens[n + 1], g, gl);
+        gae_masked(rewards, values, mask, bootstrap ? bootstrap[n] : T(0), advantages, returns,
+                   cu_seqlens[n], cu_seqlens[n + 1], g, gl);
     } else {
-      gae_group(rewards, values, cu_seqlens + first, bootstrap ? bootstrap + first : nullptr, advantages, returns,
-                num, g, gl);
+      gae_group(rewards, values, cu_seqlens + first, bootstrap ? bootstrap + first : nullptr,
+                advantages, returns, num, g, gl);
     }
   }
 }

@@ -5,7 +5,8 @@
 namespace FASTRLHF_ISA {
 namespace {
 
-// moments = (n, mean, sum of (x - mean)^2): two passes, as a sum of squares loses what a large mean hides.
+// moments = (n, mean, sum of (x - mean)^2): two passes, as a sum of squares loses what a large mean
+// hides.
 template <class T>
 void masked_moments(const T* x, const bool* mask, double* moments, int64_t n, int64_t num_threads) {
   const double kept = static_cast<double>(count(mask, n));
@@ -25,11 +26,13 @@ void masked_moments(const T* x, const bool* mask, double* moments, int64_t n, in
   moments[1] = mean;
 }
 
-// y = (x - mean) / sqrt(variance + eps), plus the mean unless `center`; 0 where the mask is not set.
+// y = (x - mean) / sqrt(variance + eps), plus the mean unless `center`; 0 where the mask is not
+// set.
 template <class T>
-void masked_whiten(const T* x, const bool* mask, const double* moments, T* y, int64_t n, bool center, double eps,
-                   int64_t num_threads) {
-  const double mean = moments[1], scale = 1 / sqrt(moments[2] / (moments[0] > 0 ? moments[0] : 1.0) + eps);
+void masked_whiten(const T* x, const bool* mask, const double* moments, T* y, int64_t n,
+                   bool center, double eps, int64_t num_threads) {
+  const double mean = moments[1],
+               scale = 1 / sqrt(moments[2] / (moments[0] > 0 ? moments[0] : 1.0) + eps);
   const double offset = center ? 0.0 : mean;
   for_elements(n, num_threads, [&](int64_t i, int size, int64_t) FASTRLHF_LAMBDA {
     const Vec white = (load(x + i, size) - mean) * scale + offset;

@@ -37,15 +37,16 @@ static std::string choose_isa() {
     if (isa == wanted) return isa;
   std::string all;
   for (const auto& isa : usable) all += " " + isa;
-  throw std::runtime_error("FASTRLHF_ISA=" + std::string(wanted) + ", but this machine runs only" + all);
+  throw std::runtime_error("FASTRLHF_ISA=" + std::string(wanted) + ", but this machine runs only" +
+                           all);
 }
 
 static void call(const Kernel* kernel, const py::args& args) {
   Value values[32];
   const size_t n = std::strlen(kernel->signature);
   if (args.size() != n || n > 32)
-    throw py::type_error(std::string(kernel->name) + " takes " + std::to_string(n) + " arguments, got " +
-                         std::to_string(args.size()));
+    throw py::type_error(std::string(kernel->name) + " takes " + std::to_string(n) +
+                         " arguments, got " + std::to_string(args.size()));
   for (size_t i = 0; i < n; i++) {
     if (kernel->signature[i] == 'd')
       values[i].d = args[i].cast<double>();
@@ -63,5 +64,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("isa") = isa;
   for (const auto* k = fastrlhf::first; k; k = k->next)
     if (isa == k->isa)
-      m.attr(k->name) = py::cpp_function([k](const py::args& args) { fastrlhf::call(k, args); }, py::name(k->name));
+      m.attr(k->name) = py::cpp_function([k](const py::args& args) { fastrlhf::call(k, args); },
+                                         py::name(k->name));
 }

@@ -15,12 +15,13 @@ static inline double sigmoid(double x) {
 
 // With h = c - r - margin, p = (1 - smoothing) target + smoothing (1 - target) and weight w:
 // loss = sum w (p softplus(-h) + (1 - p) softplus(h) + center (c + r)^2) / denominator;
-// stats = (accuracy, c - r, c, r), not weighted. A denominator of 0 stands for n. There are few pairs: plain loops.
+// stats = (accuracy, c - r, c, r), not weighted. A denominator of 0 stands for n. There are few
+// pairs: plain loops.
 template <class T>
-void pairwise_reward_loss(const T* chosen, const T* rejected, const T* margin, const T* targets, const T* weights,
-                          T* loss, T* stats, T* grad_chosen, T* grad_rejected, int64_t n, double smoothing,
-                          double center, double denominator) {
-  const double scale = 1 / (denominator > 0 ? denominator : n > 0 ? static_cast<double>(n) : 1.0);
+void pairwise_reward_loss(const T* chosen, const T* rejected, const T* margin, const T* targets,
+                          const T* weights, T* loss, T* stats, T* grad_chosen, T* grad_rejected,
+                          int64_t n, double smoothing, double center, double denominator) {
+  const double scale = mean_scale(denominator, n);
   double sum_loss = 0, sum_accuracy = 0, sum_margin = 0, sum_chosen = 0, sum_rejected = 0;
   for (int64_t i = 0; i < n; i++) {
     const double c = chosen[i], r = rejected[i], m = margin ? margin[i] : T(0), h = c - r - m;

@@ -1,18 +1,20 @@
-// The clipped squared error of PPO's value function with its statistics and its gradient, in one pass.
+// The clipped squared error of PPO's value function with its statistics and its gradient, in one
+// pass.
 #include "kernel.h"
 #include "numeric.h"
 
 namespace FASTRLHF_ISA {
 namespace {
 
-// loss = sum max((V - R)^2, (clip(V, old - c, old + c) - R)^2) / (2 denominator); stats = (clip fraction, mean
-// (V - R)^2); grad = d loss / d values. A denominator of 0 stands for the number of tokens that count, an infinite
-// clip_range for no clipping.
+// loss = sum max((V - R)^2, (clip(V, old - c, old + c) - R)^2) / (2 denominator); stats = (clip
+// fraction, mean (V - R)^2); grad = d loss / d values. A denominator of 0 stands for the number of
+// tokens that count, an infinite clip_range for no clipping.
 template <class T>
-void value_loss(const T* values, const T* old_values, const T* returns, const bool* mask, T* loss, T* stats, T* grad,
-                int64_t n, double clip_range, double denominator, int64_t num_threads) {
+void value_loss(const T* values, const T* old_values, const T* returns, const bool* mask, T* loss,
+                T* stats, T* grad, int64_t n, double clip_range, double denominator,
+                int64_t num_threads) {
   const int64_t kept = count(mask, n);
-  const double scale = 1 / (denominator > 0 ? denominator : kept > 0 ? static_cast<double>(kept) : 1.0);
+  const double scale = mean_scale(denominator, kept);
   const bool clipping = isfinite(clip_range);
   Slots losses(0), clips(0), errors(0);
   for_elements(n, num_threads, [&](int64_t i, int size, int64_t chunk) FASTRLHF_LAMBDA {
