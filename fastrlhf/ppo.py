@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastrlhf.checkpoint import check_output
 from fastrlhf.config import PPOConfig
-from fastrlhf.data import Prompt, batch_rows, load_prompts
+from fastrlhf.data import Prompt, batch_rows, load_prompts, shuffled
 from fastrlhf.loop import advance, begin, seed_everything
 from fastrlhf.metrics import MetricsLog
 from fastrlhf.models import Policy, ValueModel, autocasting
@@ -224,8 +224,7 @@ class PPO:
         config = self.config
         size = -(-batch.num_sequences // config.minibatches)
         for epoch in range(config.epochs):
-            generator = torch.Generator().manual_seed((config.seed << 32) + self.num_steps_done * config.epochs + epoch)
-            order = torch.randperm(batch.num_sequences, generator=generator).tolist()
+            order = shuffled(batch.num_sequences, config.seed, self.num_steps_done * config.epochs + epoch)
             for start in range(0, len(order), size):
                 yield batch.select(sorted(order[start : start + size]))
 
