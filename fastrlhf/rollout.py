@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -261,7 +262,7 @@ def _choose(logits: Tensor, rows: _Rows, sampling: Sampling, eos: Tensor) -> tup
         allowed = logits.index_fill(1, eos, -torch.inf).where(young[:, None], logits)
     if sampling.greedy:
         tokens = allowed.argmax(-1)
-        logprobs = token_logprobs(logits, tokens, temperature=sampling.temperature)
+        logprobs = cast(Tensor, token_logprobs(logits, tokens, temperature=sampling.temperature))
         return tokens, logprobs, torch.zeros_like(logprobs)
     tokens, logprobs, sampler_logprobs = sample_tokens(
         allowed,
@@ -273,7 +274,7 @@ def _choose(logits: Tensor, rows: _Rows, sampling: Sampling, eos: Tensor) -> tup
         positions=rows.count,
     )
     if sampling.min_new_tokens:
-        logprobs = token_logprobs(logits, tokens, temperature=sampling.temperature)
+        logprobs = cast(Tensor, token_logprobs(logits, tokens, temperature=sampling.temperature))
     return tokens, logprobs, sampler_logprobs
 
 
