@@ -6,17 +6,20 @@ A loop is an object with a configuration, a number of steps and a method `step`;
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from fastrlhf.checkpoint import fingerprint, load_state, newest_checkpoint, open_output, save_checkpoint, write_whole
-from fastrlhf.config import LoopConfig
+from fastrlhf.config import LoopConfig, RewardConfig, SFTConfig
+from fastrlhf.data import Loaded
 from fastrlhf.metrics import MetricsLog
 from fastrlhf.optim import NonFiniteError
+
+T = TypeVar("T")
 
 
 class Loop(Protocol):
@@ -107,3 +110,42 @@ def advance(loop: Loop) -> dict[str, float]:
     if last:
         write_whole(output / "model", loop.save)
     return metrics
+
+
+def load_with_held_out(
+    load: Callable[..., Loaded[T]], config: SFTConfig | RewardConfig, tokenizer: Any
+) -> tuple[list[T], list[T]]:
+    """Returns the rows to train on and the held-out rows, which are those of eval_data or the last of the data.
+
+    Prints how many rows of each file are used, and why others are not."""
+    options = {"max_tokens": config.max_length, "template": config.template, "max_rejected": config.max_rejected}
+    loaded = load(config.data, tokenizer, limit=config.limit, **options)
+    print(loaded.report, flush=True)
+    rows = loaded.rows
+    if config.eval_data is not None:
+        held_out = load(config.eval_data, tokenizer, limit=config.eval_limit, **options)
+        print(held_out.report, flush=True)
+        return rows, held_out.rows
+    num_held_out = round(config.eval_fraction * len(rows))
+    if config.eval_fraction and not 0 < num_held_out < len(rows):
+        raise ValueError(f"eval_fraction {config.eval_fraction} of {len(rows)} rows leaves none on one side")
+    start = len(rows) - num_held_out
+    return rows[:start], rows[start:][: config.eval_limit]
+
+
+def check_fits(model: Any, tokenizer: Any, **lengths: int) -> None:
+    """Raises ValueError unless the model embeds every token of the tokenizer and its context holds the lengths' sum.
+
+    model: a transformers model; lengths: by option, the parts of the longest sequence"""
+    embedded = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embedded:
+        raise ValueError(f"model: the tokenizer has {len(tokenizer)} tokens, but the model embeds only {embedded}")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and sum(lengths.values()) > context:
+        sizes = " + ".join(f"{name} ({value})" for name, value in lengths.items())
+        raise ValueError(f"{sizes} must not exceed the model's context of {context} tokens")
+
+
+def ends_epoch(step: int, batch_size: int, num_rows: int, num_steps: int) -> bool:
+    """Whether step 0, 1, ... is the last of the run or takes the last row of an epoch."""
+    return step + 1 == num_steps or (step + 1) * batch_size // num_rows > step * batch_size // num_rows

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrlhf.config import LoopConfig
+
 
 class NonFiniteError(FloatingPointError):
     """A loss or gradient became NaN or infinite. The weights are those before the step."""
@@ -64,6 +66,20 @@ class Optimizer:
             "schedule": schedule,
         }
         self.num_steps_done = 0
+
+    @classmethod
+    def of(cls, config: LoopConfig, model: nn.Module, *, num_steps: int) -> Optimizer:
+        """The optimizer of a model with a loop's settings."""
+        return cls(
+            model,
+            learning_rate=config.learning_rate,
+            num_steps=num_steps,
+            schedule=config.schedule,
+            warmup_ratio=config.warmup_ratio,
+            weight_decay=config.weight_decay,
+            eps=config.adam_eps,
+            max_grad_norm=config.max_grad_norm,
+        )
 
     @property
     def learning_rate(self) -> float:

@@ -102,19 +102,21 @@ class Packed:
             fields={name: values[responses] for name, values in self.fields.items()},
         )
 
-    def microbatches(self, max_tokens: int) -> list[Packed]:
+    def microbatches(self, max_tokens: int, *, together: int = 1) -> list[Packed]:
         """The pack cut, in order, into packs of at most max_tokens tokens.
 
-        A sequence longer than that is alone in its pack: it is never cut."""
+        together: so many neighbours stay in one pack (2 for preference pairs)
+        A sequence (or group) longer than max_tokens is alone in its pack: it is never cut."""
         if max_tokens < 1:
             raise ValueError(f"microbatches: max_tokens must be at least 1, got {max_tokens}")
         groups: list[list[int]] = []
         room = 0
-        for n, length in enumerate(self.lengths):
+        for n in range(0, len(self.lengths), together):
+            length = sum(self.lengths[n : n + together])
             if length > room:
                 groups.append([])
                 room = max_tokens
-            groups[-1].append(n)
+            groups[-1] += range(n, min(n + together, len(self.lengths)))
             room -= length
         return [self] if len(groups) == 1 else [self.select(group) for group in groups]
 

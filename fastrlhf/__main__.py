@@ -1,0 +1,99 @@
+"""The command line: `fastrlhf COMMAND [--config FILE.yaml] [--option VALUE ...]`."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+import fastrlhf
+from fastrlhf.checkpoint import newest_checkpoint
+from fastrlhf.config import LoopConfig, PPOConfig, RewardConfig, SFTConfig, did_you_mean
+from fastrlhf.options import help_text, parse
+
+LOOPS: dict[str, type[LoopConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+HELP = """fastrlhf COMMAND [--config FILE.yaml] [--option VALUE ...]
+
+  sft       fine-tune a model on demonstrations
+  reward    train a reward model on preference pairs
+  ppo       train a model against a reward, with PPO
+  info      versions, devices, and what serves each op
+
+fastrlhf COMMAND --help lists the options of a command. fastrlhf --version prints the version."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, 1 for a run that failed, 2 for bad usage, 130 when interrupted."""
+    command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if command in ("-h", "--help", "help"):
+        print(HELP)
+    elif command == "--version":
+        print(fastrlhf.__version__)
+    elif command == "info":
+        from fastrlhf.info import info
+
+        print(info())
+    elif command not in LOOPS:
+        return _fail("", f"unknown command {command!r}{did_you_mean(command, [*LOOPS, 'info'])}\n\n{HELP}", 2)
+    elif "-h" in rest or "--help" in rest:
+        print(help_text(f"fastrlhf {command}", LOOPS[command]))
+    else:
+        return _train(command, rest)
+    return 0
+
+
+def _train(command: str, arguments: list[str]) -> int:
+    try:
+        config = parse(LOOPS[command], arguments)
+    except (ValueError, TypeError) as error:
+        return _fail(command, f"{error}\nfastrlhf {command} --help lists the options", 2)
+    logging.disable_progress_bar()  # transformers' bar of loaded weights, for every one of four models
+    try:
+        for _ in _loop(command)(config):
+            pass
+    except KeyboardInterrupt:
+        newest = newest_checkpoint(config.output)
+        advice = f"--resume continues from {newest}" if newest else "there is no checkpoint yet"
+        return _fail(command, f"interrupted; {advice}", 130)
+    except Exception as error:
+        if not _raised_by_us(error):
+            raise
+        return _fail(command, str(error), 1)
+    output = Path(config.output)
+    print(f"model: {output / 'model'}\nmetrics: {output / 'metrics.jsonl'}")
+    return 0
+
+
+def _loop(command: str) -> Callable[[Any], Iterator[dict[str, float]]]:
+    # imported late: a wrong option is told in a second, not after every model class is loaded
+    if command == "sft":
+        from fastrlhf.sft import SFT
+
+        return SFT
+    if command == "reward":
+        from fastrlhf.reward import RewardTrainer
+
+        return RewardTrainer
+    from fastrlhf.ppo import PPO
+
+    return PPO
+
+
+def _raised_by_us(error: Exception) -> bool:
+    """Whether a message was written for the user: an error raised by a raise statement of this package."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(last.filename).is_relative_to(Path(fastrlhf.__file__).parent)
+    return ours and (last.line or "").startswith("raise")
+
+
+def _fail(command: str, text: str, status: int) -> int:
+    print(f"fastrlhf {command}".strip() + f": error: {text}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""A reward model from pairs of responses, of which one was preferred (Bradley-Terry)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.checkpoint import check_output
+from fastrlhf.config import RewardConfig
+from fastrlhf.data import Pair, batch_rows, load_pairs
+from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_with_held_out, seed_everything
+from fastrlhf.metrics import MetricsLog
+from fastrlhf.models import RewardModel
+from fastrlhf.ops import pairwise_reward_loss
+from fastrlhf.optim import Optimizer, check_finite
+from fastrlhf.packing import Packed, pack
+from fastrlhf.template import load_tokenizer
+
+
+class RewardTrainer:
+    """Trains a reward model; iterate over it to train.
+
+    for metrics in RewardTrainer(RewardConfig(model="sft/model", data="pairs.jsonl", output="reward")):
+        print(metrics["accuracy"])
+
+    Raises: what the configuration, the data, the model or the output folder are refused for, before training begins."""
+
+    num_steps_done: int
+    data_fingerprint: int
+    log: MetricsLog
+
+    def __init__(self, config: RewardConfig) -> None:
+        self.config = config
+        checkpoint = check_output(config)
+        seed_everything(config.seed)
+        self.device = config.resolve_device()
+        self.tokenizer = load_tokenizer(config.model)
+        self.pairs, self.held_out = load_with_held_out(load_pairs, config, self.tokenizer)
+        self.num_rows = config.epochs * len(self.pairs)
+        self.num_steps = -(-self.num_rows // config.batch_size)
+        self.model = RewardModel.from_pretrained(
+            checkpoint / "model" if checkpoint else config.model,
+            device=self.device,
+            autocast=config.autocast_dtype(),
+            gradient_checkpointing=config.gradient_checkpointing,
+        ).train()
+        check_fits(self.model.model, self.tokenizer, max_length=config.max_length)
+        self.optimizer = Optimizer.of(config, self.model, num_steps=self.num_steps)
+        begin(self, checkpoint, (side for pair in self.pairs for side in sides(pair)))
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        return self
+
+    def __next__(self) -> dict[str, float]:
+        return advance(self)
+
+    def step(self) -> dict[str, float]:
+        """Does one optimizer step. Returns its metrics: means over the pairs of the step, before the update."""
+        config, size = self.config, len(self.pairs)
+        rows = batch_rows(size, config.batch_size, self.num_steps_done, seed=config.seed, total=self.num_rows)
+        pairs = [self.pairs[row] for row in rows]
+        sums: dict[str, Tensor] = {}
+        num_tokens = sum(len(side) for pair in pairs for side in sides(pair))
+        with self.log.progress(f"step {self.num_steps_done + 1}", num_tokens) as done:
+            for part, margin in self.microbatches(pairs):
+                scores = self.model(part)
+                loss, stats = pairwise_reward_loss(
+                    scores[0::2],
+                    scores[1::2],
+                    margin=margin,
+                    label_smoothing=config.label_smoothing,
+                    center_coef=config.center_coef,
+                    denominator=len(pairs),
+                )
+                loss.backward()
+                for name, value in {"loss": loss.detach(), **stats}.items():
+                    sums[name] = sums[name] + value if name in sums else value
+                done(part.num_tokens)
+        where = f"step {self.num_steps_done + 1}, rows {rows} of the rows used"
+        check_finite("the loss", sums["loss"], where)
+        metrics = {name: value.item() for name, value in sums.items()}
+        metrics["learning_rate"] = self.optimizer.learning_rate
+        metrics["grad_norm"] = self.optimizer.step(where).item()
+        metrics["num_tokens"] = num_tokens
+        if self.held_out and ends_epoch(self.num_steps_done, config.batch_size, size, self.num_steps):
+            metrics |= self.evaluate()
+        if config.center_bias and self.num_steps_done + 1 == self.num_steps:
+            metrics["reward_bias"] = self.center()
+        return metrics
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss and accuracy on the held-out pairs, with the ends of the 95 % confidence interval and the ties."""
+        scores = self.score(self.held_out).double()
+        chosen, rejected = scores[0::2], scores[1::2]
+        margin = torch.tensor([pair.margin for pair in self.held_out], dtype=torch.float64, device=self.device)
+        loss, stats = pairwise_reward_loss(chosen, rejected, margin=margin)
+        accuracy = stats["accuracy"].item()
+        low, high = wilson_interval(accuracy, len(self.held_out))
+        return {
+            "eval/loss": loss.item(),
+            "eval/accuracy": accuracy,
+            "eval/accuracy_low": low,
+            "eval/accuracy_high": high,
+            "eval/ties": int((chosen == rejected).sum()),
+            "eval/num_pairs": len(self.held_out),
+        }
+
+    @torch.no_grad()
+    def center(self) -> float:
+        """Sets the bias with which the chosen responses of the training data score 0 on average. Returns it."""
+        self.model.bias -= self.score(self.pairs)[0::2].double().mean().item()
+        return self.model.bias
+
+    def score(self, pairs: Sequence[Pair]) -> Tensor:
+        """The scores (2N,) of chosen and rejected responses in turn."""
+        return torch.cat([self.model(part) for part, _ in self.microbatches(pairs)])
+
+    def microbatches(self, pairs: Sequence[Pair]) -> Iterator[tuple[Packed, Tensor]]:
+        """Packs of chosen and rejected responses in turn, each with the margins (N,) of its pairs."""
+        batch = pack([side for pair in pairs for side in sides(pair)], device=self.device)
+        margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float32, device=self.device)
+        start = 0
+        for part in batch.microbatches(self.config.max_tokens, together=2):
+            stop = start + part.num_sequences // 2
+            yield part, margins[start:stop]
+            start = stop
+
+    def save(self, folder: str | Path) -> None:
+        """Writes model and tokenizer as plain transformers loads them (AutoModelForSequenceClassification)."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def save_models(self, folder: Path) -> None:
+        """Writes what a checkpoint needs besides state_dict."""
+        self.model.save_pretrained(folder / "model")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step besides the model."""
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what state_dict gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def sides(pair: Pair) -> tuple[list[int], list[int]]:
+    """The tokens of the two conversations of a pair, the better first."""
+    return pair.prompt + pair.chosen, pair.prompt + pair.rejected
+
+
+def wilson_interval(share: float, num: int, z: float = 1.959964) -> tuple[float, float]:
+    """Returns the ends of the confidence interval of a share observed in num trials; z = 1.96 for 95 %.
+
+    (p + z^2/2n -+ z sqrt(p (1-p) / n + z^2/4n^2)) / (1 + z^2/n)
+
+    Source: Wilson, Journal of the American Statistical Association 22 (1927) 209."""
+    center, scale = share + z * z / (2 * num), 1 + z * z / num
+    half = z * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
+    return max((center - half) / scale, 0.0), min((center + half) / scale, 1.0)

@@ -1,0 +1,141 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loops import assert_resumes_bit_for_bit, model_folder, pairs, write_rows
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from fastrlhf.config import RewardConfig
+from fastrlhf.models import RewardModel
+from fastrlhf.optim import NonFiniteError
+from fastrlhf.packing import pack
+from fastrlhf.reward import RewardTrainer, sides, wilson_interval
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return {
+        "model": model_folder(tmp_path / "model"),
+        "data": pairs(tmp_path / "data.jsonl"),
+        "output": str(tmp_path / "out"),
+        "template": "none",
+        "max_length": 64,
+        "batch_size": 8,
+        "device": "cpu",
+    }
+
+
+def run(settings, **changes):
+    return list(RewardTrainer(RewardConfig(**{**settings, **changes})))
+
+
+def test_loss_is_that_of_transformers_scores(settings):
+    """On one batch of all pairs, against the padded scores of AutoModelForSequenceClassification."""
+    loop = RewardTrainer(RewardConfig(**{**settings, "batch_size": 48}))
+    loop.save(settings["output"] + "/start")
+    model = AutoModelForSequenceClassification.from_pretrained(settings["output"] + "/start")
+    scores = []
+    for pair in loop.pairs:
+        longest = max(map(len, sides(pair)))
+        ids = torch.tensor([side + [0] * (longest - len(side)) for side in sides(pair)])
+        scores.append(model(input_ids=ids, attention_mask=(ids != 0).long()).logits[:, 0].detach())
+    chosen, rejected = torch.stack(scores).unbind(1)
+    metrics = next(loop)
+    assert metrics["loss"] == pytest.approx(-F.logsigmoid(chosen - rejected).mean().item(), rel=1e-5)
+    assert metrics["accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
+    assert metrics["chosen"] == pytest.approx(chosen.mean().item(), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60])
+def test_microbatches_do_not_change_the_result(settings, tmp_path, max_tokens):
+    options = {"learning_rate": 1e-3, "center_coef": 0.01, "label_smoothing": 0.1}
+    whole = run(settings, output=str(tmp_path / "a"), max_tokens=10_000, **options)
+    parts = run(settings, output=str(tmp_path / "b"), max_tokens=max_tokens, **options)
+    for a, b in zip(whole, parts, strict=True):
+        for name in ("loss", "accuracy", "margin", "grad_norm"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
+
+
+def test_it_learns_separable_pairs(settings):
+    metrics = run(settings, epochs=6, learning_rate=5e-3, eval_fraction=0.5)[-1]
+    assert metrics["eval/accuracy"] > 0.9
+    assert 0.8 < metrics["eval/accuracy_low"] < metrics["eval/accuracy"]
+    assert metrics["eval/num_pairs"] == 24
+
+
+def test_chosen_responses_score_0_on_average_at_the_end(settings):
+    loop = RewardTrainer(RewardConfig(**settings, learning_rate=1e-3))
+    *_, last = loop
+    model = RewardModel.from_pretrained(settings["output"] + "/model")
+    scores = torch.cat([model(pack([sides(pair)[0]])) for pair in loop.pairs])
+    assert abs(scores.mean().item()) < 1e-5
+    assert last["reward_bias"] == model.bias != 0
+    assert "reward_bias" not in run(settings, center_bias=False, overwrite=True)[-1]
+
+
+def test_the_model_folder_is_plain_transformers(settings):
+    loop = RewardTrainer(RewardConfig(**settings))
+    *_, last = loop
+    folder = settings["output"] + "/model"
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    chosen, _ = sides(loop.pairs[0])
+    theirs = model(input_ids=torch.tensor([chosen])).logits.item() + last["reward_bias"]
+    assert loop.model(pack([chosen])).item() == pytest.approx(theirs, abs=1e-5)
+    assert tokenizer.eos_token_id == chosen[-1]
+
+
+def test_margins_move_the_loss(settings, tmp_path):
+    row = {"prompt": "a", "chosen": "xx", "rejected": "yy"}
+    losses = []
+    for margin in (0.0, 2.0):
+        file = write_rows(tmp_path / f"{margin}.jsonl", [{**row, "margin": margin}])
+        (metrics,) = run(settings, data=file, output=str(tmp_path / f"out{margin}"))
+        losses.append(metrics)
+    gap = losses[0]["margin"]
+    assert losses[0]["loss"] == pytest.approx(math.log1p(math.exp(-gap)), rel=1e-5)
+    assert losses[1]["loss"] == pytest.approx(math.log1p(math.exp(2 - gap)), rel=1e-5)
+
+
+def test_ties_count_one_half_and_are_shown(settings):
+    loop = RewardTrainer(RewardConfig(**settings, eval_fraction=0.25))
+    torch.nn.init.zeros_(loop.model.model.score.weight)
+    result = loop.evaluate()
+    assert (result["eval/accuracy"], result["eval/ties"], result["eval/num_pairs"]) == (0.5, 12, 12)
+
+
+def test_wilson_interval_is_where_the_score_test_rejects():
+    """Its ends p0 solve |p - p0| = z sqrt(p0 (1 - p0) / n)."""
+    for share, num in ((0.5, 100), (0.71, 100), (1.0, 12), (0.0, 7)):
+        for end in wilson_interval(share, num):
+            assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(max(end * (1 - end), 0) / num), abs=1e-9)
+
+
+def test_a_killed_run_resumes_bit_for_bit(settings, tmp_path):
+    settings |= {"save_every": 2, "learning_rate": 1e-3, "eval_fraction": 0.25, "max_tokens": 100}
+    assert_resumes_bit_for_bit(RewardTrainer, RewardConfig, settings, tmp_path, killed_after=3)
+
+
+def test_nan_stops_and_names_step_and_rows(settings):
+    loop = RewardTrainer(RewardConfig(**settings))
+    with torch.no_grad():
+        loop.model.model.score.weight[0, 0] = math.inf
+    with pytest.raises(NonFiniteError, match=r"at step 1, rows \[.*there is no checkpoint yet"):
+        next(loop)
+
+
+def test_equal_sides_are_rejected_with_their_count(settings, tmp_path):
+    rows = [{"prompt": "a", "chosen": "x", "rejected": "x"}, {"prompt": "a", "chosen": "x", "rejected": "y"}]
+    file = write_rows(tmp_path / "equal.jsonl", rows)
+    with pytest.raises(ValueError, match=r"1 of 2 rows rejected.*\n.*\n.*chosen and rejected are the same"):
+        RewardTrainer(RewardConfig(**{**settings, "data": file}))
+    assert len(RewardTrainer(RewardConfig(**{**settings, "data": file, "max_rejected": 0.5})).pairs) == 1
+
+
+def test_a_reward_model_can_be_trained_further(settings, tmp_path):
+    run(settings, learning_rate=1e-3)
+    folder = settings["output"] + "/model"
+    again = RewardTrainer(RewardConfig(**{**settings, "model": folder, "output": str(tmp_path / "more")}))
+    assert torch.equal(again.model.model.score.weight, RewardModel.from_pretrained(folder).model.score.weight)
