@@ -37,7 +37,7 @@ ROOMS = {
     "jobs": (
         {"evaluate", "report", "pipeline", "demo", "info", "__main__"},
         {"native", "ops", "packing", "formulas", "models", "files", "loops"},
-        {"torch", "numpy", "transformers", "yaml", "rich"},
+        {"torch", "numpy", "transformers", "huggingface_hub", "yaml", "rich"},
     ),
 }
 OPTIONAL = {"gguf", "matplotlib", "pyarrow", "torch.utils.tensorboard"}  # extras: imported where they are used

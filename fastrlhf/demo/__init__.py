@@ -1,0 +1,1 @@
+"""What the demo run needs and ships: a small model, questions, demonstrations, and a gold reward."""
