@@ -1,9 +1,22 @@
 """RLHF on one machine: SFT, reward models and PPO over Hugging Face models, packed, on native kernels."""
 
-from fastrlhf.config import PPOConfig, RewardConfig, SFTConfig
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fastrlhf.ops import *  # noqa: F403
 from fastrlhf.ops import __all__ as _ops
-from fastrlhf.ppo import PPO
+
+if TYPE_CHECKING:
+    from fastrlhf.config import PPOConfig, RewardConfig, SFTConfig
+    from fastrlhf.ppo import PPO
 
 __version__ = "0.1.0"
+# imported when first asked for: the loops bring transformers, which takes seconds that a user of the ops need not wait
+_LOOPS = {"PPO": "ppo", "PPOConfig": "config", "RewardConfig": "config", "SFTConfig": "config"}
 __all__ = ["PPO", "PPOConfig", "RewardConfig", "SFTConfig", *_ops]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LOOPS:
+        return getattr(importlib.import_module(f"fastrlhf.{_LOOPS[name]}"), name)
+    raise AttributeError(f"module 'fastrlhf' has no attribute {name!r}")

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from fastrlhf.attention import ATTENTION
 from fastrlhf.ops.sample_tokens import sample_tokens
+from fastrlhf.ops.token_logprobs import token_logprobs
 from fastrlhf.packing import pack
 from fastrlhf.slots import Slots
 
@@ -260,7 +262,7 @@ def _choose(logits: Tensor, rows: _Rows, sampling: Sampling, eos: Tensor) -> tup
         allowed = logits.index_fill(1, eos, -torch.inf).where(young[:, None], logits)
     if sampling.greedy:
         tokens = allowed.argmax(-1)
-        logprobs = _logprobs(logits, tokens, sampling.temperature)
+        logprobs = cast(Tensor, token_logprobs(logits, tokens, temperature=sampling.temperature))
         return tokens, logprobs, torch.zeros_like(logprobs)
     tokens, logprobs, sampler_logprobs = sample_tokens(
         allowed,
@@ -272,12 +274,8 @@ def _choose(logits: Tensor, rows: _Rows, sampling: Sampling, eos: Tensor) -> tup
         positions=rows.count,
     )
     if sampling.min_new_tokens:
-        logprobs = _logprobs(logits, tokens, sampling.temperature)
+        logprobs = cast(Tensor, token_logprobs(logits, tokens, temperature=sampling.temperature))
     return tokens, logprobs, sampler_logprobs
-
-
-def _logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    return (logits.float() / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
 def _end_of_pack(prompts: Sequence[Sequence[int]], first: int, free: int) -> int:

@@ -1,25 +1,13 @@
 // Attention of one query a row over its slot of a cache, with grouped queries, ragged lengths and a
 // window.
 #include "exp.h"
+#include "half.h"
 #include "kernel.h"
 
 namespace FASTRLHF_ISA {
 namespace {
 
 constexpr int64_t BLOCK = 64;  // keys scored at once; their values are added before the next block
-
-struct bfloat16 {
-  uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline float load(bfloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
 
 // out (K,) = softmax(scale query . keys) values over num_keys keys, by the online softmax: running
 // maximum and sum.
@@ -88,6 +76,7 @@ void decode_attention(const T* query, const Cache* key_cache, const Cache* value
 FASTRLHF_KERNEL(decode_attention_float32, decode_attention<float, float>)
 FASTRLHF_KERNEL(decode_attention_float64, decode_attention<double, double>)
 FASTRLHF_KERNEL(decode_attention_bfloat16, decode_attention<float, bfloat16>)
+FASTRLHF_KERNEL(decode_attention_float16, decode_attention<float, float16>)
 
 }  // namespace
 }  // namespace FASTRLHF_ISA

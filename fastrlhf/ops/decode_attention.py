@@ -59,10 +59,8 @@ def _cpu_forward(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int
 ) -> Tensor:
     _check(query, key_cache, value_cache, lengths)
-    if query.dtype == torch.float16:
-        return decode_attention_ref(query, key_cache, value_cache, lengths, scale, window)
     key_cache, value_cache = _rows_contiguous(key_cache), _rows_contiguous(value_cache)
-    # only the caches are read as bfloat16: query and output are small
+    # only the caches are read in half precision: query and output are small
     wide = query.to(torch.promote_types(query.dtype, torch.float32)).contiguous()
     lengths, out = lengths.contiguous(), torch.empty_like(wide)
     getattr(_cpu, f"decode_attention_{dtype_name(key_cache)}")(

@@ -1,5 +1,7 @@
 """GAE against closed forms."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -38,6 +40,20 @@ def test_masked_tokens_are_as_if_cut_out():
     kept = gae(rewards[mask], values[mask], cu(*lengths))
     assert torch.equal(advantages[mask], kept[0]) and torch.equal(returns[mask], kept[1])
     assert not advantages[~mask].any() and not returns[~mask].any()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_segments_scanned_together_are_as_if_alone(masked):
+    lengths = [1000, 1, 0, 1700, 999, 3, *[1200] * 30]
+    rewards, values, last = torch.randn(sum(lengths)), torch.randn(sum(lengths)), torch.randn(len(lengths))
+    mask = torch.rand(sum(lengths)) < 0.8 if masked else None
+    together = gae(rewards, values, cu(*lengths), mask=mask, bootstrap=last)
+    bounds = cu(*lengths).tolist()
+    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
+        part = slice(start, end)
+        own_mask = None if mask is None else mask[part]
+        alone = gae(rewards[part], values[part], cu(end - start), mask=own_mask, bootstrap=last[n : n + 1])
+        assert all(torch.equal(a[part], b) for a, b in zip(together, alone, strict=True)), n
 
 
 def test_nan_stays_in_its_segment():
