@@ -27,7 +27,7 @@ ROOMS = {
     "files": (
         {"data", "template", "config", "options", "metrics", "checkpoint", "optim"},
         {"native"},
-        {"torch", "transformers", "numpy", "yaml", "rich", "safetensors"},
+        {"torch", "transformers", "jinja2", "numpy", "yaml", "rich", "safetensors"},
     ),
     "loops": (
         {"loop", "sft", "reward", "ppo"},

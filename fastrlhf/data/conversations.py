@@ -1,0 +1,164 @@
+"""What a row says: its prompt and its responses, checked, as text or as messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastrlhf.data.report import Reason, Rejected
+from fastrlhf.template import Message
+
+Conversation = str | list[Message]
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+def conversation(value: Any) -> list[Message]:
+    """The messages of [system,] user, assistant, user, ..., without fields that are null."""
+    if not isinstance(value, list):
+        raise Rejected(Reason.NOT_A_MESSAGE, f"expected a list of messages, got {type(value).__name__}")
+    if not value:
+        raise Rejected(Reason.EMPTY_PROMPT)
+    messages = [_message(item) for item in value]
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    for n, role in enumerate(turns):
+        if role not in ("system", "user", "assistant"):
+            raise Rejected(Reason.UNKNOWN_ROLE, repr(role))
+        if role != ("user", "assistant")[n % 2]:
+            raise Rejected(Reason.NOT_ALTERNATING, ", ".join(map(str, roles[: n + 2])))
+    if not turns:
+        raise Rejected(Reason.EMPTY_PROMPT, "only a system message")
+    for message in messages:
+        if message["role"] != "system" and not message["content"].strip():
+            raise Rejected(Reason.EMPTY_PROMPT if message["role"] == "user" else Reason.EMPTY_RESPONSE)
+    return messages
+
+
+def _message(item: Any) -> Message:
+    if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
+        raise Rejected(Reason.NOT_A_MESSAGE)
+    message = {key: value for key, value in item.items() if value is not None}
+    if message.get("tool_calls") or message.get("function_call"):
+        raise Rejected(Reason.TOOL_CALL)
+    if message.get("weight", 1) not in (0, 1):
+        raise Rejected(Reason.BAD_WEIGHT, repr(message["weight"]))
+    return {**message, "content": _content(message.get("content"))}
+
+
+def _content(content: Any) -> str:
+    """The text of a message; a list of text parts is joined."""
+    if isinstance(content, list):
+        if any(not isinstance(part, Mapping) or not isinstance(part.get("text"), str) for part in content):
+            raise Rejected(Reason.NOT_A_MESSAGE, "its content has a part that is not text")
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise Rejected(Reason.NOT_A_MESSAGE, f"its content is of type {type(content).__name__}")
+    return content
+
+
+def text_of(value: Any, empty: Reason) -> str:
+    """A text that is not empty."""
+    if not isinstance(value, str):
+        raise Rejected(Reason.NOT_TEXT, f"got {type(value).__name__}")
+    if not value.strip():
+        raise Rejected(empty)
+    return value
+
+
+def prompt_of(value: Any) -> Conversation:
+    """A prompt: a text, or messages of which the last is the user's."""
+    if not isinstance(value, list):
+        return text_of(value, Reason.EMPTY_PROMPT)
+    messages = conversation(value)
+    if messages[-1]["role"] != "user":
+        raise Rejected(Reason.USER_NOT_LAST)
+    return messages
+
+
+def response_of(value: Any) -> str:
+    """A response: a text, or messages of which there is one, the assistant's."""
+    if isinstance(value, list):
+        if not value:
+            raise Rejected(Reason.EMPTY_RESPONSE)
+        message = _message(value[0])
+        if len(value) > 1 or message["role"] != "assistant":
+            raise Rejected(Reason.NOT_ONE_ANSWER)
+        value = message["content"]
+    return text_of(value, Reason.EMPTY_RESPONSE)
+
+
+def preference_of(row: Mapping[str, Any], *, chat: bool) -> tuple[Conversation, str, str]:
+    """(prompt, chosen, rejected) of a preference row.
+
+    chat: HH-RLHF text becomes messages; otherwise it stays text"""
+    chosen, rejected = row["chosen"], row["rejected"]
+    prompt = prompt_of(row["prompt"]) if "prompt" in row else None
+    if isinstance(chosen, list) and isinstance(rejected, list) and (prompt is None or len(chosen) > 1):
+        return _whole_conversations(chosen, rejected, prompt)
+    if prompt is not None:
+        return prompt, response_of(chosen), response_of(rejected)
+    texts = text_of(chosen, Reason.EMPTY_RESPONSE), text_of(rejected, Reason.EMPTY_RESPONSE)
+    if all(ASSISTANT in text for text in texts):
+        return _human_assistant(*texts, chat=chat)
+    if chat or any(ASSISTANT in text for text in texts):
+        raise Rejected(Reason.NO_PROMPT)
+    return _common_start(*texts)
+
+
+def _whole_conversations(
+    chosen: list[Any], rejected: list[Any], prompt: Conversation | None
+) -> tuple[Conversation, str, str]:
+    """Both sides hold the prompt; where there is a prompt column too, it must say the same."""
+    good, bad = conversation(chosen), conversation(rejected)
+    if good[-1]["role"] != "assistant" or bad[-1]["role"] != "assistant":
+        raise Rejected(Reason.ASSISTANT_NOT_LAST)
+    if good[:-1] != bad[:-1]:
+        raise Rejected(Reason.PROMPTS_DIFFER)
+    if prompt is not None and prompt not in (good[:-1], good[-2]["content"]):
+        raise Rejected(Reason.PROMPTS_DIFFER, "the prompt column is not what stands before the responses")
+    return good[:-1], good[-1]["content"], bad[-1]["content"]
+
+
+def _human_assistant(chosen: str, rejected: str, *, chat: bool) -> tuple[Conversation, str, str]:
+    """HH-RLHF text, each side cut at its own last Assistant: turn: cutting both at that of the chosen side is wrong
+    where the prompts differ."""
+    (prompt, good), (other, bad) = _cut_at_last_answer(chosen), _cut_at_last_answer(rejected)
+    if prompt != other:
+        raise Rejected(Reason.PROMPTS_DIFFER)
+    messages = _turns(prompt)
+    good, bad = text_of(good, Reason.EMPTY_RESPONSE), text_of(bad, Reason.EMPTY_RESPONSE)
+    return (messages if chat else prompt), good, bad
+
+
+def _cut_at_last_answer(text: str) -> tuple[str, str]:
+    start = text.rindex(ASSISTANT) + len(ASSISTANT)
+    if HUMAN in text[start:]:
+        raise Rejected(Reason.ASSISTANT_NOT_LAST)
+    return text[:start], text[start:]
+
+
+def _turns(prompt: str) -> list[Message]:
+    """The messages of an HH-RLHF prompt, which ends with an open Assistant: turn."""
+    turns: list[Message] = []
+    for piece in prompt.removesuffix(ASSISTANT).split("\n\n"):
+        if piece.startswith(("Human:", "Assistant:")):
+            role, _, content = piece.partition(":")
+            turns.append({"role": "user" if role == "Human" else "assistant", "content": content.strip()})
+        elif turns:
+            turns[-1] = {**turns[-1], "content": f"{turns[-1]['content']}\n\n{piece}".strip()}
+        elif piece.strip():
+            raise Rejected(Reason.TEXT_BEFORE_TURNS)
+    messages = conversation(turns)
+    if messages[-1]["role"] != "user":
+        raise Rejected(Reason.NOT_ALTERNATING, "two Assistant: turns in a row")
+    return messages
+
+
+def _common_start(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Plain texts: the prompt is their common start, cut where its last white space begins a word."""
+    same = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    start = min(chosen, rejected, key=len)[:same]
+    cut = max((n for n, letter in enumerate(start) if letter.isspace()), default=0)
+    if not start[:cut].strip():
+        raise Rejected(Reason.EMPTY_PROMPT, "chosen and rejected have no common start")
+    return start[:cut], text_of(chosen[cut:], Reason.EMPTY_RESPONSE), text_of(rejected[cut:], Reason.EMPTY_RESPONSE)

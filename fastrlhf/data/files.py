@@ -1,0 +1,69 @@
+"""Rows of JSONL, JSONL.gz and Parquet files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class DataError(ValueError):
+    """A file that cannot be used: missing, malformed, of unknown layout, or with too many rejected rows."""
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (number, row) of a JSONL, JSONL.gz or Parquet file: the number of its line, or of its row, from 1.
+
+    Blank lines are no rows.
+
+    Raises: DataError for a file that is missing or of another kind, and for a line that is no JSON object."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"data: no file {str(path)!r}" + (" (it is a folder)" if path.is_dir() else ""))
+    if path.name.endswith(".parquet"):
+        yield from _parquet(path)
+    elif path.name.endswith((".jsonl", ".jsonl.gz")):
+        yield from _jsonl(path)
+    else:
+        raise DataError(f"data: {path} must be .jsonl (one JSON object a line), .jsonl.gz or .parquet")
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _object(path, number, line)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"data: {path}, after line {number}: not a whole gzip file ({error})") from None
+
+
+def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"data: {path}, line {number}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise DataError(f"data: {path}, line {number}: expected an object {{...}}, got {type(row).__name__}")
+    return row
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise DataError(f"data: reading {path} needs pyarrow: pip install 'fastrlhf[parquet]'") from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"data: {path}, after row {number}: not a whole Parquet file ({error})") from None

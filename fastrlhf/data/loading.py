@@ -1,0 +1,274 @@
+"""Files to token ids: which loader takes which columns, and what it makes of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import jinja2
+
+from fastrlhf.data.conversations import Conversation, conversation, preference_of, prompt_of, response_of, text_of
+from fastrlhf.data.files import DataError, read_rows
+from fastrlhf.data.report import Reason, Rejected, Report
+from fastrlhf.template import Renderer
+
+T = TypeVar("T")
+Row = Mapping[str, Any]
+Columns = tuple[str, ...]
+
+# the columns that each loader takes; of those that a file has, the first
+PROMPT_COLUMNS: tuple[Columns, ...] = (("prompt",), ("messages",), ("chosen", "rejected"))
+DEMONSTRATION_COLUMNS: tuple[Columns, ...] = (
+    ("prompt", "completion"),
+    ("messages",),
+    ("prompt", "chosen", "rejected"),
+    ("chosen", "rejected"),
+    ("text",),
+)
+PAIR_COLUMNS: tuple[Columns, ...] = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+REWARD_ARGUMENTS = {"prompts", "responses", "response_ids", "finished"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """tokens up to where the response starts; the prompt as text; the other columns of its row."""
+
+    tokens: list[int]
+    text: str
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """tokens of a conversation; response_mask is True for those that the model should learn to write."""
+
+    tokens: list[int]
+    response_mask: list[bool]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """tokens of the prompt, and of the better and the worse response, each with its end; by how much it is better."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[T]):
+    """The usable rows of a file, and the report on all of them."""
+
+    rows: list[T]
+    report: Report
+
+
+def load_prompts(
+    path: str | Path, tokenizer: Any, *, max_prompt_tokens: int, template: str = "auto", **options: Any
+) -> Loaded[Prompt]:
+    """Returns the prompts of a file: its prompt column, or what stands before the last answer of its messages or of
+    its preference pairs. Every other column is kept, null as None.
+
+    max_prompt_tokens: longer prompts are rejected; template: see `Renderer`; options: those of `_load`
+
+    Raises: DataError."""
+    renderer = Renderer(tokenizer, template)
+
+    def make(row: Row, used: Columns) -> Prompt:
+        if used == ("prompt",):
+            prompt = prompt_of(row["prompt"])
+        elif used == ("messages",):
+            messages = conversation(row["messages"])
+            prompt = prompt_of(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
+        else:
+            prompt, _, _ = preference_of(row, chat=renderer.chat)
+        tokens = renderer.prompt(prompt)
+        if len(tokens) > max_prompt_tokens:
+            raise Rejected(Reason.PROMPT_TOO_LONG, f"{len(tokens)} tokens, {max_prompt_tokens} allowed")
+        return Prompt(tokens, _as_text(prompt), {name: value for name, value in row.items() if name not in used})
+
+    loaded = _load(path, "prompts", PROMPT_COLUMNS, make, **options)
+    clash = REWARD_ARGUMENTS & {name for row in loaded.rows for name in row.columns}
+    if clash:
+        raise DataError(f"data: {path}: rename column {min(clash)!r}; reward functions have an argument of that name")
+    return loaded
+
+
+def load_demonstrations(
+    path: str | Path, tokenizer: Any, *, max_tokens: int, template: str = "auto", **options: Any
+) -> Loaded[Demonstration]:
+    """Returns the demonstrations of a file: completions, assistant turns, the chosen side of preference pairs, or whole
+    texts, of which all tokens but the first are learned.
+
+    max_tokens: longer ones are rejected; template: see `Renderer`; options: those of `_load`
+
+    Raises: DataError."""
+    renderer = Renderer(tokenizer, template)
+
+    def make(row: Row, used: Columns) -> Demonstration:
+        if used == ("text",):
+            tokens = renderer.text(text_of(row["text"], Reason.EMPTY_TEXT))
+            demonstration = Demonstration(tokens, [False] + [True] * (len(tokens) - 1))
+        elif used == ("messages",):
+            demonstration = _assistant_turns(row["messages"], renderer)
+        else:
+            if "completion" in used:
+                prompt, response = prompt_of(row["prompt"]), response_of(row["completion"])
+            else:
+                prompt, response, _ = preference_of(row, chat=renderer.chat)
+            start, end = renderer.prompt(prompt), _response(renderer, response)
+            demonstration = Demonstration(start + end, [False] * len(start) + [True] * len(end))
+        if len(demonstration.tokens) > max_tokens:
+            raise Rejected(Reason.TOO_LONG, f"{len(demonstration.tokens)} tokens, {max_tokens} allowed")
+        if not any(demonstration.response_mask):
+            raise Rejected(Reason.NO_RESPONSE_TOKEN)
+        return demonstration
+
+    return _load(path, "demonstrations", DEMONSTRATION_COLUMNS, make, **options)
+
+
+def load_pairs(
+    path: str | Path, tokenizer: Any, *, max_tokens: int, template: str = "auto", **options: Any
+) -> Loaded[Pair]:
+    """Returns the preference pairs of a file.
+
+    max_tokens: pairs with a longer side are rejected; template: see `Renderer`; options: those of `_load`
+
+    Raises: DataError."""
+    renderer = Renderer(tokenizer, template)
+
+    def make(row: Row, used: Columns) -> Pair:
+        prompt, good, bad = preference_of(row, chat=renderer.chat)
+        start, chosen, rejected = renderer.prompt(prompt), _response(renderer, good), _response(renderer, bad)
+        if chosen == rejected:
+            raise Rejected(Reason.SAME)
+        longest = len(start) + max(len(chosen), len(rejected))
+        if longest > max_tokens:
+            raise Rejected(Reason.TOO_LONG, f"{longest} tokens, {max_tokens} allowed")
+        return Pair(start, chosen, rejected, _margin(row.get("margin")))
+
+    return _load(path, "preference pairs", PAIR_COLUMNS, make, **options)
+
+
+def _load(
+    path: str | Path,
+    wanted: str,
+    accepted: Sequence[Columns],
+    make: Callable[[Row, Columns], T],
+    *,
+    max_rejected: float = 0.01,
+    limit: int | None = None,
+    offset: int = 0,
+) -> Loaded[T]:
+    """Makes the rows of a file; counts those that `make` rejects. The first row's columns decide for all.
+
+    max_rejected: the largest share of rejected rows that is no error; offset, limit: skip so many rows, read so many
+
+    Raises: DataError."""
+    if not 0 <= max_rejected <= 1 or offset < 0 or (limit is not None and limit < 1):
+        raise ValueError(
+            "data: max_rejected must be between 0 and 1, offset at least 0 and limit at least 1, got "
+            f"{max_rejected}, {offset} and {limit}"
+        )
+    report, rows, used = Report(str(path)), [], None
+    for place, (number, row) in enumerate(read_rows(path)):
+        if place < offset:
+            continue
+        if report.num_rows == limit:
+            break
+        if used is None:
+            used = _columns(path, row, wanted, accepted)
+            report.notes += _notes(wanted, row, used)
+        report.num_rows += 1
+        try:
+            missing = [name for name in used if row.get(name) is None]
+            if missing:
+                raise Rejected(Reason.MISSING_COLUMN, missing[0])
+            rows.append(make(row, used))
+        except Rejected as rejected:
+            report.reject(number, rejected.reason, rejected.detail)
+        except jinja2.TemplateError as error:
+            report.reject(number, Reason.TEMPLATE_REFUSES, str(error))
+    _check(report, max_rejected, offset)
+    return Loaded(rows, report)
+
+
+def _check(report: Report, max_rejected: float, offset: int) -> None:
+    if report.num_rows == 0:
+        raise DataError(f"data: {report.path} has no rows" + (f" after the first {offset}" if offset else ""))
+    if report.num_used == 0:
+        raise DataError(f"data: no row can be used\n{report}")
+    if report.num_rejected > max_rejected * report.num_rows:
+        raise DataError(
+            f"data: {report.num_rejected} of {report.num_rows} rows rejected, more than max_rejected = "
+            f"{max_rejected:g} allows; mend the rows, or raise max_rejected to go on without them\n{report}"
+        )
+
+
+def _columns(path: str | Path, row: Row, wanted: str, accepted: Sequence[Columns]) -> Columns:
+    for columns in accepted:
+        if row.keys() >= set(columns):
+            return columns
+    layouts = "; ".join(" + ".join(columns) for columns in accepted)
+    raise DataError(f"data: {path} has the columns {', '.join(row) or '(none)'}; {wanted} are read from: {layouts}")
+
+
+def _notes(wanted: str, row: Row, used: Columns) -> list[str]:
+    """What the reader of a file should know about how it is read."""
+    notes = []
+    if wanted == "demonstrations" and "chosen" in used:
+        notes.append("the chosen responses of the preference pairs serve as demonstrations")
+    known = {*used, "margin"} if wanted == "preference pairs" else {*used}
+    unused = [name for name in row if name not in known]
+    if unused and wanted != "prompts":
+        notes.append(f"columns not used: {', '.join(unused)}")
+    return notes
+
+
+def _response(renderer: Renderer, text: str) -> list[int]:
+    """The tokens of a response: at least one, then its end, which stands nowhere else."""
+    tokens = renderer.response(text)
+    if len(tokens) < 2:
+        raise Rejected(Reason.NO_RESPONSE_TOKEN)
+    if tokens.index(renderer.end) < len(tokens) - 1:
+        raise Rejected(Reason.END_INSIDE)
+    return tokens
+
+
+def _assistant_turns(value: Any, renderer: Renderer) -> Demonstration:
+    """Every assistant turn of a conversation, its end included, is a response, except those of weight 0."""
+    messages = conversation(value)
+    if messages[-1]["role"] != "assistant":
+        raise Rejected(Reason.ASSISTANT_NOT_LAST)
+    tokens: list[int] = []
+    mask: list[bool] = []
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, response = renderer.prompt(messages[:n]), _response(renderer, message["content"])
+        if prompt[: len(tokens)] != tokens:
+            raise Rejected(Reason.TEMPLATE_REWRITES)
+        mask += [False] * (len(prompt) - len(tokens)) + [message.get("weight", 1) == 1] * len(response)
+        tokens = prompt + response
+    return Demonstration(tokens, mask)
+
+
+def _margin(value: Any) -> float:
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise Rejected(Reason.BAD_MARGIN, repr(value))
+    return float(value)
+
+
+def _as_text(prompt: Conversation) -> str:
+    """A prompt as text, for reward functions: its own, or its turns with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return str(prompt[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)

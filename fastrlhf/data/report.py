@@ -1,0 +1,78 @@
+"""Why rows are rejected, and what a file's rows came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Every reason for which a row is rejected."""
+
+    MISSING_COLUMN = "a column is missing or null"
+    NOT_TEXT = "not text"
+    NOT_A_MESSAGE = "a message is no object with a role and text as content"
+    TOOL_CALL = "a message calls a tool"
+    BAD_WEIGHT = "the weight of a message is neither 0 nor 1"
+    BAD_MARGIN = "the margin is no finite number"
+    UNKNOWN_ROLE = "unknown role"
+    NOT_ALTERNATING = "roles do not alternate user, assistant, user, ..."
+    ASSISTANT_NOT_LAST = "the last turn is not the assistant's"
+    USER_NOT_LAST = "the last turn of the prompt is not the user's"
+    NOT_ONE_ANSWER = "a response is not one assistant message"
+    NO_PROMPT = "no prompt: neither a prompt column nor Human: and Assistant: turns"
+    TEXT_BEFORE_TURNS = "text before the first Human: turn"
+    EMPTY_PROMPT = "empty prompt"
+    EMPTY_RESPONSE = "empty response"
+    EMPTY_TEXT = "empty text"
+    PROMPTS_DIFFER = "the prompts of chosen and rejected differ"
+    SAME = "chosen and rejected are the same"
+    TEMPLATE_REFUSES = "the chat template refuses the conversation"
+    TEMPLATE_REWRITES = "the chat template rewrites earlier turns, so responses cannot be told apart"
+    PROMPT_TOO_LONG = "prompt too long"
+    TOO_LONG = "prompt and response too long"
+    NO_RESPONSE_TOKEN = "no response token"
+    END_INSIDE = "the token that ends a response stands inside one"
+
+
+class Rejected(Exception):
+    """A row that cannot be used: the reason, and what was found."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass
+class Report:
+    """How many rows were read, the numbers (from 1) of those rejected for each reason, and what else is worth saying.
+
+    details: what was found in the first row rejected for a reason"""
+
+    path: str
+    num_rows: int = 0
+    rejected: dict[Reason, list[int]] = field(default_factory=dict)
+    details: dict[Reason, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_rejected(self) -> int:
+        return sum(len(rows) for rows in self.rejected.values())
+
+    @property
+    def num_used(self) -> int:
+        return self.num_rows - self.num_rejected
+
+    def reject(self, number: int, reason: Reason, detail: str) -> None:
+        """Counts a row."""
+        self.rejected.setdefault(reason, []).append(number)
+        if detail:
+            self.details.setdefault(reason, f"row {number}: {detail}")
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.num_used} of {self.num_rows} rows used"]
+        for reason, rows in sorted(self.rejected.items(), key=lambda item: -len(item[1])):
+            example = self.details.get(reason, f"row {rows[0]}")
+            lines.append(f"  {len(rows)} rejected: {reason} ({'first ' if len(rows) > 1 else ''}{example})")
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])

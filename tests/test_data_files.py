@@ -1,0 +1,142 @@
+"""Rows come out of files unchanged and in an order that follows from the seed; a broken file is named."""
+
+import gzip
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_tokenizer
+
+from fastrlhf.data import (
+    DataError,
+    batch_rows,
+    load_demonstrations,
+    load_pairs,
+    load_prompts,
+    read_rows,
+    shuffled,
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ('{"prompt": "q"', "line 2: not JSON"),
+        ("[1]", "line 2: expected an object .* got list"),
+        ('"q"', "line 2: expected an object .* got str"),
+        ("[" * 100_000, "line 2: not JSON"),
+    ],
+)
+def test_a_malformed_line_is_named_with_its_number(tmp_path, line, text):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"prompt": "q"}}\n{line}\n')
+    with pytest.raises(DataError, match=rf"rows\.jsonl, {text}"):
+        list(read_rows(path))
+
+
+def test_a_line_that_is_no_utf8_is_named_with_its_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "q"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(DataError, match="line 2: not JSON"):
+        list(read_rows(path))
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"no file .*missing\.jsonl"):
+        list(read_rows(tmp_path / "missing.jsonl"))
+    with pytest.raises(DataError, match="is a folder"):
+        list(read_rows(tmp_path))
+    (tmp_path / "rows.csv").write_text("prompt\nq\n")
+    with pytest.raises(DataError, match=r"rows.csv must be .jsonl \(one JSON object a line\), .jsonl.gz or .parquet"):
+        list(read_rows(tmp_path / "rows.csv"))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"empty\.jsonl has no rows"):
+        load_prompts(tmp_path / "empty.jsonl", tiny_tokenizer(), max_prompt_tokens=9)
+    packed = gzip.compress(b'{"prompt": "q"}\n' * 1000)
+    for name, content in (
+        ("text", b'{"prompt": "q"}\n'),
+        ("cut", packed[:-20]),
+        ("changed", packed[:15] + packed[16:]),
+    ):
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}.jsonl.gz, after line .*: not a whole gzip file"):
+            list(read_rows(tmp_path / f"{name}.jsonl.gz"))
+
+
+def test_gzip_and_parquet_hold_the_same_rows_as_jsonl(tmp_path):
+    rows = [
+        {"prompt": [{"role": "user", "content": "q"}], "margin": 1.5},
+        {"prompt": [{"role": "user", "content": "r"}], "margin": None},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    paths = [tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.gz"]
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs pyarrow")
+    paths.append(tmp_path / "rows.parquet")
+    parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), paths[-1])
+    assert all(list(read_rows(path)) == [(1, rows[0]), (2, rows[1])] for path in paths)
+    paths[-1].write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"rows\.parquet, after row 0: not a whole Parquet file"):
+        list(read_rows(paths[-1]))
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "rows.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match=r"needs pyarrow: pip install 'fastrlhf\[parquet\]'"):
+        list(read_rows(tmp_path / "rows.parquet"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 50), st.integers(0, 2**31 - 1))
+def test_each_epoch_uses_every_row_once(num_rows, batch_size, seed):
+    num_epochs = 3
+    total = num_epochs * num_rows
+    batches = [batch_rows(num_rows, batch_size, n, seed=seed, total=total) for n in range(-(-total // batch_size))]
+    assert all(len(batch) == batch_size for batch in batches[:-1]) and batches[-1]
+    stream = [row for batch in batches for row in batch]
+    for epoch in range(num_epochs):
+        assert Counter(stream[epoch * num_rows : (epoch + 1) * num_rows]) == Counter(range(num_rows))
+
+
+def test_the_order_follows_from_seed_and_epoch_alone():
+    assert batch_rows(50, 50, 3, seed=1) == shuffled(50, 1, 3)
+    assert batch_rows(50, 20, 2, seed=1) == shuffled(50, 1, 0)[40:] + shuffled(50, 1, 1)[:10]
+    assert len({tuple(shuffled(50, seed, epoch)) for seed in range(5) for epoch in range(5)}) == 25
+    assert shuffled(50, 2**40) != shuffled(50, 0)
+
+
+@pytest.mark.parametrize("arguments", [(0, 1, 0), (1, 0, 0), (1, 1, -1)])
+def test_an_empty_stream_is_refused(arguments):
+    with pytest.raises(ValueError, match="batch_rows: num_rows and batch_size must be at least 1"):
+        batch_rows(*arguments, seed=0)
+
+
+LOADERS = {"sft": load_demonstrations, "reward": load_pairs, "ppo": load_prompts}
+DOCUMENTED = re.findall(
+    r"^\| `(\{.*?\})` \| (.*?) \|", (Path(__file__).parents[1] / "docs" / "data.md").read_text(), re.M
+)
+
+
+@pytest.mark.parametrize(("row", "readers"), DOCUMENTED)
+def test_the_documented_rows_are_read_by_the_commands_that_are_named(tmp_path, row, readers):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(row + "\n")
+    for command, loader in LOADERS.items():
+        size = {"max_prompt_tokens" if command == "ppo" else "max_tokens": 99}
+        tokenizer = tiny_tokenizer(chat="Q: Hi" not in row)
+        if command in readers.split(", "):
+            assert len(loader(path, tokenizer, **size).rows) == 1
+        else:
+            with pytest.raises(DataError, match="are read from"):
+                loader(path, tokenizer, **size)
+
+
+def test_nine_rows_are_documented():
+    assert len(DOCUMENTED) == 9
