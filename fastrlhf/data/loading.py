@@ -88,7 +88,7 @@ def load_prompts(
             prompt, _, _ = preference_of(row, chat=renderer.chat)
         tokens = renderer.prompt(prompt)
         if len(tokens) > max_prompt_tokens:
-            raise Rejected(Reason.PROMPT_TOO_LONG, f"{len(tokens)} tokens, {max_prompt_tokens} allowed")
+            raise Rejected(Reason.PROMPT_TOO_LONG, f"{len(tokens)}, more than max_prompt_tokens = {max_prompt_tokens}")
         return Prompt(tokens, _as_text(prompt), {name: value for name, value in row.items() if name not in used})
 
     loaded = _load(path, "prompts", PROMPT_COLUMNS, make, **options)
