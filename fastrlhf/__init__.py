@@ -9,11 +9,20 @@ from fastrlhf.ops import __all__ as _ops
 if TYPE_CHECKING:
     from fastrlhf.config import PPOConfig, RewardConfig, SFTConfig
     from fastrlhf.ppo import PPO
+    from fastrlhf.reward import RewardTrainer
+    from fastrlhf.sft import SFT
 
 __version__ = "0.1.0"
 # imported when first asked for: the loops bring transformers, which takes seconds that a user of the ops need not wait
-_LOOPS = {"PPO": "ppo", "PPOConfig": "config", "RewardConfig": "config", "SFTConfig": "config"}
-__all__ = ["PPO", "PPOConfig", "RewardConfig", "SFTConfig", *_ops]
+_LOOPS = {
+    "PPO": "ppo",
+    "PPOConfig": "config",
+    "RewardConfig": "config",
+    "RewardTrainer": "reward",
+    "SFT": "sft",
+    "SFTConfig": "config",
+}
+__all__ = ["PPO", "SFT", "PPOConfig", "RewardConfig", "RewardTrainer", "SFTConfig", *_ops]
 
 
 def __getattr__(name: str) -> Any:

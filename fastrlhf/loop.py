@@ -103,8 +103,8 @@ def advance(loop: Loop) -> dict[str, float]:
         raise NonFiniteError(f"{error}; {advice}") from error
     loop.num_steps_done += 1
     loop.log.add(loop.num_steps_done, metrics)
-    last = loop.num_steps_done == loop.num_steps
-    if last or loop.num_steps_done % loop.config.save_every == 0:
+    last, every = loop.num_steps_done == loop.num_steps, loop.config.save_every
+    if every and (last or loop.num_steps_done % every == 0):
         state = {"loop": loop.state_dict(), "data_fingerprint": loop.data_fingerprint}
         save_checkpoint(output, loop.num_steps_done, loop.save_models, **state)
     if last:

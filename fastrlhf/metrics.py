@@ -31,6 +31,7 @@ COLUMNS = {  # of the table on the terminal, most important first; a loop shows 
     "ppo/policy/grad_norm": "grad",
     "grad_norm": "grad",
     "learning_rate": "lr",
+    "ppo/policy/learning_rate": "lr",
 }
 WIDTH = 9  # of a column, and two spaces
 PIPE_WIDTH = 110  # of the table where there is no terminal

@@ -68,11 +68,13 @@ class Optimizer:
         self.num_steps_done = 0
 
     @classmethod
-    def of(cls, config: LoopConfig, model: nn.Module, *, num_steps: int) -> Optimizer:
-        """The optimizer of a model with a loop's settings."""
+    def of(
+        cls, config: LoopConfig, model: nn.Module, *, num_steps: int, learning_rate: float | None = None
+    ) -> Optimizer:
+        """The optimizer of a model with a loop's settings, and learning_rate where it is not the loop's."""
         return cls(
             model,
-            learning_rate=config.learning_rate,
+            learning_rate=config.learning_rate if learning_rate is None else learning_rate,
             num_steps=num_steps,
             schedule=config.schedule,
             warmup_ratio=config.warmup_ratio,

@@ -65,8 +65,11 @@ class PPO:
             autocast=config.autocast_dtype(),
         )
         self.load_models(checkpoint)
-        self.policy_optimizer = self.make_optimizer(self.policy, config.learning_rate)
-        self.value_optimizer = self.make_optimizer(self.value_model, config.value_learning_rate)
+        num_updates = config.steps * config.epochs * config.minibatches
+        self.policy_optimizer = Optimizer.of(config, self.policy, num_steps=num_updates)
+        self.value_optimizer = Optimizer.of(
+            config, self.value_model, num_steps=num_updates, learning_rate=config.value_learning_rate
+        )
         self.kl_coef = config.kl_coef
         self.sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
         self.engine = Engine(
@@ -108,25 +111,14 @@ class PPO:
             self.value_model = ValueModel.from_pretrained(checkpoint / "value_model", **trained)
         elif len(reward_models) == 1:
             self.value_model = ValueModel.from_reward_model(
-                reward_models[0][0], gradient_checkpointing=config.gradient_checkpointing
+                reward_models[0][0],
+                autocast=config.autocast_dtype(),
+                gradient_checkpointing=config.gradient_checkpointing,
             )
         else:
             self.value_model = ValueModel.from_policy(self.policy, gradient_checkpointing=config.gradient_checkpointing)
         default = 0 if len(reward_models) == 1 else 2
         self.num_value_warmup_steps = default if config.value_warmup_steps is None else config.value_warmup_steps
-
-    def make_optimizer(self, model: torch.nn.Module, learning_rate: float) -> Optimizer:
-        config = self.config
-        return Optimizer(
-            model,
-            learning_rate=learning_rate,
-            num_steps=config.steps * config.epochs * config.minibatches,
-            schedule=config.schedule,
-            warmup_ratio=config.warmup_ratio,
-            weight_decay=config.weight_decay,
-            eps=config.adam_eps,
-            max_grad_norm=config.max_grad_norm,
-        )
 
     def step(self) -> dict[str, float]:
         """Runs one PPO step: sample, score, shape, estimate advantages, update. Returns its metrics."""

@@ -19,7 +19,7 @@ from fastrlhf.models import RewardModel
 from fastrlhf.ops import pairwise_reward_loss
 from fastrlhf.optim import Optimizer, check_finite
 from fastrlhf.packing import Packed, pack
-from fastrlhf.template import load_tokenizer
+from fastrlhf.template import eos_token_ids, load_tokenizer
 
 
 class RewardTrainer:
@@ -50,6 +50,7 @@ class RewardTrainer:
             gradient_checkpointing=config.gradient_checkpointing,
         ).train()
         check_fits(self.model.model, self.tokenizer, max_length=config.max_length)
+        choose_pad(self.tokenizer, eos_token_ids(self.tokenizer, self.model.model))
         self.optimizer = Optimizer.of(config, self.model, num_steps=self.num_steps)
         begin(self, checkpoint, (side for pair in self.pairs for side in sides(pair)))
 
@@ -133,6 +134,7 @@ class RewardTrainer:
 
     def save(self, folder: str | Path) -> None:
         """Writes model and tokenizer as plain transformers loads them (AutoModelForSequenceClassification)."""
+        self.model.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -152,6 +154,16 @@ class RewardTrainer:
 def sides(pair: Pair) -> tuple[list[int], list[int]]:
     """The tokens of the two conversations of a pair, the better first."""
     return pair.prompt + pair.chosen, pair.prompt + pair.rejected
+
+
+def choose_pad(tokenizer: Any, ends: set[int]) -> None:
+    """Gives the tokenizer a pad token that ends no response: another special token, or none where there is no other.
+
+    Nothing here pads, but plain transformers reads a score at the last token that is no pad: with pad = eos it would
+    read the one before the end, and without a pad it refuses batches, which is better than wrong scores."""
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+        others = [i for i in tokenizer.all_special_ids if i not in ends]
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(others[0]) if others else None
 
 
 def wilson_interval(share: float, num: int, z: float = 1.959964) -> tuple[float, float]:

@@ -87,6 +87,16 @@ def test_the_model_folder_is_plain_transformers(settings):
     assert tokenizer.eos_token_id == chosen[-1]
 
 
+def test_plain_transformers_scores_a_padded_batch_alike_though_the_pad_was_the_eos(settings, tmp_path):
+    loop = RewardTrainer(RewardConfig(**{**settings, "model": model_folder(tmp_path / "other", pad_is_eos=True)}))
+    loop.save(tmp_path / "saved")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    both = list(sides(loop.pairs[0]))
+    batch = tokenizer.pad({"input_ids": both}, return_tensors="pt")
+    torch.testing.assert_close(model(**batch).logits[:, 0], loop.model(pack(both)), rtol=1e-4, atol=1e-5)
+
+
 def test_margins_move_the_loss(settings, tmp_path):
     row = {"prompt": "a", "chosen": "xx", "rejected": "yy"}
     losses = []

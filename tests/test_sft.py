@@ -99,6 +99,12 @@ def test_a_finished_run_resumes_to_nothing(settings):
     assert len(read_jsonl(f"{settings['output']}/metrics.jsonl")) == len(first)
 
 
+def test_without_checkpoints_a_run_leaves_only_its_model(settings, tmp_path):
+    run(settings, save_every=0)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert (tmp_path / "out" / "model").is_dir()
+
+
 def test_changed_data_is_noticed_on_resume(settings, tmp_path):
     run(settings)
     demonstrations(tmp_path / "data.jsonl", seed=1)

@@ -1,0 +1,125 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from loops import ROOT, demonstrations, model_folder, pairs, write_rows
+from transformers import AutoModelForCausalLM
+
+import fastrlhf
+from fastrlhf.__main__ import main
+from fastrlhf.metrics import read_jsonl
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    options = {
+        "model": model_folder(tmp_path / "model"),
+        "data": demonstrations(tmp_path / "data.jsonl"),
+        "output": tmp_path / "out",
+        "template": "none",
+        "max-length": 64,
+        "device": "cpu",
+    }
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def test_help_lists_the_commands_and_each_has_its_own(capsys):
+    assert main(["--help"]) == main([]) == 0
+    overview = capsys.readouterr().out
+    for command in ("sft", "reward", "ppo"):
+        assert command in overview
+        assert main([command, "--help"]) == 0
+        assert "--learning-rate NUM" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == fastrlhf.__version__
+
+
+def test_info_says_what_serves_each_op(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for word in (torch.__version__, "instruction set", "threads", "cuda extension"):
+        assert word in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["gae", "native"] in [row[:2] for row in rows]
+
+
+def test_the_loops_run_from_a_yaml_file(arguments, tmp_path, capsys):
+    file = tmp_path / "sft.yaml"
+    file.write_text("batch_size: 4\nepochs: 2\nlearning_rate: 1e-3\n")
+    assert main(["sft", "--config", str(file), *arguments, "--epochs", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "24 of 24 rows used" in out
+    assert f"model: {tmp_path / 'out' / 'model'}" in out
+    assert len(read_jsonl(tmp_path / "out" / "metrics.jsonl")) == 6
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    data = pairs(tmp_path / "pairs.jsonl")
+    assert main(["reward", *arguments[:1], f"--data={data}", f"--output={tmp_path / 'rm'}", *arguments[3:]]) == 0
+    assert (tmp_path / "rm" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        (["stf"], "unknown command 'stf'; did you mean sft?"),
+        (["sft", "--lerning-rate", "1"], "unknown option --lerning-rate; did you mean --learning-rate?"),
+        (["sft", "--model", "m"], "missing --data, --output"),
+        (["sft", "--model=m", "--data=d", "--output=o", "--batch-size=many"], "batch_size must be a whole number"),
+    ],
+)
+def test_bad_usage_exits_with_2_and_a_line(command, text, capsys):
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert text in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_bad_input_exits_with_1_and_a_line(arguments, tmp_path, capsys):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    cases = {
+        f"--data={broken}": f"{broken}, line 2: not JSON",
+        f"--data={tmp_path / 'none.jsonl'}": "no file",
+        "--data=" + write_rows(tmp_path / "odd.jsonl", [{"question": "a"}]): "columns ['question']",
+        "--model=./nowhere": "./nowhere",
+    }
+    for option, text in cases.items():
+        kept = [a for a in arguments if a.split("=")[0] != option.split("=")[0]]
+        assert main(["sft", *kept, option]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("fastrlhf sft: error: ")
+        assert text in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_that_is_not_ours_keeps_its_traceback(arguments, monkeypatch):
+    monkeypatch.setattr("fastrlhf.sft.SFT.step", lambda self: {}["missing"])
+    with pytest.raises(KeyError):
+        main(["sft", *arguments])
+
+
+def test_interrupting_says_how_to_go_on(arguments, monkeypatch, capsys, tmp_path):
+    from fastrlhf.sft import SFT
+
+    step = SFT.step
+
+    def stop_at_three(self):
+        if self.num_steps_done == 2:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(SFT, "step", stop_at_three)
+    assert main(["sft", *arguments, "--batch-size=4", "--save-every=1"]) == 130
+    assert f"--resume continues from {tmp_path / 'out' / 'checkpoints' / 'step-000002'}" in capsys.readouterr().err
+    monkeypatch.setattr(SFT, "step", step)
+    assert main(["sft", *arguments, "--batch-size=4", "--save-every=1"]) == 1
+    assert "give --resume to continue or --overwrite to delete" in capsys.readouterr().err
+    assert main(["sft", *arguments, "--batch-size=4", "--resume"]) == 0
+    assert "resuming from" in capsys.readouterr().out
+
+
+def test_python_m_runs_it():
+    run = subprocess.run([sys.executable, "-m", "fastrlhf", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == fastrlhf.__version__
