@@ -9,6 +9,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 Message = Mapping[str, Any]
+# templates such as Llama 3's write today's date into the system message, and a run would change overnight
+DATE = "26 Jul 2024"
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -81,7 +83,9 @@ class Renderer:
             for message in messages
         ]
         return list(
-            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+            self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False, date_string=DATE
+            )
         )
 
     def response(self, text: str) -> list[int]:

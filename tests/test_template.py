@@ -94,6 +94,13 @@ def test_white_space_around_an_answer_is_no_part_of_a_chat_but_of_a_text():
     assert text.response(" a") != text.response("a")
 
 
+def test_a_template_that_writes_the_date_gives_the_same_tokens_every_day():
+    tokenizer = tiny_tokenizer()
+    date = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    tokenizer.chat_template = date + "{{ date_string }}" + tokenizer.chat_template  # as that of Llama 3.2
+    assert tokenizer.decode(Renderer(tokenizer).prompt("q")) == "26 Jul 2024<|user|>q<eos><|assistant|>"
+
+
 def test_messages_need_a_chat_template_and_the_tokenizer_is_named(tmp_path):
     tokenizer = tiny_tokenizer(chat=False)
     tokenizer.save_pretrained(tmp_path / "plain")
