@@ -131,6 +131,14 @@ def test_a_margin_is_read(write):
     assert [pair.margin for pair in loaded.rows] == [2.0, 0.0]
 
 
+def test_a_response_that_was_cut_off_gets_no_end(write):
+    row = {"prompt": "q", "chosen": "a", "rejected": "a", "rejected_finished": False}
+    loaded = load_pairs(write(row, {**row, "rejected_finished": None, "chosen_finished": False}), PLAIN, max_tokens=9)
+    cut, whole = PLAIN("a").input_ids, [*PLAIN("a").input_ids, PLAIN.eos_token_id]
+    assert [(pair.chosen, pair.rejected) for pair in loaded.rows] == [(whole, cut), (cut, whole)]
+    assert loaded.report.notes == []
+
+
 def test_every_other_column_of_a_prompt_file_is_kept(write):
     rows = write({"prompt": "q", "answer": 3, "hint": None, "completion": "c"}, {"prompt": "r"})
     first, second = load_prompts(rows, PLAIN, max_prompt_tokens=9).rows
@@ -194,6 +202,7 @@ BAD_ROWS = [
     (load_pairs, {**WORD, "rejected": "b" * 99}, Reason.TOO_LONG),
     (load_pairs, {**WORD, "margin": "big"}, Reason.BAD_MARGIN),
     (load_pairs, {**WORD, "margin": float("nan")}, Reason.BAD_MARGIN),
+    (load_pairs, {**WORD, "chosen_finished": "no"}, Reason.BAD_FINISHED),
     (load_pairs, {**WORD, "chosen": ANSWERED, "rejected": ANSWERED, "prompt": "other"}, Reason.PROMPTS_DIFFER),
     (load_pairs, {"chosen": ANSWERED, "rejected": [user("r"), assistant("b")]}, Reason.PROMPTS_DIFFER),
     (load_pairs, {"chosen": ANSWERED, "rejected": QUESTION}, Reason.ASSISTANT_NOT_LAST),

@@ -29,6 +29,7 @@ DEMONSTRATION_COLUMNS: tuple[Columns, ...] = (
     ("text",),
 )
 PAIR_COLUMNS: tuple[Columns, ...] = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+PAIR_OPTIONS = ("margin", "chosen_finished", "rejected_finished")
 REWARD_ARGUMENTS = {"prompts", "responses", "response_ids", "finished"}
 
 
@@ -51,7 +52,9 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Pair:
-    """tokens of the prompt, and of the better and the worse response, each with its end; by how much it is better."""
+    """tokens of the prompt, and of the better and the worse response; by how much it is better.
+
+    A response has its end, unless its row says that it was cut off before."""
 
     prompt: list[int]
     chosen: list[int]
@@ -143,7 +146,9 @@ def load_pairs(
 
     def make(row: Row, used: Columns) -> Pair:
         prompt, good, bad = preference_of(row, chat=renderer.chat)
-        start, chosen, rejected = renderer.prompt(prompt), _response(renderer, good), _response(renderer, bad)
+        start = renderer.prompt(prompt)
+        chosen = _response(renderer, good, finished=_finished(row, "chosen_finished"))
+        rejected = _response(renderer, bad, finished=_finished(row, "rejected_finished"))
         if chosen == rejected:
             raise Rejected(Reason.SAME)
         longest = len(start) + max(len(chosen), len(rejected))
@@ -222,21 +227,21 @@ def _notes(wanted: str, row: Row, used: Columns) -> list[str]:
     notes = []
     if wanted == "demonstrations" and "chosen" in used:
         notes.append("the chosen responses of the preference pairs serve as demonstrations")
-    known = {*used, "margin"} if wanted == "preference pairs" else {*used}
+    known = {*used, *PAIR_OPTIONS} if wanted == "preference pairs" else {*used}
     unused = [name for name in row if name not in known]
     if unused and wanted != "prompts":
         notes.append(f"columns not used: {', '.join(unused)}")
     return notes
 
 
-def _response(renderer: Renderer, text: str) -> list[int]:
-    """The tokens of a response: at least one, then its end, which stands nowhere else."""
+def _response(renderer: Renderer, text: str, *, finished: bool = True) -> list[int]:
+    """The tokens of a response: at least one, then, if it is finished, its end, which stands nowhere else."""
     tokens = renderer.response(text)
     if len(tokens) < 2:
         raise Rejected(Reason.NO_RESPONSE_TOKEN)
     if tokens.index(renderer.end) < len(tokens) - 1:
         raise Rejected(Reason.END_INSIDE)
-    return tokens
+    return tokens if finished else tokens[:-1]
 
 
 def _assistant_turns(value: Any, renderer: Renderer) -> Demonstration:
@@ -255,6 +260,13 @@ def _assistant_turns(value: Any, renderer: Renderer) -> Demonstration:
         mask += [False] * (len(prompt) - len(tokens)) + [message.get("weight", 1) == 1] * len(response)
         tokens = prompt + response
     return Demonstration(tokens, mask)
+
+
+def _finished(row: Row, name: str) -> bool:
+    value = row.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise Rejected(Reason.BAD_FINISHED, f"{name} is {value!r}")
+    return value is not False
 
 
 def _margin(value: Any) -> float:

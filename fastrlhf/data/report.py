@@ -15,6 +15,7 @@ class Reason(StrEnum):
     TOOL_CALL = "a message calls a tool"
     BAD_WEIGHT = "the weight of a message is neither 0 nor 1"
     BAD_MARGIN = "the margin is no finite number"
+    BAD_FINISHED = "whether a response is finished is neither true nor false"
     UNKNOWN_ROLE = "unknown role"
     NOT_ALTERNATING = "roles do not alternate user, assistant, user, ..."
     ASSISTANT_NOT_LAST = "the last turn is not the assistant's"
