@@ -20,7 +20,7 @@ ROOMS = {
     "packing": ({"packing"}, set(), {"torch"}),
     "formulas": ({"rewards", "losses", "advantages"}, {"ops", "packing"}, {"torch"}),
     "models": (
-        {"attention", "models", "slots", "rollout", "scoring", "lora"},
+        {"attention", "heads", "loading", "models", "slots", "rollout", "scoring", "lora"},
         {"ops", "packing", "files"},
         {"torch", "transformers", "safetensors", "numpy"},
     ),

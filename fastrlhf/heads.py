@@ -1,0 +1,48 @@
+"""What we compute on top of a transformers body: hidden states of a pack, log-probabilities, scalar scores."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastrlhf.ops import linear_token_logprobs
+from fastrlhf.packing import Packed
+
+
+def hidden_states(model: PreTrainedModel, batch: Packed, autocast: torch.dtype | None = None) -> Tensor:
+    """Returns the last hidden states (T, D) of a pack, after the final norm; the model must be on our attention."""
+    with autocasting(batch.tokens.device, autocast):
+        return model.base_model(**batch.model_inputs()).last_hidden_state[0]
+
+
+def head_logprobs(model: PreTrainedModel, hidden: Tensor, targets: Tensor, **options: Any) -> Any:
+    """Returns what `linear_token_logprobs` does, with the head of a causal language model, in the head's dtype.
+
+    hidden: (R, D), targets: (R,) int64; the options are those of the op"""
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return linear_token_logprobs(
+            hidden.to(layer.weight.dtype),
+            layer.weight,
+            targets,
+            bias=layer.bias,
+            logit_scale=scale,
+            logit_softcap=getattr(config, "final_logit_softcapping", None),
+            **options,
+        )
+
+
+def head_scores(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Returns the head of a one-label classification model and its offset at hidden (M, D), (M,) float32."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return hidden.float() @ model.score.weight[0].float() + float(getattr(model.config, "reward_bias", 0.0))
+
+
+def autocasting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """torch.autocast to a dtype, or nothing for None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
