@@ -21,7 +21,7 @@ def device(request):
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def seeded():
     torch.manual_seed(0)
 
 
