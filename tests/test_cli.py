@@ -82,7 +82,7 @@ def test_bad_input_exits_with_1_and_a_line(arguments, tmp_path, capsys):
     cases = {
         f"--data={broken}": f"{broken}, line 2: not JSON",
         f"--data={tmp_path / 'none.jsonl'}": "no file",
-        "--data=" + write_rows(tmp_path / "odd.jsonl", [{"question": "a"}]): "columns ['question']",
+        "--data=" + write_rows(tmp_path / "odd.jsonl", [{"question": "a"}]): "has the columns question",
         "--model=./nowhere": "./nowhere",
     }
     for option, text in cases.items():
