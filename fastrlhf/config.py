@@ -171,6 +171,12 @@ class PPOConfig(LoopConfig):
     max_prompt_tokens: int = option(512, "longer prompts are rejected")
     max_new_tokens: int = option(128, "length at which responses are cut off")
     temperature: float = option(1.0, "of sampling and of training alike")
+    top_k: int = option(0, "sample among so many tokens; needs truncation (so do top_p and min_p)")
+    top_p: float = option(1.0, "sample among the likeliest tokens of this total probability")
+    min_p: float = option(0.0, "sample among tokens of at least this share of the likeliest one's probability")
+    truncation: str = option(
+        "refuse", "with top_k, top_p, min_p the ratio is to the model's or the sampler's log-probs"
+    )
     max_slots: int = option(64, "sequences generated at a time")
 
     def __post_init__(self) -> None:
@@ -185,6 +191,13 @@ class PPOConfig(LoopConfig):
         )
         _at_least(self, 0, "kl_coef", "entropy_coef", "value_warmup_steps")
         _within(self, 0, 1, "gamma", "lam")
+        _choose(self, "truncation", ("refuse", "model", "sampler"))
+        if self.truncation == "refuse" and (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0):
+            raise ValueError(
+                f"top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: the sampler would draw from another "
+                "distribution than the one that is trained; set truncation to model (ratios to the model's own "
+                "log-probabilities, a bias) or sampler (ratios to those of the draws, which start away from 1)"
+            )
         if self.minibatches > self.batch_size:
             raise ValueError(f"minibatches ({self.minibatches}) must not exceed batch_size ({self.batch_size})")
 

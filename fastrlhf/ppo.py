@@ -71,7 +71,13 @@ class PPO:
             config, self.value_model, num_steps=num_updates, learning_rate=config.value_learning_rate
         )
         self.kl_coef = config.kl_coef
-        self.sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+        self.sampling = Sampling(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+        )
         self.engine = Engine(
             self.policy.model,
             eos_token_ids=eos_token_ids(self.tokenizer, self.policy.model),
@@ -133,7 +139,7 @@ class PPO:
         finished = torch.tensor([sample.finished for sample in samples], device=self.device)
         rewards = shape_rewards(
             apply_missing_eos(scores, finished, config.missing_eos),
-            batch["old_logprobs"],
+            batch["logprobs"],
             batch["ref_logprobs"],
             batch.cu_responses,
             kl_coef=self.kl_coef,
@@ -170,7 +176,8 @@ class PPO:
 
     @torch.no_grad()
     def score(self, prompts: list[Prompt], samples: list[Sample]) -> tuple[Packed, Tensor]:
-        """The pack of prompts and responses with old_logprobs, ref_logprobs and values (R,), and the scores (N,)."""
+        """The pack of prompts and responses with logprobs, old_logprobs, ref_logprobs and values (R,), and the scores
+        (N,). The KL is that of logprobs, the policy's own; ratios are to old_logprobs, the same but for truncation."""
         batch = pack(
             [sample.prompt + sample.response for sample in samples],
             prompt_lengths=[len(sample.prompt) for sample in samples],
@@ -178,16 +185,22 @@ class PPO:
         )
         if self.policy.autocast is None:
             # the engine's, which equal the trainer's to 1e-5
-            old_logprobs = torch.tensor([x for sample in samples for x in sample.logprobs], device=self.device)
+            logprobs = self.joined([sample.logprobs for sample in samples])
         else:
             # in half precision the two round differently, and the ratio of the first minibatch must be 1
-            old_logprobs = self.logprobs(self.policy, batch)
+            logprobs = self.logprobs(self.policy, batch)
+        by_sampler = self.config.truncation == "sampler"
         batch = batch.with_fields(
-            old_logprobs=old_logprobs,
+            logprobs=logprobs,
+            old_logprobs=self.joined([sample.sampler_logprobs for sample in samples]) if by_sampler else logprobs,
             ref_logprobs=self.logprobs(self.reference, batch),
             values=torch.cat([self.value_model(part) for part in batch.microbatches(self.config.max_tokens)]),
         )
         return batch, self.scorer(prompts, samples, batch)
+
+    def joined(self, values: list[list[float]]) -> Tensor:
+        """Values of each response's tokens, end to end: (R,) float32."""
+        return torch.tensor([value for row in values for value in row], device=self.device)
 
     def logprobs(self, policy: Policy, batch: Packed) -> Tensor:
         """Log-probabilities (R,) of the sampled tokens, at the temperature of sampling."""
@@ -198,9 +211,9 @@ class PPO:
     def check_start(self, batch: Packed) -> None:
         """Stops unless, before the first update, ratios are 1 and, with equal weights, the KL to the reference is 0."""
         exact = self.policy.autocast is None
-        ratio = (self.logprobs(self.policy, batch) - batch["old_logprobs"]).exp()
+        ratio = (self.logprobs(self.policy, batch) - batch["logprobs"]).exp()
         error = (ratio - 1).abs().mean().item()
-        kl = approx_kl(batch["old_logprobs"], batch["ref_logprobs"], estimator="k1").mean().item()
+        kl = approx_kl(batch["logprobs"], batch["ref_logprobs"], estimator="k1").mean().item()
         if not error <= (1e-5 if exact else 1e-2):
             raise RuntimeError(
                 f"PPO: before the first update the mean |ratio - 1| is {error:.2e}: sampler and trainer disagree on "
@@ -262,7 +275,7 @@ class PPO:
         self, batch: Packed, scores: Tensor, finished: Tensor, stats: list[dict[str, Tensor]]
     ) -> dict[str, float]:
         """The metrics of a step under the names the field knows. KL is summed over a response, then averaged."""
-        kl = approx_kl(batch["old_logprobs"], batch["ref_logprobs"], estimator="k1")
+        kl = approx_kl(batch["logprobs"], batch["ref_logprobs"], estimator="k1")
         returns, errors = batch["returns"], batch["returns"] - batch["values"]
         metrics: dict[str, Any] = {
             "objective/scores": scores.mean(),
@@ -270,7 +283,7 @@ class PPO:
             "objective/kl": kl.sum() / batch.num_sequences,
             "objective/kl_coef": self.kl_coef,
             "objective/rlhf_reward": batch["rewards"].sum() / batch.num_sequences,
-            "objective/entropy": -batch["old_logprobs"].mean(),
+            "objective/entropy": -batch["logprobs"].mean(),
             "response/length": batch.num_responses / batch.num_sequences,
             "response/eos_rate": finished.float().mean(),
             "ppo/value/mean": batch["values"].mean(),

@@ -16,7 +16,7 @@ def length_reward(prompts, responses, **_):
 def test_every_option_has_help_and_none_too_many(config_class):
     fields = dataclasses.fields(config_class)
     assert all(field.metadata["help"] for field in fields)
-    assert len({field.name for field in fields}) <= 45
+    assert len(fields) <= 48  # --help fits a screen
 
 
 def test_preset_sets_defaults_and_given_values_win():

@@ -169,6 +169,17 @@ def test_nan_weights_stop_the_run_and_name_step_and_checkpoint(folder):
         next(steps)
 
 
+def test_top_p_needs_to_be_told_which_logprobs_the_ratio_is_to(folder):
+    with pytest.raises(ValueError, match="set truncation to model"):
+        config(folder, top_p=0.5)
+    settings = {"top_p": 0.5, "minibatches": 1, "epochs": 1, "value_warmup_steps": 0}
+    by_model = next(PPO(config(folder, output=str(folder / "m"), truncation="model", **settings)))
+    by_sampler = next(PPO(config(folder, output=str(folder / "s"), truncation="sampler", **settings)))
+    assert by_model["ppo/policy/ratio"] == pytest.approx(1, abs=1e-4)
+    assert by_sampler["ppo/policy/ratio"] == pytest.approx(0.5, abs=0.05)  # the sampler's tokens are twice as likely
+    assert abs(by_sampler["objective/kl"]) < 1e-4  # the KL is the policy's own in both
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
