@@ -12,15 +12,17 @@ from transformers.utils import logging
 
 import fastrlhf
 from fastrlhf.checkpoint import newest_checkpoint
-from fastrlhf.config import LoopConfig, PPOConfig, RewardConfig, SFTConfig, did_you_mean
+from fastrlhf.config import PPOConfig, RewardConfig, SFTConfig, did_you_mean
 from fastrlhf.options import help_text, parse
+from fastrlhf.run_config import RunConfig
 
-LOOPS: dict[str, type[LoopConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+COMMANDS: dict[str, type] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "run": RunConfig}
 HELP = """fastrlhf COMMAND [--config FILE.yaml] [--option VALUE ...]
 
   sft       fine-tune a model on demonstrations
   reward    train a reward model on preference pairs
   ppo       train a model against a reward, with PPO
+  run       all of it: sft, pairs, reward model, ppo, evaluation, report; without options a demo
   info      versions, devices, and what serves each op
 
 fastrlhf COMMAND --help lists the options of a command. fastrlhf --version prints the version."""
@@ -37,10 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fastrlhf.info import info
 
         print(info())
-    elif command not in LOOPS:
-        return _fail("", f"unknown command {command!r}{did_you_mean(command, [*LOOPS, 'info'])}\n\n{HELP}", 2)
+    elif command not in COMMANDS:
+        return _fail("", f"unknown command {command!r}{did_you_mean(command, [*COMMANDS, 'info'])}\n\n{HELP}", 2)
     elif "-h" in rest or "--help" in rest:
-        print(help_text(f"fastrlhf {command}", LOOPS[command]))
+        print(help_text(f"fastrlhf {command}", COMMANDS[command]))
     else:
         return _train(command, rest)
     return 0
@@ -48,27 +50,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(command: str, arguments: list[str]) -> int:
     try:
-        config = parse(LOOPS[command], arguments)
+        config: Any = parse(COMMANDS[command], arguments)
     except (ValueError, TypeError) as error:
         return _fail(command, f"{error}\nfastrlhf {command} --help lists the options", 2)
     logging.disable_progress_bar()  # transformers' bar of loaded weights, for every one of four models
     try:
-        for _ in _loop(command)(config):
-            pass
+        for done in _loop(command)(config):
+            if command == "run":
+                print("{}: {}".format(*done), flush=True)
     except KeyboardInterrupt:
-        newest = newest_checkpoint(config.output)
-        advice = f"--resume continues from {newest}" if newest else "there is no checkpoint yet"
-        return _fail(command, f"interrupted; {advice}", 130)
+        return _fail(command, f"interrupted; {_how_to_go_on(command, config.output)}", 130)
     except Exception as error:
         if not _raised_by_us(error):
             raise
         return _fail(command, str(error), 1)
-    output = Path(config.output)
-    print(f"model: {output / 'model'}\nmetrics: {output / 'metrics.jsonl'}")
+    print("\n".join(f"{what}: {path}" for what, path in _products(command, Path(config.output)).items()))
     return 0
 
 
-def _loop(command: str) -> Callable[[Any], Iterator[dict[str, float]]]:
+def _products(command: str, output: Path) -> dict[str, Path]:
+    """What a command leaves, and where."""
+    if command == "run":
+        return {
+            "checkpoint": output / "ppo/model",
+            "reward model": output / "reward/model",
+            "metrics": output / "ppo/metrics.jsonl",
+            "evaluation": output / "evaluation/summary.json",
+            "report": output / "report.html",
+        }
+    return {"model": output / "model", "metrics": output / "metrics.jsonl"}
+
+
+def _how_to_go_on(command: str, output: str) -> str:
+    if command == "run":
+        return "--resume continues"
+    newest = newest_checkpoint(output)
+    return f"--resume continues from {newest}" if newest else "there is no checkpoint yet"
+
+
+def _loop(command: str) -> Callable[[Any], Iterator[Any]]:
     # imported late: a wrong option is told in a second, not after every model class is loaded
     if command == "sft":
         from fastrlhf.sft import SFT
@@ -78,6 +98,10 @@ def _loop(command: str) -> Callable[[Any], Iterator[dict[str, float]]]:
         from fastrlhf.reward import RewardTrainer
 
         return RewardTrainer
+    if command == "run":
+        from fastrlhf.pipeline import Run
+
+        return Run
     from fastrlhf.ppo import PPO
 
     return PPO

@@ -26,7 +26,7 @@ import transformers
 import yaml
 
 from fastrlhf import _cpu
-from fastrlhf.config import LoopConfig, dump
+from fastrlhf.config import dump
 
 KEEP = 2  # the newest, and the one before it
 MARK = "# settings of a fastrlhf run\n"
@@ -44,7 +44,7 @@ MAY_DIFFER = {
 }
 
 
-def check_output(config: LoopConfig) -> Path | None:
+def check_output(config: Any) -> Path | None:
     """Returns the newest checkpoint to resume from, None to start afresh. Changes nothing, so call it before long work.
 
     Raises: FileExistsError for a folder that is not empty without resume or overwrite, or that holds no run of ours;
@@ -67,14 +67,14 @@ def check_output(config: LoopConfig) -> Path | None:
     return newest_checkpoint(output)
 
 
-def open_output(config: LoopConfig) -> Path | None:
+def open_output(config: Any, ours: Sequence[str] = OURS) -> Path | None:
     """Makes the output folder ready: deletes an earlier run (overwrite), writes config.yaml. Otherwise as check_output.
 
-    Only what a run writes is deleted; other files that lie in the folder stay."""
+    config: of a loop or of the main job; ours: names of what a run writes: only that is deleted, other files stay"""
     checkpoint = check_output(config)
     output = Path(config.output)
     if config.overwrite:
-        for name in OURS:
+        for name in ours:
             if (output / name).is_dir():
                 shutil.rmtree(output / name)
             else:
@@ -187,7 +187,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
 
 
-def _check_same(saved: dict[str, Any], config: LoopConfig) -> None:
+def _check_same(saved: dict[str, Any], config: Any) -> None:
     now = yaml.safe_load(dump(config))
     for name in {**now, **saved}:
         if name not in MAY_DIFFER and saved.get(name) != now.get(name):

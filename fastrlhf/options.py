@@ -9,7 +9,8 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 
-from fastrlhf.config import PRESETS, REQUIRED, LoopConfig, did_you_mean, field_types
+from fastrlhf.config import PRESETS, REQUIRED, LoopConfig, PPOConfig, did_you_mean, field_types
+from fastrlhf.run_config import RUN_PRESETS, RunConfig
 
 T = TypeVar("T")
 KINDS: dict[Any, str] = {int: "INT", float: "NUM", str: "TEXT"}
@@ -84,11 +85,12 @@ def help_text(command: str, config_class: type) -> str:
     """A screen of help, a line an option: required ones, the loop's own, then those that all loops share."""
     lines = [f"{command} [--config FILE.yaml] [--option VALUE ...]: {config_class.__doc__}"]
     shared = set(field_types(LoopConfig))
+    presets = {PPOConfig: PRESETS, RunConfig: RUN_PRESETS}.get(config_class, {})
     fields = dataclasses.fields(config_class)
     for field in sorted(fields, key=lambda f: 0 if f.default is REQUIRED else 1 + (f.name in shared)):
         kind, name, default = field_types(config_class)[field.name], _dashed(field.name), field.default
-        if field.name in PRESETS["chat"] and default is None:
-            default = " | ".join(str(preset[field.name]) for preset in PRESETS.values())
+        if default is None and field.name in next(iter(presets.values()), {}):
+            default = " | ".join(str(preset[field.name]) for preset in presets.values())
         if kind is bool:
             option, default = (f"--[no-]{name[2:]}" if default else name), None
         else:

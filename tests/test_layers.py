@@ -25,7 +25,7 @@ ROOMS = {
         {"torch", "transformers", "safetensors", "numpy"},
     ),
     "files": (
-        {"data", "template", "config", "options", "metrics", "checkpoint", "optim"},
+        {"data", "template", "config", "run_config", "options", "metrics", "checkpoint", "optim"},
         {"native"},
         {"torch", "transformers", "jinja2", "numpy", "yaml", "rich", "safetensors"},
     ),
@@ -35,7 +35,7 @@ ROOMS = {
         {"torch", "numpy", "transformers"},
     ),
     "jobs": (
-        {"evaluate", "report", "pipeline", "demo", "info", "__main__"},
+        {"evaluate", "labels", "plots", "report", "pipeline", "demo", "info", "__main__"},
         {"native", "ops", "packing", "formulas", "models", "files", "loops"},
         {"torch", "numpy", "transformers", "huggingface_hub", "yaml", "rich"},
     ),

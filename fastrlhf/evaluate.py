@@ -1,0 +1,181 @@
+"""What a policy answers to held-out prompts, how that is judged, and how sure a difference is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.data import Prompt
+from fastrlhf.models import Policy, autocasting
+from fastrlhf.ops import approx_kl
+from fastrlhf.packing import Packed, pack
+from fastrlhf.rollout import Engine, Sample, Sampling
+from fastrlhf.scoring import Scorer
+from fastrlhf.template import eos_token_ids
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over `num` prompts and its standard error, sd / sqrt(num); the sd has num - 1 in its denominator."""
+
+    mean: float
+    error: float
+    num: int
+
+    @classmethod
+    def of(cls, values: Tensor) -> Mean:
+        """The mean of (N,) values, one a prompt; with fewer than two the error is infinite."""
+        values = values.detach().double().flatten()
+        error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
+        return cls(values.mean().item(), error, len(values))
+
+    @property
+    def in_errors(self) -> float:
+        """How many standard errors the mean is away from 0; infinite where all values are the same."""
+        return self.mean / self.error if self.error else math.copysign(math.inf, self.mean) if self.mean else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.error:.3f}"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Responses to prompts and how each is judged.
+
+    batch: the pack of prompts and responses; texts: N responses as text; judgements: (N,) float32 of each judge"""
+
+    samples: list[Sample]
+    batch: Packed
+    texts: list[str]
+    judgements: dict[str, Tensor]
+
+    @property
+    def lengths(self) -> Tensor:
+        """(N,) tokens of the responses, their end included."""
+        return torch.tensor([len(sample.response) for sample in self.samples])
+
+    @property
+    def finished(self) -> Tensor:
+        """(N,) bool, whether the response ended by itself."""
+        return torch.tensor([sample.finished for sample in self.samples])
+
+
+def answer(
+    policy: Policy,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    judges: Mapping[str, Scorer],
+    *,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    max_slots: int = 64,
+) -> Answers:
+    """Returns the policy's response to each prompt, judged.
+
+    judges: by name, what scores a response
+    seeds: one a prompt; two policies with the same seeds draw with the same random numbers, which makes their
+    difference on a prompt less noisy"""
+    device = policy.model.device
+    engine = Engine(policy.model, eos_token_ids=eos_token_ids(tokenizer, policy.model), max_slots=max_slots)
+    with autocasting(device, policy.autocast):
+        samples = engine.generate([prompt.tokens for prompt in prompts], sampling, seeds=seeds)
+    batch = pack(
+        [sample.prompt + sample.response for sample in samples],
+        prompt_lengths=[len(sample.prompt) for sample in samples],
+        device=device,
+    )
+    texts = tokenizer.batch_decode([sample.response for sample in samples], skip_special_tokens=True)
+    judgements = {name: judge(prompts, samples, batch).float().cpu() for name, judge in judges.items()}
+    return Answers(samples, batch, texts, judgements)
+
+
+@torch.no_grad()
+def kl_of_responses(
+    policy: Policy, reference: Policy, answers: Answers, *, temperature: float, max_tokens: int
+) -> Tensor:
+    """Returns log p(response) - log p_reference(response) (N,), nats, of responses that `policy` sampled.
+
+    Its mean is an unbiased estimate of the KL divergence of the policy from the reference over whole responses."""
+    parts = answers.batch.microbatches(max_tokens)
+    ours, theirs = (torch.cat([p(part, temperature=temperature) for part in parts]) for p in (policy, reference))
+    per_token = approx_kl(ours, theirs, estimator="k1").cpu()
+    return torch.stack([piece.sum() for piece in per_token.split(answers.batch.response_lengths)])
+
+
+def best_of_n(scores: Tensor, gold: Tensor) -> Tensor:
+    """Returns the gold reward (P,) of the response with the best score. scores, gold: (P, n), n responses a prompt."""
+    return gold.gather(1, scores.argmax(1, keepdim=True))[:, 0]
+
+
+def best_of_n_kl(n: int) -> float:
+    """Returns log n - (n - 1) / n, nats: an upper bound on the KL of best-of-n from the policy that it draws from.
+
+    Source: Stiennon et al., arXiv 2009.01325; that it is a bound and not the value: Beirami et al., 2401.01879."""
+    if n < 1:
+        raise ValueError(f"best_of_n_kl: n must be at least 1, got {n}")
+    return math.log(n) - (n - 1) / n
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Pairs of responses in bins of the probability that the reward model gives to the one it prefers.
+
+    predicted: its mean in each bin; observed: share in which the gold reward agrees; counts: pairs"""
+
+    predicted: list[float]
+    observed: list[float]
+    counts: list[int]
+
+
+def calibration(scores: Tensor, gold: Tensor, *, num_bins: int = 5) -> Calibration:
+    """Returns how often the gold reward agrees with the reward model, by how sure the model is.
+
+    All pairs of the n responses to each prompt count, but those that the gold reward ties. Bins hold equally many.
+    scores, gold: (P, n)"""
+    first, second = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)
+    margin = (scores[:, first] - scores[:, second]).flatten().double()
+    truth = (gold[:, first] - gold[:, second]).flatten().double()
+    margin, truth = margin[truth != 0], truth[truth != 0]
+    order = margin.abs().argsort(stable=True)
+    agrees = (margin.sign() == truth.sign())[order].double()
+    bins = [b for b in torch.arange(len(order)).tensor_split(num_bins) if len(b)]
+    predicted = margin.abs().sigmoid()[order]
+    return Calibration(
+        [predicted[b].mean().item() for b in bins], [agrees[b].mean().item() for b in bins], [len(b) for b in bins]
+    )
+
+
+def compare(before: Answers, after: Answers, kl: Tensor) -> dict[str, Any]:
+    """Returns the summary of two policies' answers to the same prompts: means, and differences paired by prompt.
+
+    kl: (N,) from `kl_of_responses`, of the later policy"""
+    summary: dict[str, Any] = {"kl": asdict(Mean.of(kl))}
+    for name in before.judgements:
+        first, second = before.judgements[name], after.judgements[name]
+        columns = {"before": first, "after": second, "difference": second - first}
+        summary[name] = {when: asdict(Mean.of(values)) for when, values in columns.items()}
+    for when, answers in (("before", before), ("after", after)):
+        summary[f"eos_rate_{when}"] = answers.finished.double().mean().item()
+        summary[f"length_{when}"] = answers.lengths.double().mean().item()
+        summary[f"distinct_{when}"] = len(set(answers.texts)) / len(answers.texts)
+    return summary
+
+
+def compare_best_of_n(scores: Tensor, gold: Tensor, gold_after: Tensor) -> dict[str, Any]:
+    """Returns the summary of best-of-n by the reward model, beside the policy's gold rewards on the same prompts.
+
+    scores, gold: (P, n) of n responses a prompt of the policy before; gold_after: (P,) of the policy after. Differences
+    are to the mean of a prompt's n responses."""
+    best, drawn = best_of_n(scores, gold), gold.mean(1)
+    return {
+        "n": gold.shape[1],
+        "gold": asdict(Mean.of(best)),
+        "difference": asdict(Mean.of(best - drawn)),
+        "policy_difference": asdict(Mean.of(gold_after - drawn)),
+        "kl_bound": best_of_n_kl(gold.shape[1]),
+    }
