@@ -40,9 +40,9 @@ inline T highest_of(const T* x, int64_t size) {
   return highest;
 }
 
-// Running sums over a row of z = logits / temperature: sum of e^(z - top) and of (z - top) e^(z - top).
+// Over a row, with z = (x - highest) / temperature: the sum of e^z and of z e^z.
 struct Sums {
-  double top, exps, weighted;
+  double highest, exps, weighted;
 };
 
 template <class In>
@@ -77,11 +77,12 @@ Sums sums_of(const In* row, int64_t size, double scale) {
   return {static_cast<double>(highest), exps, weighted};
 }
 
-// logprob = z_y - lse, entropy = lse - sum p z, lse = log sum e^z. Row r uses temperature[r * temperature_step].
+// With z = (logits - highest) / temperature: log_sum = log sum e^z, logprob = z_y - log_sum, entropy = log_sum - sum p z.
+// Row r uses temperature[r * temperature_step].
 template <class In>
 void token_logprobs(const In* logits, const int64_t* targets, const Wide<In>* temperature, Wide<In>* logprobs,
-                    Wide<In>* entropy, double* lse, int64_t num_rows, int64_t size, int64_t stride,
-                    int64_t temperature_step, int64_t num_threads) {
+                    Wide<In>* entropy, Wide<In>* highest, Wide<In>* log_sum, int64_t num_rows, int64_t size,
+                    int64_t stride, int64_t temperature_step, int64_t num_threads) {
   using T = Wide<In>;
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1 + 65536 / size)
   for (int64_t r = 0; r < num_rows; r++) {
@@ -91,16 +92,18 @@ void token_logprobs(const In* logits, const int64_t* targets, const Wide<In>* te
     const double log_exps = log(sums.exps);
     const bool inside = targets[r] >= 0 && targets[r] < size;
     const double target = inside ? static_cast<double>(load(row[targets[r]])) : NAN;
-    logprobs[r] = static_cast<T>((target - sums.top) * scale - log_exps);
+    logprobs[r] = static_cast<T>((target - sums.highest) * scale - log_exps);
     entropy[r] = static_cast<T>(log_exps - sums.weighted / sums.exps);
-    lse[r] = sums.top * scale + log_exps;
+    highest[r] = static_cast<T>(sums.highest);
+    log_sum[r] = static_cast<T>(log_exps);
   }
 }
 
-// What the gradient of one row needs: log p_v = (x_v - origin) scale - rest.
+// What the gradient of one row needs: log p_v = (x_v - highest) scale - log_sum. Keeping the two apart rather than their
+// sum, log sum e^(x / temperature), keeps the digits of a row of large logits.
 template <class T>
 struct Row {
-  T origin, scale, rest, entropy, grad_logprob, grad_entropy;
+  T highest, log_sum, scale, entropy, grad_logprob, grad_entropy;
 };
 
 // grad_z_v = -p_v (grad_logprob + grad_entropy (log p_v + entropy)), but for the target's own column.
@@ -109,7 +112,7 @@ void gradient_of(const In* row, In* grad, int64_t size, Row<Wide<In>> at) {
   using T = Wide<In>;
 #pragma omp simd
   for (int64_t v = 0; v < size; v++) {
-    const T log_p = (load(row[v]) - at.origin) * at.scale - at.rest;
+    const T log_p = (load(row[v]) - at.highest) * at.scale - at.log_sum;
     T slope = at.grad_logprob;
     if constexpr (WITH_ENTROPY) slope += at.grad_entropy * (finite_log(log_p) + at.entropy);
     store(grad + v, -exp_nonpositive(log_p) * slope * at.scale);
@@ -121,8 +124,9 @@ void gradient_of(const In* row, In* grad, int64_t size, Row<Wide<In>> at) {
 template <class In>
 void token_logprobs_backward(const Wide<In>* grad_logprobs, const Wide<In>* grad_entropy, const In* logits,
                              const int64_t* targets, const Wide<In>* temperature, const Wide<In>* entropy,
-                             const double* lse, In* grads, int64_t num_rows, int64_t size, int64_t stride,
-                             int64_t grad_stride, int64_t temperature_step, int64_t num_threads) {
+                             const Wide<In>* highest, const Wide<In>* log_sum, In* grads, int64_t num_rows,
+                             int64_t size, int64_t stride, int64_t grad_stride, int64_t temperature_step,
+                             int64_t num_threads) {
   using T = Wide<In>;
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1 + 65536 / size)
   for (int64_t r = 0; r < num_rows; r++) {
@@ -136,18 +140,15 @@ void token_logprobs_backward(const Wide<In>* grad_logprobs, const Wide<In>* grad
       continue;
     }
     const double scale = 1 / static_cast<double>(temperature[r * temperature_step]);
-    const T origin = static_cast<T>(lse[r] / scale);  // near the largest logit, so that large logits lose no digits
-    const double rest = lse[r] - static_cast<double>(origin) * scale;
     const double target = inside ? static_cast<double>(load(row[targets[r]])) : NAN;
-    const Row<T> at = {origin, T(scale), T(rest), entropy[r], T(g), T(h)};
+    const Row<T> at = {highest[r], log_sum[r], T(scale), entropy[r], T(g), T(h)};
     if (h == 0)
       gradient_of<In, false>(row, grad, size, at);
     else
       gradient_of<In, true>(row, grad, size, at);
     if (inside) {
-      const double log_p = (target - static_cast<double>(origin)) * scale - rest;
+      const double log_p = (target - static_cast<double>(highest[r])) * scale - static_cast<double>(log_sum[r]);
       const double of_entropy = exp(log_p) * (finite_log(log_p) + static_cast<double>(entropy[r]));
-      // 1 - p by expm1: p is near 1 for a confident policy
       store(grad + targets[r], static_cast<T>((-g * expm1(log_p) - h * of_entropy) * scale));
     }
   }

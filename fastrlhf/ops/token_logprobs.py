@@ -21,15 +21,14 @@ def computed_in(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def token_logprobs_ref(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    scaled = logits.to(computed_in(logits)) / temperature[:, None]
-    table = scaled.log_softmax(-1)
+def token_logprobs_ref(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
+    wide = logits.to(computed_in(logits))
+    table = (wide / temperature[:, None]).log_softmax(-1)
     size = logits.shape[1]
     logprobs = table.gather(1, targets.clamp(0, size - 1)[:, None])[:, 0]
     logprobs = logprobs.masked_fill((targets < 0) | (targets >= size), torch.nan)
     entropy = -(table.exp() * table.clamp_min(LOWEST)).sum(-1)
-    lse = scaled.detach().amax(-1).double() - table.detach().amax(-1).double()
-    return logprobs, entropy, lse
+    return logprobs, entropy, wide.detach().amax(-1), -table.detach().amax(-1)
 
 
 def token_logprobs_backward_ref(
@@ -39,11 +38,12 @@ def token_logprobs_backward_ref(
     targets: Tensor,
     temperature: Tensor,
     entropy: Tensor,
-    lse: Tensor,
+    highest: Tensor,
+    log_sum: Tensor,
 ) -> Tensor:
     scale = 1 / temperature[:, None]
-    origin = (lse[:, None] / scale).to(entropy.dtype)  # near the largest logit: no digits are lost to large ones
-    table = (logits.to(entropy.dtype) - origin) * scale - (lse[:, None] - origin.double() * scale).to(entropy.dtype)
+    # highest and log_sum rather than their sum, so that no digits are lost to large logits
+    table = (logits.to(entropy.dtype) - highest[:, None]) * scale - log_sum[:, None]
     probs = table.exp()
     grads, skipped = torch.zeros_like(table), torch.ones_like(targets, dtype=torch.bool)
     inside = (targets >= 0) & (targets < logits.shape[1])
@@ -84,56 +84,47 @@ def rows_of(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
-def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows = logits.new_empty(logits.shape[0], dtype=computed_in(logits))
-    return rows, torch.empty_like(rows), torch.empty_like(rows, dtype=torch.float64)
+def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    """New tensors for logprobs, entropy, highest (the largest logit) and log_sum, each (T,)."""
+    return tuple(logits.new_empty(logits.shape[0], dtype=computed_in(logits)) for _ in range(4))
 
 
-def _cpu_forward(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu_forward(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
     _check(logits, targets, temperature)
     logits, targets, temperature = rows_of(logits), targets.contiguous(), temperature.contiguous()
-    logprobs, entropy, lse = _fake(logits)
+    outputs = _fake(logits)
     getattr(_cpu, f"token_logprobs_{dtype_name(logits)}")(
         logits.data_ptr(),
         targets.data_ptr(),
         temperature.data_ptr(),
-        logprobs.data_ptr(),
-        entropy.data_ptr(),
-        lse.data_ptr(),
+        *(output.data_ptr() for output in outputs),
         *logits.shape,
         logits.stride(0),
         int(temperature.shape[0] > 1),
         torch.get_num_threads(),
     )
-    return logprobs, entropy, lse
+    return outputs
 
 
 def _cpu_gradient(
     grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, saved: tuple[Tensor, ...], out: Tensor
 ) -> None:
     """Writes the gradient to `out`, whose rows are (T, V) with V consecutive elements each."""
-    targets, temperature, entropy, lse = (t.contiguous() for t in saved)
+    targets, temperature, *statistics = (t.contiguous() for t in saved)
     _check(logits, targets, temperature)
-    logits, rows = rows_of(logits), (logits.shape[0],)
-    grads = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy)]
-    for name, tensor, dtype in (
-        ("grad_logprobs", grads[0], computed_in(logits)),
-        ("grad_entropy", grads[1], computed_in(logits)),
-        ("entropy", entropy, computed_in(logits)),
-        ("lse", lse, torch.float64),
-    ):
+    logits = rows_of(logits)
+    upstream = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy)]
+    for tensor in (*upstream, *statistics):
         if tensor is not None:
-            same_device("token_logprobs", logits=logits, **{name: tensor})
-            dtype_in("token_logprobs", name, tensor, (dtype,))
-            has_shape("token_logprobs", name, tensor, rows, "(T,)")
+            same_device("token_logprobs", logits=logits, statistics=tensor)
+            dtype_in("token_logprobs", "gradients and statistics", tensor, (computed_in(logits),))
+            has_shape("token_logprobs", "gradients and statistics", tensor, (logits.shape[0],), "(T,)")
     getattr(_cpu, f"token_logprobs_backward_{dtype_name(logits)}")(
-        address(grads[0]),
-        address(grads[1]),
+        *map(address, upstream),
         logits.data_ptr(),
         targets.data_ptr(),
         temperature.data_ptr(),
-        entropy.data_ptr(),
-        lse.data_ptr(),
+        *map(address, statistics),
         out.data_ptr(),
         *logits.shape,
         logits.stride(0),
@@ -156,14 +147,13 @@ def _cpu_backward_in_place(
     _cpu_gradient(grad_logprobs, grad_entropy, logits, saved, logits)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, entropy, lse = output
-    ctx.mark_non_differentiable(lse)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, entropy, lse)
+    ctx.save_for_backward(*inputs, *output[1:])
 
 
-def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_logprobs is None and grad_entropy is None:
         return None, None, None
     return _gradient(grad_logprobs, grad_entropy, *ctx.saved_tensors), None, None
@@ -173,14 +163,14 @@ class _InPlace(torch.autograd.Function):
     """The op with its gradient written over the logits. Saved tensors are version-checked: a second backward raises."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
         output = _forward(logits, targets, temperature)
         _setup_context(ctx, (logits, targets, temperature), output)
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None
         logits, *saved = ctx.saved_tensors
@@ -220,9 +210,9 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield logits.to(device, dtype), targets, temperature
 
 
-_SAVED = "Tensor targets, Tensor temperature, Tensor entropy, Tensor lse"
+_SAVED = "Tensor targets, Tensor temperature, Tensor entropy, Tensor highest, Tensor log_sum"
 _forward = leaf(
-    "token_logprobs(Tensor logits, Tensor targets, Tensor temperature) -> (Tensor, Tensor, Tensor)",
+    "token_logprobs(Tensor logits, Tensor targets, Tensor temperature) -> (Tensor, Tensor, Tensor, Tensor)",
     ref=token_logprobs_ref,
     fake=_fake,
     cpu=_cpu_forward,
@@ -292,7 +282,7 @@ def token_logprobs(
     indices_below("token_logprobs", "targets", targets, logits.shape[1])
     if inplace_backward and torch.is_grad_enabled() and logits.requires_grad:
         _check_in_place(logits)
-        logprobs, entropy, _ = _InPlace.apply(logits, targets, scale)
+        logprobs, entropy, *_ = _InPlace.apply(logits, targets, scale)
     else:
-        logprobs, entropy, _ = _op(logits, targets, scale)
+        logprobs, entropy, *_ = _op(logits, targets, scale)
     return (logprobs, entropy) if return_entropy else logprobs
