@@ -40,6 +40,11 @@ inline T highest_of(const T* x, int64_t size) {
   return highest;
 }
 
+// Waking the other threads takes as long as this many elements.
+inline int useful(int64_t num_threads, int64_t num_rows, int64_t size) {
+  return num_rows * size < 16384 ? 1 : static_cast<int>(num_threads);
+}
+
 // Over a row, with z = (x - highest) / temperature: the sum of e^z and of z e^z.
 struct Sums {
   double highest, exps, weighted;
@@ -84,7 +89,7 @@ void token_logprobs(const In* logits, const int64_t* targets, const Wide<In>* te
                     Wide<In>* entropy, Wide<In>* highest, Wide<In>* log_sum, int64_t num_rows, int64_t size,
                     int64_t stride, int64_t temperature_step, int64_t num_threads) {
   using T = Wide<In>;
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1 + 65536 / size)
+#pragma omp parallel for num_threads(useful(num_threads, num_rows, size)) schedule(dynamic, 1 + 65536 / size)
   for (int64_t r = 0; r < num_rows; r++) {
     const In* row = logits + r * stride;
     const double scale = 1 / static_cast<double>(temperature[r * temperature_step]);
@@ -128,7 +133,7 @@ void token_logprobs_backward(const Wide<In>* grad_logprobs, const Wide<In>* grad
                              int64_t size, int64_t stride, int64_t grad_stride, int64_t temperature_step,
                              int64_t num_threads) {
   using T = Wide<In>;
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1 + 65536 / size)
+#pragma omp parallel for num_threads(useful(num_threads, num_rows, size)) schedule(dynamic, 1 + 65536 / size)
   for (int64_t r = 0; r < num_rows; r++) {
     const In* row = logits + r * stride;
     In* grad = grads + r * grad_stride;

@@ -65,6 +65,12 @@ def _backward_in_place_ref(
     logits.copy_(token_logprobs_backward_ref(grad_logprobs, grad_entropy, logits, *saved))
 
 
+def one_or_all(function: str, temperature: Tensor, num_rows: int) -> None:
+    """Raises unless there is one temperature for all rows or one for each."""
+    if temperature.ndim != 1 or temperature.shape[0] not in (1, num_rows):
+        raise ValueError(f"{function}: temperature must be ({num_rows},) or (1,), got {tuple(temperature.shape)}")
+
+
 def _check(logits: Tensor, targets: Tensor, temperature: Tensor) -> None:
     name = "token_logprobs"
     same_device(name, logits=logits, targets=targets, temperature=temperature)
@@ -75,8 +81,7 @@ def _check(logits: Tensor, targets: Tensor, temperature: Tensor) -> None:
     dtype_in(name, "targets", targets, (torch.int64,))
     has_shape(name, "targets", targets, (logits.shape[0],), "(T,)")
     dtype_in(name, "temperature", temperature, (computed_in(logits),))
-    if temperature.ndim != 1 or temperature.shape[0] not in (1, logits.shape[0]):
-        raise ValueError(f"{name}: temperature must be ({logits.shape[0]},) or (1,), got {tuple(temperature.shape)}")
+    one_or_all(name, temperature, logits.shape[0])
 
 
 def rows_of(logits: Tensor) -> Tensor:
