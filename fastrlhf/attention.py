@@ -47,12 +47,18 @@ def attend(
     Raises: ValueError without cu_seq_lens_q or slots: padded input has no meaning here."""
     if dropout:
         raise ValueError(f"fastrlhf attention: dropout must be 0, got {dropout}")
+    if attention_mask is not None:
+        raise ValueError("fastrlhf attention: attention_mask must be None, lengths say what a token sees")
     if slots is not None:
         if softcap is not None:
             raise ValueError(f"fastrlhf attention: softcap must be None while generating, got {softcap}")
         return slots.attend(module, query, key, value, scaling, sliding_window)
     if cu_seq_lens_q is None or max_length_q is None:
         raise ValueError("fastrlhf attention: call the model with **batch.model_inputs() of a Packed batch")
+    if query.shape[0] != 1:
+        raise ValueError(f"fastrlhf attention: a pack is one row of tokens, got {query.shape[0]} rows")
+    # under autocast rotary embeddings and norms leave queries and keys in float32
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
     lengths = cu_seq_lens_q.diff().tolist() if sequence_lengths is None else list(sequence_lengths)
@@ -99,10 +105,13 @@ def causal_mask(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def _refuse_padding(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
+def _no_mask(*_: Any, attention_mask: Tensor | None = None, config: Any = None, **__: Any) -> None:
+    """Makes no mask; refuses what one would be needed for."""
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError("fastrlhf attention takes packed sequences, not padding; pass attention_mask=None")
+    if getattr(config, "attention_chunk_size", None) is not None:
+        raise ValueError(f"fastrlhf attention: {config.model_type} attends within chunks, which is not supported")
 
 
 AttentionInterface.register(ATTENTION, attend)
-AttentionMaskInterface.register(ATTENTION, _refuse_padding)
+AttentionMaskInterface.register(ATTENTION, _no_mask)
