@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +19,6 @@ PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "pyarrow"
 def info() -> str:
     """The text of `fastrlhf info`."""
     here = environment()
-    cuda_built = importlib.util.find_spec("fastrlhf._cuda") is not None
     facts = {
         "fastrlhf": version("fastrlhf") if _installed("fastrlhf") else "not installed (run from its sources)",
         "python": f"{platform.python_version()} on {platform.platform()}",
@@ -27,7 +27,7 @@ def info() -> str:
         "instruction set": f"{_cpu.isa} (of base, avx2, avx512; FASTRLHF_ISA chooses); torch: {_torch_isa()}",
         "threads": torch.get_num_threads(),
         "gpu": _gpus(),
-        "cuda extension": "built" if cuda_built else "not built (no nvcc, or FASTRLHF_CUDA=0)",
+        "cuda extension": _cuda_extension(),
         "backend": f"{BACKEND} (FASTRLHF_BACKEND: native or ref)",
     }
     lines = [f"{name:<16} {value}" for name, value in facts.items()]
@@ -43,6 +43,16 @@ def _installed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+def _cuda_extension() -> str:
+    if importlib.util.find_spec("fastrlhf._cuda") is None:
+        return "not built (no nvcc, or FASTRLHF_CUDA=0)"
+    try:
+        importlib.import_module("fastrlhf._cuda")
+    except ImportError as error:
+        return f"built, but it does not load: {error}"
+    return "built"
 
 
 def _torch_isa() -> str:

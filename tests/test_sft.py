@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import pytest
 import torch
@@ -97,6 +98,23 @@ def test_a_finished_run_resumes_to_nothing(settings):
     first = run(settings)
     assert run(settings, resume=True) == []
     assert len(read_jsonl(f"{settings['output']}/metrics.jsonl")) == len(first)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(settings, capsys):
+    whole = run(settings)
+    next(SFT(SFTConfig(**settings, overwrite=True)))
+    assert run(settings, resume=True) == whole
+    assert "no checkpoint in" in capsys.readouterr().out
+    assert len(read_jsonl(f"{settings['output']}/metrics.jsonl")) == len(whole)
+
+
+def test_a_run_killed_before_its_model_was_written_writes_it_on_resume(settings, tmp_path):
+    run(settings)
+    file = tmp_path / "out" / "model" / "model.safetensors"
+    weights = file.read_bytes()
+    shutil.rmtree(tmp_path / "out" / "model")
+    assert run(settings, resume=True) == []
+    assert file.read_bytes() == weights
 
 
 def test_without_checkpoints_a_run_leaves_only_its_model(settings, tmp_path):
