@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 COLUMNS = {  # of the table on the terminal, most important first; a loop shows those that it has
     "loss": "loss",
@@ -101,6 +102,36 @@ class MetricsLog:
                 bar.update(task, advance=num_tokens, rate=f"{done / (time.perf_counter() - start):.0f} tokens/s")
 
             yield advance
+
+
+class Statistics:
+    """Statistics of a minibatch, from those of its micro-batches: sums over one denominator, or extremes by name."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, prefix: str, values: dict[str, Tensor]) -> None:
+        """Adds a micro-batch's share."""
+        for key, value in values.items():
+            name, value = prefix + key, value.detach()
+            if name not in self.values:
+                self.values[name] = value
+            elif name.endswith("_max"):
+                self.values[name] = torch.maximum(self.values[name], value)
+            elif name.endswith("_min"):
+                self.values[name] = torch.minimum(self.values[name], value)
+            else:
+                self.values[name] = self.values[name] + value
+
+    @staticmethod
+    def mean(several: Sequence[Statistics]) -> dict[str, Tensor]:
+        """The mean of several minibatches' statistics, or their extremes."""
+        means = {}
+        for name in several[0].values:
+            values = torch.stack([each.values[name] for each in several])
+            extreme = values.amax() if name.endswith("_max") else values.amin() if name.endswith("_min") else None
+            means[name] = values.mean() if extreme is None else extreme
+        return means
 
 
 class Timer:

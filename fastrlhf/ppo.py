@@ -19,8 +19,8 @@ from torch import Tensor
 from fastrlhf.checkpoint import check_output
 from fastrlhf.config import PPOConfig
 from fastrlhf.data import Prompt, batch_rows, load_prompts, shuffled
-from fastrlhf.loop import advance, begin, seed_everything
-from fastrlhf.metrics import MetricsLog
+from fastrlhf.loop import advance, begin, check_fits, seed_everything
+from fastrlhf.metrics import MetricsLog, Statistics
 from fastrlhf.models import Policy, ValueModel, autocasting
 from fastrlhf.ops import approx_kl, gae, masked_whiten, ppo_policy_loss, value_loss
 from fastrlhf.optim import Optimizer
@@ -83,7 +83,9 @@ class PPO:
             eos_token_ids=eos_token_ids(self.tokenizer, self.policy.model),
             max_slots=min(config.max_slots, config.batch_size),
         )
-        self.check_context()
+        longest = max(len(prompt.tokens) for prompt in self.prompts)
+        for model in (self.policy, self.reference, self.value_model):
+            check_fits(model.model, self.tokenizer, longest_prompt=longest, max_new_tokens=config.max_new_tokens)
         begin(self, checkpoint, (prompt.tokens for prompt in self.prompts))
         self.log.say(str(loaded.report))
 
@@ -92,17 +94,6 @@ class PPO:
 
     def __next__(self) -> dict[str, float]:
         return advance(self)
-
-    def check_context(self) -> None:
-        """Raises ValueError unless every prompt and its response fit the models' contexts."""
-        longest = max(len(prompt.tokens) for prompt in self.prompts)
-        for model in (self.policy.model, self.reference.model, self.value_model.model):
-            context = getattr(model.config, "max_position_embeddings", None)
-            if context is not None and longest + self.config.max_new_tokens > context:
-                raise ValueError(
-                    f"PPO: the longest prompt has {longest} tokens and max_new_tokens is {self.config.max_new_tokens}, "
-                    f"but the context of {type(model).__name__} is {context}; lower max_prompt_tokens or max_new_tokens"
-                )
 
     def load_models(self, checkpoint: Path | None) -> None:
         """The policy, its reference, and the value model: a copy of the reward model if there is just one, else the
@@ -148,8 +139,8 @@ class PPO:
         if config.whiten:
             advantages = masked_whiten(advantages)
         batch = batch.with_fields(rewards=rewards, advantages=advantages, returns=returns)
-        with self.log.timer("update"), self.log.progress("update", config.epochs * batch.num_tokens) as advance:
-            stats = [self.update(minibatch, advance) for minibatch in self.minibatches(batch)]
+        with self.log.timer("update"), self.log.progress("update", config.epochs * batch.num_tokens) as done:
+            stats = [self.update(minibatch, done) for minibatch in self.minibatches(batch)]
         metrics = self.describe(batch, scores, finished, stats)
         if config.kl_target is not None:
             self.kl_coef = adapt_kl_coef(
@@ -166,12 +157,12 @@ class PPO:
         """A response to each prompt. Its draws follow from its number in the run, not from the batch."""
         first = (self.config.seed << 32) + self.num_steps_done * self.config.batch_size
         total = len(prompts) * self.sampling.max_new_tokens
-        with self.log.progress("generate", total) as advance, autocasting(self.device, self.policy.autocast):
+        with self.log.progress("generate", total) as done, autocasting(self.device, self.policy.autocast):
             return self.engine.generate(
                 [prompt.tokens for prompt in prompts],
                 self.sampling,
                 seeds=range(first, first + len(prompts)),
-                progress=advance,
+                progress=done,
             )
 
     @torch.no_grad()
@@ -233,13 +224,13 @@ class PPO:
             for start in range(0, len(order), size):
                 yield batch.select(sorted(order[start : start + size]))
 
-    def update(self, minibatch: Packed, advance: Callable[[int], None]) -> dict[str, Tensor]:
+    def update(self, minibatch: Packed, done: Callable[[int], None]) -> Statistics:
         """One optimizer step of the policy and of the value model. Returns its statistics.
 
         Losses are sums over tokens divided by the tokens of the whole minibatch, so micro-batches do not matter."""
         config, num_tokens = self.config, minibatch.num_responses
         trains_policy = self.num_steps_done >= self.num_value_warmup_steps
-        stats: dict[str, Tensor] = {}
+        stats = Statistics()
         self.policy.train()
         self.value_model.train()
         for part in minibatch.microbatches(config.max_tokens):
@@ -254,7 +245,7 @@ class PPO:
                     denominator=num_tokens,
                 )
                 (loss - config.entropy_coef * entropy if config.entropy_coef else loss).backward()
-                add_stats(stats, "ppo/policy/", {"loss": loss, "entropy": entropy, **loss_stats})
+                stats.add("ppo/policy/", {"loss": loss, "entropy": entropy, **loss_stats})
             loss, loss_stats = value_loss(
                 self.value_model(part),
                 part["values"],
@@ -263,17 +254,15 @@ class PPO:
                 denominator=num_tokens,
             )
             (config.value_coef * loss).backward()
-            add_stats(stats, "ppo/value/", {"loss": loss, **loss_stats})
-            advance(part.num_tokens)
+            stats.add("ppo/value/", {"loss": loss, **loss_stats})
+            done(part.num_tokens)
         where = f"step {self.num_steps_done + 1}, minibatch of {minibatch.num_sequences} responses"
         if trains_policy:
-            stats["ppo/policy/grad_norm"] = self.policy_optimizer.step(f"the policy's update, {where}")
-        stats["ppo/value/grad_norm"] = self.value_optimizer.step(f"the value model's update, {where}")
+            stats.add("ppo/policy/", {"grad_norm": self.policy_optimizer.step(f"the policy's update, {where}")})
+        stats.add("ppo/value/", {"grad_norm": self.value_optimizer.step(f"the value model's update, {where}")})
         return stats
 
-    def describe(
-        self, batch: Packed, scores: Tensor, finished: Tensor, stats: list[dict[str, Tensor]]
-    ) -> dict[str, float]:
+    def describe(self, batch: Packed, scores: Tensor, finished: Tensor, stats: list[Statistics]) -> dict[str, float]:
         """The metrics of a step under the names the field knows. KL is summed over a response, then averaged."""
         kl = approx_kl(batch["logprobs"], batch["ref_logprobs"], estimator="k1")
         returns, errors = batch["returns"], batch["returns"] - batch["values"]
@@ -292,11 +281,7 @@ class PPO:
             "ppo/policy/learning_rate": self.policy_optimizer.learning_rate,
             "num_tokens": batch.num_tokens,
         }
-        for name in stats[0]:
-            values = torch.stack([each[name] for each in stats])
-            metrics[name] = (
-                values.max() if name.endswith("_max") else values.min() if name.endswith("_min") else values.mean()
-            )
+        metrics |= Statistics.mean(stats)
         return {name: float(value) for name, value in metrics.items()}
 
     def save_models(self, folder: Path) -> None:
@@ -320,20 +305,6 @@ class PPO:
         """Writes the policy and its tokenizer as a folder that transformers loads."""
         self.policy.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-
-def add_stats(stats: dict[str, Tensor], prefix: str, values: dict[str, Tensor]) -> None:
-    """Adds a micro-batch's statistics: sums over the minibatch's denominator, or extremes."""
-    for key, value in values.items():
-        name, value = prefix + key, value.detach()
-        if name not in stats:
-            stats[name] = value
-        elif key.endswith("_max"):
-            stats[name] = torch.maximum(stats[name], value)
-        elif key.endswith("_min"):
-            stats[name] = torch.minimum(stats[name], value)
-        else:
-            stats[name] = stats[name] + value
 
 
 def same_weights(first: Policy, second: Policy) -> bool:

@@ -188,7 +188,7 @@ def test_top_p_needs_to_be_told_which_logprobs_the_ratio_is_to(folder):
         ({"reward": "no/such/reward/model"}, FileNotFoundError, "no/such/reward/model"),
         ({"reward": "json:dumps=much"}, ValueError, "the weight in 'json:dumps=much' is no number"),
         ({"reward": ""}, ValueError, "give a reward model folder"),
-        ({"reward": "json:dumps", "max_new_tokens": 400}, ValueError, "context"),
+        ({"reward": "json:dumps", "max_new_tokens": 400}, ValueError, "context of 256"),
         ({"reward": "json:dumps", "missing_eos": "drop"}, ValueError, "missing_eos: expected none, subtract:V"),
         ({"reward": "json:dumps", "data": "missing.jsonl"}, ValueError, "no file 'missing.jsonl'"),
         ({"reward": "json:dumps", "max_prompt_tokens": 3}, ValueError, "more than max_prompt_tokens = 3"),
