@@ -8,6 +8,7 @@ report.finish()                                                      # appends t
 
 import argparse
 import gc
+import itertools
 import json
 import platform
 import statistics
@@ -98,6 +99,17 @@ def expect_close(what: str, actual: Tensor, expected: Tensor, *, rtol: float = 1
         actual.double(), expected.double(), rtol=rtol, atol=atol, msg=lambda text: f"{what} is wrong: {text}"
     )
     return (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
+
+
+def peak_mib(function: Callable[[], Any] | Prepared) -> float:
+    """The most memory in MiB that torch held at a time during one call, beyond what it held before. CPU only."""
+    prepare, run = (function.prepare, function.run) if isinstance(function, Prepared) else (tuple, function)
+    arguments = prepare()
+    with torch.autograd.profiler.profile(profile_memory=True) as recorded:
+        result = run(*arguments)
+    changes = [event.nbytes() for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    del result
+    return max(itertools.accumulate(changes), default=0) / 2**20
 
 
 def copy_bandwidth() -> float:
