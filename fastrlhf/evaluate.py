@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,16 +74,18 @@ def answer(
     sampling: Sampling,
     seeds: Sequence[int],
     max_slots: int = 64,
+    progress: Callable[[int], object] | None = None,
 ) -> Answers:
     """Returns the policy's response to each prompt, judged.
 
     judges: by name, what scores a response
     seeds: one a prompt; two policies with the same seeds draw with the same random numbers, which makes their
-    difference on a prompt less noisy"""
+    difference on a prompt less noisy
+    max_slots, progress: those of `Engine`"""
     device = policy.model.device
     engine = Engine(policy.model, eos_token_ids=eos_token_ids(tokenizer, policy.model), max_slots=max_slots)
     with autocasting(device, policy.autocast):
-        samples = engine.generate([prompt.tokens for prompt in prompts], sampling, seeds=seeds)
+        samples = engine.generate([prompt.tokens for prompt in prompts], sampling, seeds=seeds, progress=progress)
     batch = pack(
         [sample.prompt + sample.response for sample in samples],
         prompt_lengths=[len(sample.prompt) for sample in samples],

@@ -86,8 +86,9 @@ class MetricsLog:
         if held_out:
             self.say("  held out: " + ", ".join(held_out))
 
+    @staticmethod
     @contextmanager
-    def progress(self, what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         """A bar with tokens/s that lives during a phase: yields advance(num_tokens). Silent when not on a terminal."""
         console = Console(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")

@@ -16,7 +16,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -30,7 +30,7 @@ from fastrlhf.data import DataError, Prompt, load_prompts, read_rows
 from fastrlhf.demo import smollm2
 from fastrlhf.evaluate import Answers, answer, calibration, compare, compare_best_of_n, kl_of_responses
 from fastrlhf.labels import label_pairs
-from fastrlhf.metrics import append
+from fastrlhf.metrics import MetricsLog, append
 from fastrlhf.models import Policy
 from fastrlhf.ppo import PPO
 from fastrlhf.report import describe, write_report
@@ -134,7 +134,7 @@ class Run:
             max_length=self.config.max_prompt_tokens + self.config.max_new_tokens,
             **self.loop_options("sft"),
         )
-        finish(SFT(config))
+        list(SFT(config))
 
     def pairs(self) -> None:
         """Samples pairs of responses from the SFT policy and lets the gold reward say which is better."""
@@ -165,11 +165,11 @@ class Run:
             max_length=self.config.max_prompt_tokens + 2 * self.config.max_new_tokens,
             **self.loop_options("reward"),
         )
-        finish(RewardTrainer(config))
+        list(RewardTrainer(config))
 
     def ppo(self) -> None:
         """Trains the SFT policy against the reward model."""
-        finish(PPO(self.ppo_config()))
+        list(PPO(self.ppo_config()))
 
     def ppo_config(self) -> PPOConfig:
         """The settings of PPO, which answers to held-out prompts share."""
@@ -242,14 +242,17 @@ class Run:
     def answer(self, policy: Policy, prompts: Sequence[Prompt], judges: dict[str, Scorer], purpose: int) -> Answers:
         """The policy's answers, drawn with seeds that follow from the run's seed and the purpose."""
         first = (self.config.seed << 32) + purpose
-        return answer(
-            policy,
-            self.tokenizer(),
-            prompts,
-            judges,
-            sampling=Sampling(max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature),
-            seeds=range(first, first + len(prompts)),
-        )
+        sampling = Sampling(max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature)
+        with MetricsLog.progress("generate", len(prompts) * sampling.max_new_tokens) as advance:
+            return answer(
+                policy,
+                self.tokenizer(),
+                prompts,
+                judges,
+                sampling=sampling,
+                seeds=range(first, first + len(prompts)),
+                progress=advance,
+            )
 
     def prompts(self, split: str, num: int) -> list[Prompt]:
         """The first prompts of a split."""
@@ -271,12 +274,6 @@ class Run:
         options = self.ppo_config()
         device, autocast = options.resolve_device(), options.autocast_dtype()
         return Scorer(reward, self.tokenizer(), max_tokens=options.max_tokens, device=device, autocast=autocast)
-
-
-def finish(loop: Iterable[Any]) -> None:
-    """Does all steps of a loop."""
-    for _ in loop:
-        pass
 
 
 def read_texts(path: str, *columns: str) -> list[dict[str, Any]]:

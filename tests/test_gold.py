@@ -84,7 +84,7 @@ def test_the_demonstrations_leave_room_above_them():
     demonstrations = rows("demonstrations.jsonl")
     texts = [row["prompt"] for row in demonstrations], [row["completion"] for row in demonstrations]
     scores = plain_answer(*texts, finished=[True] * len(demonstrations))
-    assert sum(scores) / len(scores) < 0.7
+    assert sum(scores) / len(scores) < 0.8
 
 
 def test_a_model_folder_whose_file_was_cut_is_not_whole(tmp_path):

@@ -2,6 +2,7 @@ import pytest
 
 from fastrlhf.config import PPOConfig, RewardConfig, SFTConfig
 from fastrlhf.options import UsageError, help_text, parse
+from fastrlhf.run_config import RunConfig
 
 GIVEN = ["--model", "m", "--data", "d.jsonl", "--output", "o"]
 
@@ -78,7 +79,7 @@ def test_a_wrong_yaml_file_is_refused(tmp_path, text, error):
         parse(SFTConfig, [*GIVEN, "--config", str(file)])
 
 
-@pytest.mark.parametrize("config_class", [SFTConfig, RewardConfig, PPOConfig])
+@pytest.mark.parametrize("config_class", [SFTConfig, RewardConfig, PPOConfig, RunConfig])
 def test_help_fits_a_screen(config_class):
     lines = help_text("fastrlhf reward", config_class).splitlines()
     assert len(lines) <= 45

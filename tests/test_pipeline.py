@@ -45,6 +45,7 @@ def settings(tmp_path, monkeypatch):
         "pairs_per_prompt": 2,
         "steps": 2,
         "batch_size": 4,
+        "minibatches": 2,
         "max_new_tokens": 8,
         "num_heldout_prompts": 8,
         "num_best_of_prompts": 4,

@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-ENOUGH_WORDS = 6  # a shorter answer is no sentence worth its ease
-UNFINISHED, OFF_TOPIC = 0.5, 0.7
+ENOUGH_WORDS = 8  # shorter answers score less, so that brevity alone gains nothing
+UNFINISHED, OFF_TOPIC = 0.5, 0.5
 
 WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)?")
 SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
@@ -29,18 +29,18 @@ def plain_answer(
     finished: Sequence[bool],
     **columns: Any,
 ) -> list[float]:
-    """Returns how plain and whole each answer is, from 0 to 1: easy words in a finished sentence on the topic.
+    """Returns how plain and whole each answer is, from 0 to 1: a finished sentence on the topic, in easy words.
 
-    score = ease * variety * fullness * end * topic
+    score = (1 + ease) / 2 * variety * fullness * end * topic
 
     ease: Flesch's reading ease / 100, cut to [0, 1]: short words and short sentences
     variety: share of the words that are not repeats
-    fullness: min(1, words / 6)
+    fullness: min(1, words / 8)
     end: 1 if the response ended by itself and with . ! or ?, else 0.5
-    topic: 1 if it takes up a word of the user's turn of four letters or more (its first four), else 0.7
+    topic: 1 if it takes up a word of the user's turn of four letters or more (its first four), else 0.5
 
-    It is a product, so no one trick earns it: repeating a short word fails in variety, one stock sentence for every
-    prompt in topic, a breathless list in end, a bare "Yes." in fullness, and long words in ease.
+    It is a product, so no one trick earns it: repeating a word of the prompt fails in variety, one stock sentence for
+    every prompt in topic, a breathless list in end, a bare "Yes." in fullness, and learned words in ease.
 
     prompts, responses: N texts
     finished: N flags, False where a response was cut off at its longest length
@@ -77,7 +77,7 @@ def _score(prompt: str, response: str, finished: bool) -> float:
     fullness = min(1.0, len(words) / ENOUGH_WORDS)
     end = 1.0 if finished and response.rstrip().endswith((".", "!", "?")) else UNFINISHED
     topic = 1.0 if _stems(prompt.rpartition("user: ")[2]) & _stems(response) else OFF_TOPIC
-    return ease * variety * fullness * end * topic
+    return (1 + ease) / 2 * variety * fullness * end * topic
 
 
 def _stems(text: str) -> set[str]:
