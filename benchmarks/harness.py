@@ -153,13 +153,17 @@ def machine() -> dict[str, Any]:
 
 
 class Report:
-    """Collects timings, prints them as they come, and saves them when the user asks for it with --save."""
+    """Collects timings, prints them as they come, and saves them when the user asks for it with --save.
 
-    def __init__(self, name: str) -> None:
+    more: further command-line options, by flag the arguments of `add_argument`"""
+
+    def __init__(self, name: str, more: dict[str, dict[str, Any]] | None = None) -> None:
         parser = argparse.ArgumentParser(prog=f"python -m benchmarks.ops.bench_{name}")
         parser.add_argument("--save", action="store_true", help=f"append to benchmarks/results/{name}.jsonl")
         parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch and ours")
         parser.add_argument("--seconds", type=float, default=5.0, help="how long each case is timed")
+        for flag, arguments in (more or {}).items():
+            parser.add_argument(flag, **arguments)
         self.options, self.name, self.rows = parser.parse_args(), name, list[dict[str, Any]]()
         torch.set_num_threads(self.options.threads)
         torch.manual_seed(0)

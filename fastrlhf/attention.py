@@ -19,6 +19,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 ATTENTION = "fastrlhf"
+# keywords of some models' attention that change its result: sinks, biases, sparse choices of keys
+_UNSUPPORTED = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
 _VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.13 has it, 2.11 not
 
 
@@ -37,18 +39,21 @@ def attend(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     sequence_lengths: Sequence[int] | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Returns (output (1, T, H, K), None): causal attention of each sequence of the pack to itself.
 
     query: (1, H, T, K); key, value: (1, Hkv, T, K), Hkv a divisor of H
     sliding_window: a token sees itself and the window - 1 tokens before it
 
-    Raises: ValueError without cu_seq_lens_q or slots: padded input has no meaning here."""
+    Raises: ValueError without cu_seq_lens_q or slots: padded input has no meaning here; for an unsupported keyword."""
     if dropout:
         raise ValueError(f"fastrlhf attention: dropout must be 0, got {dropout}")
     if attention_mask is not None:
         raise ValueError("fastrlhf attention: attention_mask must be None, lengths say what a token sees")
+    for name in _UNSUPPORTED:
+        if others.get(name) is not None:
+            raise ValueError(f"fastrlhf attention: {type(module).__name__} wants {name}, which is not supported")
     if slots is not None:
         if softcap is not None:
             raise ValueError(f"fastrlhf attention: softcap must be None while generating, got {softcap}")

@@ -120,6 +120,7 @@ def test_slots_take_over_when_given():
     [
         ({"cu_seq_lens_q": None}, "call the model with"),
         ({"max_length_q": None}, "call the model with"),
+        ({"s_aux": torch.zeros(4)}, "Module wants s_aux, which is not supported"),
         ({"dropout": 0.1}, "dropout must be 0, got 0.1"),
         ({"attention_mask": torch.ones(1, 1, 128, 128, dtype=torch.bool)}, "attention_mask must be None"),
     ],

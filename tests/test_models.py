@@ -3,7 +3,14 @@
 import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTJConfig, GPTJForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fastrlhf.models import Policy, RewardModel, ValueModel, load_causal_lm
 from fastrlhf.packing import pack
@@ -70,7 +77,7 @@ def test_policy_logprobs_and_entropies_are_those_of_the_models_logits(tmp_path, 
     torch.testing.assert_close(entropies, torch.stack([b for _, b in expected]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_reward_model_folder_gives_the_same_scores_in_plain_transformers(tmp_path, arch):
     reward_model = RewardModel.from_pretrained(save(tmp_path, arch))
     reward_model.bias = 0.25
@@ -151,10 +158,7 @@ def test_a_classifier_with_several_labels_is_no_reward_model(tmp_path):
         RewardModel.from_pretrained(tmp_path / "three")
 
 
-def test_head_that_scales_its_logits_unknown_to_us_is_refused(tmp_path, monkeypatch):
-    folder = save(tmp_path, "llama")
-    from transformers import LlamaForCausalLM
-
+def test_a_head_that_scales_its_logits_in_an_unknown_way_is_refused(tmp_path, monkeypatch):
     forward = LlamaForCausalLM.forward
 
     def scaled(self, *args, **kwargs):
@@ -164,7 +168,92 @@ def test_head_that_scales_its_logits_unknown_to_us_is_refused(tmp_path, monkeypa
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
     with pytest.raises(ValueError, match="LlamaForCausalLM: packed it computes something else"):
+        load_causal_lm(save(tmp_path, "llama"))
+
+
+def test_layers_that_mix_the_sequences_of_a_pack_are_refused(tmp_path, monkeypatch):
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x) + x.cumsum(1))
+    for load in (load_causal_lm, RewardModel.from_pretrained):
+        with pytest.raises(ValueError, match="packed it computes something else"):
+            load(save(tmp_path, "llama"))
+
+
+def test_attention_with_sinks_is_refused(tmp_path):
+    folder = save(tmp_path, "gpt_oss", head_dim=8, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1)
+    with pytest.raises(ValueError, match="GptOssAttention wants s_aux"):
         load_causal_lm(folder)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"final_logit_softcapping": 0.1}, {"logit_scale": 3.0, "arch": "cohere"}, {"arch": "gemma2"}]
+)
+def test_heads_that_scale_or_cap_are_reproduced(tmp_path, changes):
+    arch = {"arch": "gemma3_text", **changes}["arch"]
+    changes = {name: value for name, value in changes.items() if name != "arch"}
+    if arch == "gemma2":
+        changes = {"head_dim": 8, "num_key_value_heads": 2, "sliding_window": 8, "attn_logit_softcapping": 0.1}
+    folder = save(tmp_path, arch, **changes)
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    tokens = sequences((30,))[0]
+    logprobs = Policy.from_pretrained(folder)(pack([tokens], prompt_lengths=[1]))
+    rows = plain(torch.tensor([tokens])).logits[0, :-1].double().log_softmax(-1)
+    expected = rows.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].float()
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+
+
+def test_a_folder_without_all_the_weights_is_refused(tmp_path):
+    RewardModel.from_pretrained(save(tmp_path, "llama")).save_pretrained(tmp_path / "rm")
+    with pytest.raises(ValueError, match=r"rm lacks the weights \['lm_head.weight'\] of LlamaForCausalLM"):
+        Policy.from_pretrained(tmp_path / "rm")
+
+
+def test_a_body_without_a_classifier_in_transformers_is_named(tmp_path):
+    folder = save(tmp_path, "cohere")
+    with pytest.raises(ValueError, match="transformers has none with a cohere body"):
+        RewardModel.from_pretrained(folder)
+
+
+def test_a_token_that_is_also_padding_is_trained_and_scored_like_any_other(tmp_path):
+    folder = save(tmp_path, "llama", pad_token_id=1, eos_token_id=1)
+    policy = Policy.from_pretrained(folder)
+    tokens = [[5, 6, 1, 7, 1]]
+    policy(pack(tokens, prompt_lengths=[1])).sum().backward()
+    assert policy.model.get_input_embeddings().weight.grad[1].any()
+    reward_model = RewardModel.from_pretrained(folder)
+    reward_model.save_pretrained(tmp_path / "rm")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+    torch.testing.assert_close(reward_model(pack(tokens)), plain(torch.tensor(tokens)).logits[:, 0], atol=1e-5, rtol=0)
+
+
+def test_a_model_object_is_taken_as_it_is_also_twice(tmp_path):
+    model = tiny_model("llama", VOCAB)
+    weight = model.lm_head.weight
+    again = load_causal_lm(load_causal_lm(model, gradient_checkpointing=True))
+    assert again is model and again.lm_head.weight is weight
+
+
+def test_a_frozen_model_asks_for_no_gradient(tmp_path):
+    folder = save(tmp_path, "llama")
+    frozen = RewardModel.from_pretrained(folder, freeze=True)
+    assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.model.training
+    assert all(p.requires_grad for p in ValueModel.from_reward_model(frozen).parameters())
+
+
+def test_parameters_lie_in_aligned_memory(tmp_path):
+    for model in (Policy.from_pretrained(save(tmp_path, "gpt2")), RewardModel.from_pretrained(tmp_path / "gpt2")):
+        assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
+
+
+def test_autocast_runs_the_body_in_bfloat16_and_the_head_in_float32(tmp_path):
+    folder, batch = save(tmp_path, "qwen3"), pack(sequences(), prompt_lengths=[1] * 4)
+    exact = Policy.from_pretrained(folder)(batch)
+    policy = Policy.from_pretrained(folder, autocast=torch.bfloat16, gradient_checkpointing=True).train()
+    logprobs = policy(batch)
+    assert logprobs.dtype == torch.float32 and not torch.equal(logprobs, exact)
+    torch.testing.assert_close(logprobs, exact, atol=0.05, rtol=0)
+    logprobs.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in policy.parameters())
 
 
 def test_tiny_tokenizer_round_trips():
