@@ -174,9 +174,7 @@ class PPOConfig(LoopConfig):
     top_k: int = option(0, "sample among so many tokens; needs truncation (so do top_p and min_p)")
     top_p: float = option(1.0, "sample among the likeliest tokens of this total probability")
     min_p: float = option(0.0, "sample among tokens of at least this share of the likeliest one's probability")
-    truncation: str = option(
-        "refuse", "with top_k, top_p, min_p the ratio is to the model's or the sampler's log-probs"
-    )
+    truncation: str = option("refuse", "refuse, model or sampler: whose log-probs the ratio is to after top_k, ...")
     max_slots: int = option(64, "sequences generated at a time")
 
     def __post_init__(self) -> None:
