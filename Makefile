@@ -18,7 +18,8 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 
 bench: $(VENV)/dev
-	for f in benchmarks/ops/bench_*.py benchmarks/bench_*.py; do $(BIN)/python $$f || exit 1; done
+	for f in benchmarks/ops/bench_*.py benchmarks/bench_*.py; do \
+		$(BIN)/python -m $$(echo $${f%.py} | tr / .) --save || exit 1; done
 
 build: $(VENV)/dev
 	$(BIN)/python -m build
