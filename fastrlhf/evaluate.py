@@ -152,13 +152,14 @@ def calibration(scores: Tensor, gold: Tensor, *, num_bins: int = 5) -> Calibrati
     )
 
 
-def compare(before: Answers, after: Answers, kl: Tensor) -> dict[str, Any]:
+def compare(before: Answers, after: Answers, kl: Tensor, *, num_prompts: int) -> dict[str, Any]:
     """Returns the summary of two policies' answers to the same prompts: means, and differences paired by prompt.
 
-    kl: (N,) from `kl_of_responses`, of the later policy"""
-    summary: dict[str, Any] = {"kl": asdict(Mean.of(kl))}
+    A prompt's value is the mean of its answers, so standard errors are over prompts.
+    before, after: answers to all prompts, then again to all, and so on; kl: (N,) of `after`, from `kl_of_responses`"""
+    summary: dict[str, Any] = {"kl": asdict(Mean.of(kl.view(-1, num_prompts).mean(0)))}
     for name in before.judgements:
-        first, second = before.judgements[name], after.judgements[name]
+        first, second = (each.judgements[name].view(-1, num_prompts).mean(0) for each in (before, after))
         columns = {"before": first, "after": second, "difference": second - first}
         summary[name] = {when: asdict(Mean.of(values)) for when, values in columns.items()}
     for when, answers in (("before", before), ("after", after)):

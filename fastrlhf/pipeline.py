@@ -207,17 +207,18 @@ class Run:
         some = prompts[: config.num_best_of_prompts]
         policy, sft_policy = self.policy("ppo"), self.policy("sft")
         judges = {"gold": self.scorer(config.gold), "reward": self.scorer(options.reward)}
-        before = self.answer(sft_policy, prompts, judges, JUDGED)
-        after = self.answer(policy, prompts, judges, JUDGED)
+        asked = prompts * config.answers_per_prompt
+        before = self.answer(sft_policy, asked, judges, JUDGED)
+        after = self.answer(policy, asked, judges, JUDGED)
         kl = kl_of_responses(policy, sft_policy, after, temperature=config.temperature, max_tokens=config.max_tokens)
         more = self.answer(sft_policy, some * (config.best_of - 1), judges, BEST_OF)
-        # (prompts, n): the answer that is there already, and n - 1 more
+        # (prompts, n): the first answer, which is there already, and n - 1 more
         scores, gold = (
             torch.cat([before.judgements[name][: len(some)], more.judgements[name]]).view(-1, len(some)).T
             for name in ("reward", "gold")
         )
         summary = {
-            **compare(before, after, kl),
+            **compare(before, after, kl, num_prompts=len(prompts)),
             "best_of_n": compare_best_of_n(scores, gold, after.judgements["gold"][: len(some)]),
             "calibration": asdict(calibration(scores, gold)),
         }

@@ -20,7 +20,7 @@ RUN_PRESETS: dict[str, dict[str, Any]] = {
         "steps": 8,
         "batch_size": 32,
         "max_new_tokens": 24,
-        "num_heldout_prompts": 128,
+        "num_heldout_prompts": 160,
         "num_best_of_prompts": 48,
         "max_tokens": 1024,
     },
@@ -61,13 +61,14 @@ class RunConfig:
     batch_size: int = option(None, "responses a PPO step")
     epochs: int = option(1, "passes over the responses of a PPO step")
     minibatches: int = option(4, "optimizer steps a pass")
-    learning_rate: float = option(3e-5, "peak learning rate of the policy in PPO")
+    learning_rate: float = option(1e-5, "peak learning rate of the policy in PPO")
     value_learning_rate: float = option(3e-5, "peak learning rate of the value model")
-    kl_coef: float = option(0.05, "weight of the KL penalty")
+    kl_coef: float = option(0.1, "weight of the KL penalty")
     max_prompt_tokens: int = option(64, "longer prompts are rejected")
     max_new_tokens: int = option(None, "length at which responses are cut off")
     temperature: float = option(1.0, "of all sampling")
     num_heldout_prompts: int = option(None, "held-out prompts to judge on, before and after PPO")
+    answers_per_prompt: int = option(2, "answers to each held-out prompt, before and after; their mean counts")
     best_of: int = option(4, "responses that best-of-n chooses from, by the reward model")
     num_best_of_prompts: int = option(None, "held-out prompts of best-of-n")
     max_tokens: int = option(None, "tokens a micro-batch: memory and speed, not results")

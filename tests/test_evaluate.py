@@ -108,9 +108,9 @@ def test_answers_with_the_same_seeds_are_the_same_and_the_summary_says_so(polici
     policy, other = policies
     before, again, after = (answers_of(p, tokenizer) for p in (policy, policy, other))
     assert before.texts == again.texts
-    same = compare(before, again, torch.zeros(6))
+    same = compare(before, again, torch.zeros(6), num_prompts=6)
     assert same["gold"]["difference"] == {"mean": 0.0, "error": 0.0, "num": 6}
-    summary = compare(before, after, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
+    summary = compare(before, after, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), num_prompts=6)
     assert summary["kl"]["mean"] == 3.5
     assert summary["gold"]["difference"]["mean"] == pytest.approx(
         summary["gold"]["after"]["mean"] - summary["gold"]["before"]["mean"], abs=1e-6
