@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-ENOUGH_WORDS = 8  # shorter answers score less, so that brevity alone gains nothing
-UNFINISHED, OFF_TOPIC = 0.5, 0.5
+ENOUGH_WORDS = 5  # a shorter answer is hardly a sentence
+UNFINISHED, OFF_TOPIC = 0.25, 0.7
 
 WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)?")
 SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
@@ -35,9 +35,9 @@ def plain_answer(
 
     ease: Flesch's reading ease / 100, cut to [0, 1]: short words and short sentences
     variety: share of the words that are not repeats
-    fullness: min(1, words / 8)
-    end: 1 if the response ended by itself and with . ! or ?, else 0.5
-    topic: 1 if it takes up a word of the user's turn of four letters or more (its first four), else 0.5
+    fullness: min(1, words / 5)
+    end: 1 if the response ended by itself and with . ! or ?, else 0.25
+    topic: 1 if it takes up a word of the user's turn of four letters or more (its first four), else 0.7
 
     It is a product, so no one trick earns it: repeating a word of the prompt fails in variety, one stock sentence for
     every prompt in topic, a breathless list in end, a bare "Yes." in fullness, and learned words in ease.
