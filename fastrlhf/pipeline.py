@@ -231,7 +231,7 @@ class Run:
                 "before": before.texts[n],
                 "after": after.texts[n],
             }
-            for n, prompt in enumerate(prompts)
+            for n, prompt in enumerate(asked)
         ]
         tables = {"answers.jsonl": rows, "summary.json": summary}
         write_whole(self.output / "evaluation", lambda folder: write_tables(folder, tables))

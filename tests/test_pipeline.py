@@ -78,7 +78,9 @@ def test_every_stage_leaves_its_product(settings):
     assert all(row["gold_chosen"] > row["gold_rejected"] for row in read_jsonl(output / "pairs/train.jsonl"))
     summary = json.loads((output / "evaluation/summary.json").read_text())
     answers = read_jsonl(output / "evaluation/answers.jsonl")
-    differences = torch.tensor([row["gold_after"] - row["gold_before"] for row in answers], dtype=torch.float64)
+    assert [row["question"] for row in answers] == [f"question {n}" for n in range(18, 26)] * 2
+    gains = torch.tensor([row["gold_after"] - row["gold_before"] for row in answers], dtype=torch.float64)
+    differences = gains.view(2, 8).mean(0)  # of a prompt's two answers
     assert summary["gold"]["difference"]["mean"] == pytest.approx(differences.mean().item(), abs=1e-6)
     assert summary["gold"]["difference"]["error"] == pytest.approx(differences.std().item() / 8**0.5, abs=1e-6)
     assert (summary["best_of_n"]["n"], summary["best_of_n"]["gold"]["num"]) == (3, 4)
