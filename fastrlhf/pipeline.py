@@ -184,6 +184,10 @@ class Run:
             minibatches=config.minibatches,
             learning_rate=config.learning_rate,
             value_learning_rate=config.value_learning_rate,
+            # a value model that starts as the reward model calls every unfinished response bad, and in so few steps does
+            # not unlearn it; below 1, lam would therefore credit the last tokens, and the policy learn to stop early
+            lam=1.0,
+            clip_range_value=10.0,
             schedule="constant",
             warmup_ratio=0.0,
             kl_coef=config.kl_coef,

@@ -61,7 +61,7 @@ class RunConfig:
     batch_size: int = option(None, "responses a PPO step")
     epochs: int = option(1, "passes over the responses of a PPO step")
     minibatches: int = option(4, "optimizer steps a pass")
-    learning_rate: float = option(1e-5, "peak learning rate of the policy in PPO")
+    learning_rate: float = option(2e-5, "peak learning rate of the policy in PPO")
     value_learning_rate: float = option(3e-5, "peak learning rate of the value model")
     kl_coef: float = option(0.1, "weight of the KL penalty")
     max_prompt_tokens: int = option(64, "longer prompts are rejected")
