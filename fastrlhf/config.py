@@ -198,6 +198,9 @@ class PPOConfig(LoopConfig):
             )
         if self.minibatches > self.batch_size:
             raise ValueError(f"minibatches ({self.minibatches}) must not exceed batch_size ({self.batch_size})")
+        if self.value_warmup_steps is not None and self.value_warmup_steps >= self.steps:
+            counts = f"value_warmup_steps ({self.value_warmup_steps}) must be less than steps ({self.steps})"
+            raise ValueError(f"{counts}, or the policy is never trained")
 
 
 def convert(name: str, value: Any, kind: Any) -> Any:

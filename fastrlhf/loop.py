@@ -137,13 +137,13 @@ def check_fits(model: Any, tokenizer: Any, **lengths: int) -> None:
     """Raises ValueError unless the model embeds every token of the tokenizer and its context holds the lengths' sum.
 
     model: a transformers model; lengths: by option, the parts of the longest sequence"""
-    embedded = model.get_input_embeddings().num_embeddings
+    embedded, name = model.get_input_embeddings().num_embeddings, model.name_or_path or type(model).__name__
     if len(tokenizer) > embedded:
-        raise ValueError(f"model: the tokenizer has {len(tokenizer)} tokens, but the model embeds only {embedded}")
+        raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} tokens, but the model embeds only {embedded}")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and sum(lengths.values()) > context:
         sizes = " + ".join(f"{name} ({value})" for name, value in lengths.items())
-        raise ValueError(f"{sizes} must not exceed the model's context of {context} tokens")
+        raise ValueError(f"{sizes} must not exceed the model's context of {context} tokens ({name})")
 
 
 def ends_epoch(step: int, batch_size: int, num_rows: int, num_steps: int) -> bool:

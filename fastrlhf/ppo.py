@@ -10,6 +10,7 @@ Source: Ziegler et al., arXiv 1909.08593; Stiennon et al., arXiv 2009.01325; Ouy
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from fastrlhf.checkpoint import check_output
 from fastrlhf.config import PPOConfig
 from fastrlhf.data import Prompt, batch_rows, load_prompts, shuffled
+from fastrlhf.first_step import check_first_step, have_same_weights
 from fastrlhf.loop import advance, begin, check_fits, seed_everything
 from fastrlhf.metrics import MetricsLog, Statistics
 from fastrlhf.models import Policy, ValueModel, autocasting
@@ -28,7 +30,7 @@ from fastrlhf.packing import Packed, pack
 from fastrlhf.rewards import adapt_kl_coef, apply_missing_eos, parse_missing_eos, shape_rewards
 from fastrlhf.rollout import Engine, Sample, Sampling
 from fastrlhf.scoring import Scorer
-from fastrlhf.template import eos_token_ids, load_tokenizer
+from fastrlhf.template import check_same_vocabulary, eos_token_ids, load_tokenizer
 
 
 class PPO:
@@ -48,43 +50,30 @@ class PPO:
         checkpoint = check_output(config)
         seed_everything(config.seed)
         self.tokenizer = load_tokenizer(config.model)
-        loaded = load_prompts(
-            config.data,
-            self.tokenizer,
-            max_prompt_tokens=config.max_prompt_tokens,
-            template=config.template,
-            limit=config.limit,
-            max_rejected=config.max_rejected,
-        )
+        options: dict[str, Any] = {name: getattr(config, name) for name in ("template", "limit", "max_rejected")}
+        loaded = load_prompts(config.data, self.tokenizer, max_prompt_tokens=config.max_prompt_tokens, **options)
         self.prompts = loaded.rows
-        self.scorer = Scorer(
-            config.reward,
-            self.tokenizer,
-            max_tokens=config.max_tokens,
-            device=self.device,
-            autocast=config.autocast_dtype(),
-        )
+        options = {"max_tokens": config.max_tokens, "device": self.device, "autocast": config.autocast_dtype()}
+        self.scorer = Scorer(config.reward, self.tokenizer, **options)
         self.load_models(checkpoint)
-        num_updates = config.steps * config.epochs * config.minibatches
-        self.policy_optimizer = Optimizer.of(config, self.policy, num_steps=num_updates)
+        updates = config.epochs * config.minibatches
+        # the policy's schedule begins where its training does
+        num_policy_steps = config.steps - self.num_value_warmup_steps
+        self.policy_optimizer = Optimizer.of(config, self.policy, num_steps=updates * num_policy_steps)
         self.value_optimizer = Optimizer.of(
-            config, self.value_model, num_steps=num_updates, learning_rate=config.value_learning_rate
+            config, self.value_model, num_steps=updates * config.steps, learning_rate=config.value_learning_rate
         )
         self.kl_coef = config.kl_coef
-        self.sampling = Sampling(
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-        )
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+        self.sampling = Sampling(**{name: getattr(config, name) for name in names})
         self.engine = Engine(
             self.policy.model,
             eos_token_ids=eos_token_ids(self.tokenizer, self.policy.model),
             max_slots=min(config.max_slots, config.batch_size),
         )
         longest = max(len(prompt.tokens) for prompt in self.prompts)
-        for model in (self.policy, self.reference, self.value_model):
+        reward_models = [model for model, _ in self.scorer.models]
+        for model in (self.policy, self.reference, self.value_model, *reward_models):
             check_fits(model.model, self.tokenizer, longest_prompt=longest, max_new_tokens=config.max_new_tokens)
         begin(self, checkpoint, (prompt.tokens for prompt in self.prompts))
         self.log.say(str(loaded.report))
@@ -102,6 +91,8 @@ class PPO:
         common: dict[str, Any] = {"autocast": config.autocast_dtype(), "device": self.device}
         trained = {**common, "gradient_checkpointing": config.gradient_checkpointing}
         self.policy = Policy.from_pretrained(checkpoint / "policy" if checkpoint else config.model, **trained)
+        if config.reference:
+            check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
         self.reference = Policy.from_pretrained(config.reference or config.model, freeze=True, **common)
         reward_models = self.scorer.models
         if checkpoint:
@@ -114,7 +105,7 @@ class PPO:
             )
         else:
             self.value_model = ValueModel.from_policy(self.policy, gradient_checkpointing=config.gradient_checkpointing)
-        default = 0 if len(reward_models) == 1 else 2
+        default = 0 if len(reward_models) == 1 else min(2, config.steps - 1)
         self.num_value_warmup_steps = default if config.value_warmup_steps is None else config.value_warmup_steps
 
     def step(self) -> dict[str, float]:
@@ -126,7 +117,7 @@ class PPO:
         with self.log.timer("score"):
             batch, scores = self.score(prompts, samples)
         if self.num_steps_done == 0:
-            self.check_start(batch)
+            self.check_first_step(batch, samples)
         finished = torch.tensor([sample.finished for sample in samples], device=self.device)
         rewards = shape_rewards(
             apply_missing_eos(scores, finished, config.missing_eos),
@@ -140,7 +131,7 @@ class PPO:
             advantages = masked_whiten(advantages)
         batch = batch.with_fields(rewards=rewards, advantages=advantages, returns=returns)
         with self.log.timer("update"), self.log.progress("update", config.epochs * batch.num_tokens) as done:
-            stats = [self.update(minibatch, done) for minibatch in self.minibatches(batch)]
+            stats = [self.update(minibatch, done, n) for n, minibatch in enumerate(self.minibatches(batch), 1)]
         metrics = self.describe(batch, scores, finished, stats)
         if config.kl_target is not None:
             self.kl_coef = adapt_kl_coef(
@@ -199,32 +190,30 @@ class PPO:
         return torch.cat([policy(part, temperature=self.config.temperature) for part in parts])
 
     @torch.no_grad()
-    def check_start(self, batch: Packed) -> None:
+    def check_first_step(self, batch: Packed, samples: list[Sample]) -> None:
         """Stops unless, before the first update, ratios are 1 and, with equal weights, the KL to the reference is 0."""
-        exact = self.policy.autocast is None
-        ratio = (self.logprobs(self.policy, batch) - batch["logprobs"]).exp()
-        error = (ratio - 1).abs().mean().item()
-        kl = approx_kl(batch["logprobs"], batch["ref_logprobs"], estimator="k1").mean().item()
-        if not error <= (1e-5 if exact else 1e-2):
-            raise RuntimeError(
-                f"PPO: before the first update the mean |ratio - 1| is {error:.2e}: sampler and trainer disagree on "
-                "the log-probabilities of the same tokens, so nothing learned from them could be trusted"
-            )
-        if not same_weights(self.policy, self.reference):
-            self.log.say(f"the reference is another model: KL before the first update is {kl:.4f} nats a token")
-        elif not abs(kl) <= (1e-5 if exact else 1e-3):
-            raise RuntimeError(f"PPO: policy and reference have equal weights, yet their KL is {kl:.2e} nats a token")
+        half = self.policy.autocast is not None
+        text = check_first_step(
+            self.joined([sample.logprobs for sample in samples]),
+            batch["logprobs"] if half else self.logprobs(self.policy, batch),
+            batch["ref_logprobs"],
+            half=half,
+            same_weights=have_same_weights(self.policy, self.reference),
+        )
+        if text:
+            self.log.say(text)
 
     def minibatches(self, batch: Packed) -> Iterator[Packed]:
         """The minibatches of each epoch: the responses in an order that follows from seed, step and epoch."""
         config = self.config
-        size = -(-batch.num_sequences // config.minibatches)
+        # as many minibatches as were asked for, whose sizes differ by one at most
+        bounds = [n * batch.num_sequences // config.minibatches for n in range(config.minibatches + 1)]
         for epoch in range(config.epochs):
             order = shuffled(batch.num_sequences, config.seed, self.num_steps_done * config.epochs + epoch)
-            for start in range(0, len(order), size):
-                yield batch.select(sorted(order[start : start + size]))
+            for start, stop in pairwise(bounds):
+                yield batch.select(sorted(order[start:stop]))
 
-    def update(self, minibatch: Packed, done: Callable[[int], None]) -> Statistics:
+    def update(self, minibatch: Packed, done: Callable[[int], None], number: int) -> Statistics:
         """One optimizer step of the policy and of the value model. Returns its statistics.
 
         Losses are sums over tokens divided by the tokens of the whole minibatch, so micro-batches do not matter."""
@@ -256,8 +245,10 @@ class PPO:
             (config.value_coef * loss).backward()
             stats.add("ppo/value/", {"loss": loss, **loss_stats})
             done(part.num_tokens)
-        where = f"step {self.num_steps_done + 1}, minibatch of {minibatch.num_sequences} responses"
+        where = f"step {self.num_steps_done + 1}, minibatch {number} ({minibatch.num_sequences} responses)"
         if trains_policy:
+            learning_rate = self.policy_optimizer.learning_rate
+            stats.add("ppo/policy/", {"learning_rate": torch.tensor(learning_rate, dtype=torch.float64)})
             stats.add("ppo/policy/", {"grad_norm": self.policy_optimizer.step(f"the policy's update, {where}")})
         stats.add("ppo/value/", {"grad_norm": self.value_optimizer.step(f"the value model's update, {where}")})
         return stats
@@ -278,7 +269,6 @@ class PPO:
             "ppo/value/mean": batch["values"].mean(),
             "ppo/value/explained_variance": 1 - errors.var(correction=0) / returns.var(correction=0),
             "ppo/returns/mean": returns.mean(),
-            "ppo/policy/learning_rate": self.policy_optimizer.learning_rate,
             "num_tokens": batch.num_tokens,
         }
         metrics |= Statistics.mean(stats)
@@ -305,9 +295,3 @@ class PPO:
         """Writes the policy and its tokenizer as a folder that transformers loads."""
         self.policy.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-
-def same_weights(first: Policy, second: Policy) -> bool:
-    """Whether two models have equal parameters."""
-    pairs = zip(first.parameters(), second.parameters(), strict=True)
-    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)

@@ -72,6 +72,7 @@ def test_wrong_values_are_refused_by_name(values, error, text):
     [
         ({"minibatches": 33}, ValueError, r"minibatches \(33\) must not exceed batch_size \(32\)"),
         ({"preset": "chatt"}, ValueError, "did you mean chat?"),
+        ({"steps": 2, "value_warmup_steps": 2}, ValueError, r"value_warmup_steps \(2\) must be less than steps \(2\)"),
         ({"gamma": 1.1}, ValueError, "gamma must be between 0 and 1, got 1.1"),
         ({"kl_target": 0}, ValueError, "kl_target must be above 0, got 0.0"),
         ({"reward": ["a", "b"]}, TypeError, r"reward must be text, got \['a', 'b'\]"),

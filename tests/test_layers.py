@@ -30,7 +30,7 @@ ROOMS = {
         {"torch", "transformers", "jinja2", "numpy", "yaml", "rich", "safetensors"},
     ),
     "loops": (
-        {"loop", "sft", "reward", "ppo"},
+        {"loop", "first_step", "sft", "reward", "ppo"},
         {"ops", "packing", "formulas", "models", "files"},
         {"torch", "numpy", "transformers"},
     ),

@@ -1,48 +1,34 @@
 """PPO: it learns, it starts where it says, it does not depend on micro-batches, and it survives a kill."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from loops import assert_resumes_bit_for_bit, model_folder, write_rows
+from tiny import tiny_tokenizer
 
 from fastrlhf import PPO, PPOConfig
-from fastrlhf.metrics import read_jsonl
 from fastrlhf.models import RewardModel
 from fastrlhf.optim import NonFiniteError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB = 300
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny matrices are slower on two threads than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A folder with a random 2-layer model, its tokenizer, a reward model and a prompt file."""
-    tokenizer = tiny_tokenizer(VOCAB)
-    tiny_model("llama", vocab=VOCAB).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    model_folder(tmp_path / "model")
     RewardModel.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "reward")
-    tokenizer.save_pretrained(tmp_path / "reward")
-    with open(tmp_path / "prompts.jsonl", "w") as file:
-        for n in range(40):
-            file.write(json.dumps({"prompt": f"Say {n}", "want": n % 3}) + "\n")
+    tiny_tokenizer(VOCAB).save_pretrained(tmp_path / "reward")
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Say {n}", "want": n % 3} for n in range(40)])
     return tmp_path
 
 
-def config(folder, **changes):
-    settings = {
+def settings(folder, **changes):
+    return {
         "model": str(folder / "model"),
         "data": str(folder / "prompts.jsonl"),
         "output": str(folder / "out"),
@@ -54,8 +40,12 @@ def config(folder, **changes):
         "max_new_tokens": 8,
         "learning_rate": 1e-3,
         "value_learning_rate": 1e-3,
+        **changes,
     }
-    return PPOConfig(**{**settings, **changes})
+
+
+def config(folder, **changes):
+    return PPOConfig(**settings(folder, **changes))
 
 
 def share_of_low_tokens(prompts, responses, *, response_ids, **_):
@@ -65,8 +55,8 @@ def share_of_low_tokens(prompts, responses, *, response_ids, **_):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ppo_goes_from_below_20_to_above_80_percent_of_the_optimum(folder, seed):
-    settings = {"batch_size": 32, "epochs": 4, "learning_rate": 1e-2, "value_learning_rate": 1e-2, "kl_coef": 0.0}
-    trainer = PPO(config(folder, seed=seed, steps=20, schedule="constant", **settings))
+    changes = {"batch_size": 32, "epochs": 4, "learning_rate": 1e-2, "value_learning_rate": 1e-2, "kl_coef": 0.0}
+    trainer = PPO(config(folder, seed=seed, steps=20, schedule="constant", **changes))
     scores = [metrics["objective/scores"] for metrics in trainer]
     assert scores[0] <= 0.2 and sum(scores[-3:]) / 3 >= 0.8, scores
 
@@ -80,14 +70,16 @@ def test_at_the_first_minibatch_ratios_are_one_and_the_kl_is_zero(folder):
     assert abs(metrics["ppo/policy/ratio_max"] - 1) < 1e-4 and abs(metrics["ppo/policy/ratio_min"] - 1) < 1e-4
 
 
-def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(folder, monkeypatch):
-    trainer = PPO(config(folder))
+@pytest.mark.parametrize(("dtype", "change"), [("float32", 0.01), ("bfloat16", 1.0)])
+def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(folder, monkeypatch, dtype, change):
+    assert next(PPO(config(folder, dtype=dtype, output=str(folder / "right"))))
+    trainer = PPO(config(folder, dtype=dtype))
     generate = trainer.engine.generate
 
     def wrong(*args, **kwargs):
         samples = generate(*args, **kwargs)
         for sample in samples:
-            sample.logprobs[:] = [x - 0.01 for x in sample.logprobs]
+            sample.logprobs[:] = [x - change for x in sample.logprobs]
         return samples
 
     monkeypatch.setattr(trainer.engine, "generate", wrong)
@@ -161,20 +153,20 @@ def test_nan_weights_stop_the_run_and_name_step_and_checkpoint(folder):
     next(steps)
     update = trainer.update
 
-    def poisoned(minibatch, advance):
-        return update(minibatch.with_fields(advantages=minibatch["advantages"] * float("nan")), advance)
+    def poisoned(minibatch, advance, number):
+        return update(minibatch.with_fields(advantages=minibatch["advantages"] * float("nan")), advance, number)
 
     trainer.update = poisoned
-    with pytest.raises(NonFiniteError, match=r"policy's update, step 2, .*step-000001"):
+    with pytest.raises(NonFiniteError, match=r"policy's update, step 2, minibatch 1 .*step-000001"):
         next(steps)
 
 
 def test_top_p_needs_to_be_told_which_logprobs_the_ratio_is_to(folder):
     with pytest.raises(ValueError, match="set truncation to model"):
         config(folder, top_p=0.5)
-    settings = {"top_p": 0.5, "minibatches": 1, "epochs": 1, "value_warmup_steps": 0}
-    by_model = next(PPO(config(folder, output=str(folder / "m"), truncation="model", **settings)))
-    by_sampler = next(PPO(config(folder, output=str(folder / "s"), truncation="sampler", **settings)))
+    changes = {"top_p": 0.5, "minibatches": 1, "epochs": 1, "value_warmup_steps": 0}
+    by_model = next(PPO(config(folder, output=str(folder / "m"), truncation="model", **changes)))
+    by_sampler = next(PPO(config(folder, output=str(folder / "s"), truncation="sampler", **changes)))
     assert by_model["ppo/policy/ratio"] == pytest.approx(1, abs=1e-4)
     assert by_sampler["ppo/policy/ratio"] == pytest.approx(0.5, abs=0.05)  # the sampler's tokens are twice as likely
     assert abs(by_sampler["objective/kl"]) < 1e-4  # the KL is the policy's own in both
@@ -199,40 +191,60 @@ def test_bad_settings_are_named_before_any_work(folder, changes, error, text):
         next(PPO(config(folder, **changes)))
 
 
-def test_a_reward_model_with_another_vocabulary_is_refused(folder):
-    tiny_tokenizer(VOCAB + 1).save_pretrained(folder / "reward")
-    with pytest.raises(ValueError, match="vocabulary"):
-        PPO(config(folder, reward=str(folder / "reward")))
+@pytest.mark.parametrize("role", ["reward", "reference"])
+def test_a_model_with_another_vocabulary_is_refused(folder, role):
+    other = Path(model_folder(folder / "other"))
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"a": ', '"renamed": ', 1))  # as many tokens, one of them another
+    with pytest.raises(ValueError, match=rf"{role} .*other: its vocabulary \(300 tokens\).* 1 of them differ"):
+        PPO(config(folder, **{role: str(other)}))
 
 
-RUN = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-torch.set_num_threads(1)
-from test_ppo import PPO, config, share_of_low_tokens
-from pathlib import Path
-for _ in PPO(config(Path({folder!r}), output={output!r}, steps=8, save_every=2, kl_target=1.0, resume={resume})):
-    print("step", flush=True)
-"""
+def test_a_reward_model_with_a_shorter_context_is_refused(folder):
+    """Rotary models would score positions that they have never seen without a word."""
+    short = folder / "short"
+    RewardModel.from_pretrained(model_folder(short, max_position_embeddings=16)).save_pretrained(short)
+    longest = max(len(prompt.tokens) for prompt in PPO(config(folder)).prompts)
+    reward = {"reward": f"{short}=1,{folder / 'reward'}=1", "output": str(folder / "b")}
+    assert next(PPO(config(folder, **reward, max_new_tokens=16 - longest)))
+    reward["output"] = str(folder / "c")
+    with pytest.raises(ValueError, match=rf"longest_prompt \({longest}\) .* context of 16 tokens \(.*short\)"):
+        PPO(config(folder, **reward, max_new_tokens=17 - longest))
+
+
+def test_another_reference_is_said(folder, capsys):
+    other = model_folder(folder / "other", num_hidden_layers=1)
+    next(PPO(config(folder, reference=other)))
+    assert "the reference is another model: KL before the first update is" in capsys.readouterr().out
+
+
+def test_a_pad_that_is_the_eos_changes_nothing(folder):
+    """SmolLM2's pad is its eos: responses end with it, are scored at it, and it is trained."""
+    changes = {"reward": str(folder / "reward"), "batch_size": 16, "max_new_tokens": 32}
+    same = list(PPO(config(folder, output=str(folder / "a"), **changes)))
+    for name in ("model", "reward"):
+        tiny_tokenizer(VOCAB, pad_is_eos=True).save_pretrained(folder / name)
+        settings_file = folder / name / "config.json"
+        settings_file.write_text(json.dumps({**json.loads(settings_file.read_text()), "pad_token_id": 1}))
+    assert list(PPO(config(folder, output=str(folder / "b"), **changes))) == same
+    assert any(metrics["response/eos_rate"] > 0 for metrics in same)
 
 
 def test_a_killed_run_resumes_bit_for_bit(folder):
-    def command(output, resume=False):
-        code = RUN.format(
-            tests=os.path.dirname(__file__), folder=str(folder), output=str(folder / output), resume=resume
-        )
-        return [sys.executable, "-c", code]
+    changes = {"reward": "test_ppo:share_of_low_tokens", "steps": 8, "save_every": 2, "kl_target": 1.0}
+    assert_resumes_bit_for_bit(PPO, PPOConfig, settings(folder, **changes), folder, killed_after=5)
 
-    subprocess.run(command("whole"), check=True, capture_output=True)
-    killed = subprocess.Popen(command("killed"), stdout=subprocess.PIPE, text=True)
-    for _ in range(5):
-        killed.stdout.readline()
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    killed.stdout.close()
-    with open(folder / "killed" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 99')  # as a kill in the middle of a line leaves it
-    subprocess.run(command("killed", resume=True), check=True, capture_output=True)
-    whole, resumed = ((folder / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed"))
-    assert resumed == whole
-    assert len(read_jsonl(folder / "killed" / "metrics.jsonl")) == 8
+
+def test_a_step_makes_the_minibatches_asked_for_and_both_schedules_end_at_zero(folder):
+    trainer = PPO(config(folder, steps=4, batch_size=9, minibatches=4, epochs=2, schedule="linear"))
+    metrics = list(trainer)
+    assert trainer.value_optimizer.num_steps_done == 4 * 2 * 4
+    assert trainer.policy_optimizer.num_steps_done == 2 * 2 * 4  # after two steps for the value model alone
+    assert trainer.policy_optimizer.learning_rate == trainer.value_optimizer.learning_rate == 0
+    rates = [step.get("ppo/policy/learning_rate") for step in metrics]
+    assert rates[:2] == [None, None]
+    assert rates[2:] == pytest.approx([1e-3 * (1 - 3.5 / 16), 1e-3 * (1 - 11.5 / 16)])  # means over the updates
+
+
+def test_the_policy_is_trained_even_in_a_run_of_one_step(folder):
+    assert "ppo/policy/loss" in next(PPO(config(folder, steps=1)))
