@@ -21,7 +21,7 @@ def check_first_step(
     sampled: of the sampler; logprobs: of the trainer; ref_logprobs: of the reference
     half: whether the policy computes in half precision; same_weights: whether the reference has the policy's weights
 
-    Raises: RuntimeError when sampler and trainer disagree, or a reference with the same weights has another KL than 0."""
+    Raises: RuntimeError when sampler and trainer disagree, or a reference with the same weights has a KL."""
     precision = "half" if half else "exact"
     error = ((logprobs - sampled).exp() - 1).abs().mean().item()
     kl = approx_kl(logprobs, ref_logprobs, estimator="k1").mean().item()
