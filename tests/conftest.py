@@ -4,12 +4,23 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach a model hub
 
+import interpreter
 import pytest
 import torch
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where the contract tests run")
+    choices = ["cpu", "cuda", "interpreter"]
+    parser.addoption("--device", default="cpu", choices=choices, help="where, and as what, the contract tests run")
+
+
+def pytest_configure(config):
+    chosen = config.getoption("--device")
+    if chosen == "interpreter":
+        interpreter.replace_cpu_kernels()
+    elif chosen == "cuda":
+        # matrix products are deterministic, as `poisoned` wants them, only with this set before the first of them
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +28,7 @@ def device(request):
     chosen = request.config.getoption("--device")
     if chosen == "cuda" and not torch.cuda.is_available():
         pytest.exit("--device cuda, but torch sees no GPU", returncode=2)
-    return chosen
+    return "cpu" if chosen == "interpreter" else chosen
 
 
 @pytest.fixture(autouse=True)

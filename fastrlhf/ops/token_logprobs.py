@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of the rows of given logits."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,11 @@ from torch.autograd.function import once_differentiable
 from fastrlhf import _cpu
 from fastrlhf.ops._check import address, dtype_in, dtype_name, has_shape, indices_below, readable, same_device
 from fastrlhf.ops._registry import leaf, op
+
+try:
+    from fastrlhf.kernels import token_logprobs as triton_kernel
+except ImportError:  # without Triton the reference serves CUDA
+    triton_kernel = None  # type: ignore[assignment]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LOWEST = -1e4  # stands for log 0, so that 0 log 0 is 0
@@ -99,10 +104,7 @@ def _cpu_forward(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[
     logits, targets, temperature = rows_of(logits), targets.contiguous(), temperature.contiguous()
     outputs = _fake(logits)
     getattr(_cpu, f"token_logprobs_{dtype_name(logits)}")(
-        logits.data_ptr(),
-        targets.data_ptr(),
-        temperature.data_ptr(),
-        *(output.data_ptr() for output in outputs),
+        *map(address, (logits, targets, temperature, *outputs)),
         *logits.shape,
         logits.stride(0),
         int(temperature.shape[0] > 1),
@@ -111,45 +113,48 @@ def _cpu_forward(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[
     return outputs
 
 
-def _cpu_gradient(
-    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, saved: tuple[Tensor, ...], out: Tensor
-) -> None:
-    """Writes the gradient to `out`, whose rows are (T, V) with V consecutive elements each."""
+def _cuda_forward(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
+    _check(logits, targets, temperature)
+    return triton_kernel.token_logprobs(rows_of(logits), targets.contiguous(), temperature.contiguous())
+
+
+def _cpu_gradient(upstream: list[Tensor | None], logits: Tensor, saved: list[Tensor], out: Tensor) -> None:
+    getattr(_cpu, f"token_logprobs_backward_{dtype_name(logits)}")(
+        *map(address, (*upstream, logits, *saved, out)),
+        *logits.shape,
+        logits.stride(0),
+        out.stride(0),
+        int(saved[1].shape[0] > 1),
+        torch.get_num_threads(),
+    )
+
+
+def _checked(g: Tensor | None, h: Tensor | None, logits: Tensor, *saved: Tensor) -> tuple[Any, ...]:
+    """The upstream gradients, the logits and what forward saved, as the kernels take them."""
     targets, temperature, *statistics = (t.contiguous() for t in saved)
     _check(logits, targets, temperature)
-    logits = rows_of(logits)
-    upstream = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy)]
+    upstream = [None if grad is None else grad.contiguous() for grad in (g, h)]
     for tensor in (*upstream, *statistics):
         if tensor is not None:
             same_device("token_logprobs", logits=logits, statistics=tensor)
             dtype_in("token_logprobs", "gradients and statistics", tensor, (computed_in(logits),))
             has_shape("token_logprobs", "gradients and statistics", tensor, (logits.shape[0],), "(T,)")
-    getattr(_cpu, f"token_logprobs_backward_{dtype_name(logits)}")(
-        *map(address, upstream),
-        logits.data_ptr(),
-        targets.data_ptr(),
-        temperature.data_ptr(),
-        *map(address, statistics),
-        out.data_ptr(),
-        *logits.shape,
-        logits.stride(0),
-        out.stride(0),
-        int(temperature.shape[0] > 1),
-        torch.get_num_threads(),
-    )
+    return upstream, rows_of(logits), [targets, temperature, *statistics]
 
 
-def _cpu_backward(grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *saved: Tensor) -> Tensor:
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _cpu_gradient(grad_logprobs, grad_entropy, logits, saved, out)
-    return out
+def _gradients_by(launch: Callable[..., None]) -> tuple[Callable[..., Tensor], Callable[..., None]]:
+    """The two forms of the gradient: `launch` writes it to a new tensor, and over the logits."""
 
+    def backward(grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *saved: Tensor) -> Tensor:
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        launch(*_checked(grad_logprobs, grad_entropy, logits, *saved), out)
+        return out
 
-def _cpu_backward_in_place(
-    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *saved: Tensor
-) -> None:
-    _check_in_place(logits)
-    _cpu_gradient(grad_logprobs, grad_entropy, logits, saved, logits)
+    def in_place(grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *saved: Tensor) -> None:
+        _check_in_place(logits)
+        launch(*_checked(grad_logprobs, grad_entropy, logits, *saved), logits)
+
+    return backward, in_place
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -196,10 +201,8 @@ def _check_in_place(logits: Tensor) -> None:
         )
     (rows, size), (step, inner) = logits.shape, logits.stride()
     if (rows > 1 and step < size) or (size > 1 and inner != 1):
-        expected = "rows of consecutive elements that do not overlap"
-        raise ValueError(
-            f"token_logprobs: inplace_backward expects logits with {expected}, got strides {logits.stride()}"
-        )
+        expected = f"rows of consecutive elements that do not overlap, got strides {logits.stride()}"
+        raise ValueError(f"token_logprobs: inplace_backward expects logits with {expected}")
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -216,23 +219,28 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 _SAVED = "Tensor targets, Tensor temperature, Tensor entropy, Tensor highest, Tensor log_sum"
+_cpu_backward, _cpu_in_place = _gradients_by(_cpu_gradient)
+_cuda_backward, _cuda_in_place = _gradients_by(lambda *args: triton_kernel.token_logprobs_backward(*args))
 _forward = leaf(
     "token_logprobs(Tensor logits, Tensor targets, Tensor temperature) -> (Tensor, Tensor, Tensor, Tensor)",
     ref=token_logprobs_ref,
     fake=_fake,
     cpu=_cpu_forward,
+    cuda=_cuda_forward if triton_kernel else None,
 )
 _gradient = leaf(
     f"token_logprobs_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, {_SAVED}) -> Tensor",
     ref=token_logprobs_backward_ref,
     fake=lambda g, h, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
     cpu=_cpu_backward,
+    cuda=_cuda_backward if triton_kernel else None,
 )
 _gradient_in_place = leaf(
     f"token_logprobs_backward_(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, {_SAVED}) -> ()",
     ref=_backward_in_place_ref,
     fake=lambda *_: None,
-    cpu=_cpu_backward_in_place,
+    cpu=_cpu_in_place,
+    cuda=_cuda_in_place if triton_kernel else None,
 )
 _op = op(
     _forward,
@@ -250,9 +258,7 @@ def temperature_of(function: str, temperature: float | Tensor, like: Tensor) -> 
         if temperature.requires_grad:
             raise ValueError(f"{function}: temperature gets no gradient, so it must be detached")
         if readable(temperature) and not bool(((temperature > 0) & temperature.isfinite()).all()):
-            raise ValueError(
-                f"{function}: every temperature must be above 0 and finite, got {temperature.min().item()}"
-            )
+            raise ValueError(f"{function}: every temperature must be above 0 and finite, got {temperature.min()}")
         return temperature.to(computed_in(like))
     if not 0 < temperature < math.inf:
         raise ValueError(f"{function}: temperature must be above 0 and finite, got {temperature}")

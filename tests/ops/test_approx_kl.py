@@ -1,10 +1,5 @@
 """Estimators of KL against arbitrary precision and against the divergence itself."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import mpmath
 import pytest
 import torch
@@ -86,55 +81,3 @@ def test_bad_input_is_named(change, error, text):
     with pytest.raises(error) as caught:
         approx_kl(**{"logprobs": torch.zeros(4), "ref_logprobs": torch.zeros(4), **change})
     assert "approx_kl: " in str(caught.value) and text in str(caught.value)
-
-
-def in_a_process(code, **environment):
-    # Triton decides at import whether to interpret
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": paths, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_triton_kernel_computes_the_same_in_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed, so CUDA takes the reference")
-    in_a_process(
-        """
-import torch
-from fastrlhf.kernels.approx_kl import approx_kl
-from fastrlhf.ops.approx_kl import samples, approx_kl_ref
-
-for dtype, rtol in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
-    for logprobs, ref_logprobs, estimator in samples("cpu", dtype):
-        expected = approx_kl_ref(logprobs.double(), ref_logprobs.double(), estimator).to(dtype)
-        torch.testing.assert_close(approx_kl(logprobs, ref_logprobs, estimator), expected, rtol=rtol, atol=1e-30)
-""",
-        TRITON_INTERPRET="1",
-    )
-
-
-def test_triton_kernel_compiles_without_a_gpu():
-    pytest.importorskip("triton", reason="Triton is not installed, so CUDA takes the reference")
-    in_a_process(
-        """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fastrlhf.kernels.approx_kl import approx_kl_kernel as kernel
-
-signature = dict.fromkeys(["logprobs_ptr", "ref_logprobs_ptr", "out_ptr"], "*fp32")
-signature |= {"num_tokens": "i64", "ESTIMATOR": "constexpr", "BLOCK": "constexpr"}
-constants = {(kernel.arg_names.index("ESTIMATOR"),): 3, (kernel.arg_names.index("BLOCK"),): 1024}
-for capability in (80, 90):
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
-""",
-        TRITON_DEFAULT_FP_FUSION="1",
-    )

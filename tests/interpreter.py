@@ -1,0 +1,26 @@
+"""`pytest --device interpreter`: the Triton kernels, run by Triton's interpreter, take the place of the CPU's."""
+
+import functools
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+KERNELS = sorted(path.stem for path in (Path(__file__).parents[1] / "kernels").glob("*.py"))
+_library = torch.library.Library("fastrlhf", "IMPL")  # its registrations last as long as it does
+
+
+def replace_cpu_kernels() -> None:
+    """From here on, CPU tensors go to the launchers registered for CUDA, where these are those of kernels/."""
+    assert "triton" not in sys.modules, "Triton reads TRITON_INTERPRET when it is imported"
+    os.environ["TRITON_INTERPRET"] = "1"
+    from fastrlhf.ops._registry import BACKENDS
+
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for name, serves in BACKENDS.items():
+        if name.rstrip("_").removesuffix("_backward") in KERNELS and serves["cuda"] == "native":
+            launcher = functools.partial(getattr(torch.ops.fastrlhf, name).default.redispatch, keys)
+            with warnings.catch_warnings(action="ignore"):  # the CPU's kernel is replaced on purpose
+                _library.impl(name, launcher, "CPU", allow_override=True)

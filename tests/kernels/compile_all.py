@@ -1,0 +1,116 @@
+"""Compiles Triton kernels as they are launched, without a GPU, and prints what each takes, one JSON line each.
+
+    compile_all.py CAPABILITY [samples]     the launches of LAUNCHES, and those of the ops' samples
+
+A process of its own: it puts a driver in place of Triton's that answers for a GPU which is not there.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+import triton.backends.nvidia
+from interpreter import KERNELS
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from fastrlhf.ops._registry import OPS
+
+BF16, FP32, FP64, I64 = torch.bfloat16, torch.float32, torch.float64, torch.int64
+
+
+def logits(dtype, num_rows=8, size=128256):
+    wide = torch.promote_types(dtype, FP32)
+    rows = [torch.empty(num_rows, dtype=wide) for _ in range(5)]
+    targets, temperature = torch.empty(num_rows, dtype=I64), torch.empty(1, dtype=wide)
+    return torch.empty(num_rows, size, dtype=dtype), targets, temperature, rows
+
+
+def token_logprobs(dtype):
+    x, targets, temperature, _ = logits(dtype)
+    yield "token_logprobs", (x, targets, temperature)
+    yield "token_logprobs", (x[:, 1:], targets, temperature.expand(8))
+
+
+def token_logprobs_backward(dtype):
+    x, targets, temperature, (g, h, *statistics) = logits(dtype)
+    for upstream in ((g, h), (g, None), (None, h)):
+        yield "token_logprobs_backward", (*upstream, x, targets, temperature, *statistics)
+
+
+def approx_kl(dtype):
+    for estimator in (1, 2, 3):
+        yield "approx_kl", (torch.empty(2**20, dtype=dtype), torch.empty(2**20, dtype=dtype), estimator)
+
+
+LAUNCHES = {  # what calls the kernels at the sizes of training -> the dtypes it is called in
+    approx_kl: (FP32, FP64),
+    token_logprobs: (BF16, FP32, FP64),
+    token_logprobs_backward: (BF16, FP32, FP64),
+}
+
+
+class Driver:
+    """As much of Triton's driver as compiling asks for."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_device(self):
+        return self.capability  # under which Triton keeps what it compiled
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def resources(cubin):
+    """REG, STACK and so on, as cuobjdump reports them."""
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", done.stdout + done.stderr)}
+
+
+def launches():
+    """(operator, arguments) of every call in LAUNCHES."""
+    for calls, dtypes in LAUNCHES.items():
+        for dtype in dtypes:
+            for name, args in calls(dtype):
+                yield getattr(torch.ops.fastrlhf, name).default, args
+
+
+def samples():
+    """(operator, arguments) of every sample of the ops that kernels/ serves: what the contract tests launch."""
+    for name in KERNELS:
+        for dtype in (FP32, FP64):
+            for args in OPS[name].samples("cpu", dtype):
+                yield OPS[name].forward, args
+
+
+def main(capability, calls):
+    triton.runtime.driver.set_active(Driver(capability))
+    run, seen = JITFunction.run, set()
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            facts = {"kernel": self.fn.__name__, "grid": grid, "shared": kernel.metadata.shared}
+            print(json.dumps({**facts, **resources(kernel.asm["cubin"])}), flush=True)
+
+    JITFunction.run = compile_only
+    for operator, args in calls:
+        operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), samples() if "samples" in sys.argv else launches())
