@@ -54,7 +54,7 @@ def check_output(config: Any) -> Path | None:
         return None
     if not output.is_dir():
         raise FileExistsError(f"output: {output} is a file, expected a folder")
-    if not any(output.iterdir()):
+    if all(path.name == "config.yaml.partial" for path in output.iterdir()):  # empty, or killed in open_output
         return None
     if not (config.resume or config.overwrite):
         raise FileExistsError(f"output: {output} is not empty; give --resume to continue or --overwrite to delete it")
@@ -75,14 +75,10 @@ def open_output(config: Any, ours: Sequence[str] = OURS) -> Path | None:
     output = Path(config.output)
     if config.overwrite:
         for name in ours:
-            if (output / name).is_dir():
-                shutil.rmtree(output / name)
-            else:
-                (output / name).unlink(missing_ok=True)
+            if name != "config.yaml":  # replaced below: without it a kill would leave a folder that is no longer ours
+                _remove(output / name)
     output.mkdir(parents=True, exist_ok=True)
-    partial = output / "config.yaml.partial"
-    partial.write_text(MARK + dump(config), encoding="utf-8")
-    os.replace(partial, output / "config.yaml")
+    write_file(output / "config.yaml", (MARK + dump(config)).encode())
     return checkpoint
 
 
@@ -96,7 +92,7 @@ def save_checkpoint(output: str | Path, step: int, write: Callable[[Path], None]
     """Writes `<output>/checkpoints/step-NNNNNN`: what write(folder) puts there, and the state. Returns the folder.
 
     A kill at any moment leaves either the whole checkpoint or none: it is written under another name, flushed to disk
-    and renamed. Older ones are deleted but for the one before.
+    and renamed, after the metrics up to it. Older ones are deleted but for the one before.
 
     state: tensors, numbers, texts, lists and dicts of such"""
     checkpoints = Path(output) / "checkpoints"
@@ -113,6 +109,9 @@ def save_checkpoint(output: str | Path, step: int, write: Callable[[Path], None]
         everything = {**state, "step": step, "random": random_state(), "environment": environment()}
         torch.save(everything, partial / "state.pt")
 
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        if (Path(output) / name).exists():
+            _flush(Path(output) / name)
     write_whole(folder, write_all)
     for old in _checkpoints(checkpoints)[:-KEEP]:
         _remove(old)
@@ -125,12 +124,21 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write(partial)
-    for path in partial.rglob("*"):
+    for path in (*partial.rglob("*"), partial):
         _flush(path)
-    if folder.exists():
-        _remove(folder)
+    _remove(folder)
     os.rename(partial, folder)
-    _flush(folder.parent)
+    for parent in (folder.parent, folder.parent.parent):  # the parent may be new too
+        _flush(parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file, or replaces it; a kill at any moment leaves the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    _flush(partial)
+    os.replace(partial, path)
+    _flush(path.parent)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -203,11 +211,16 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def _remove(folder: Path) -> None:
-    """Deletes a folder that is no longer found under its name once this has begun."""
-    partial = folder.with_name(folder.name + ".deleted.partial")
-    os.rename(folder, partial)
-    shutil.rmtree(partial)
+def _remove(path: Path) -> None:
+    """Deletes a file or folder, if there is one. Once this has begun, a folder is no longer found under its name."""
+    if path.is_file():
+        path.unlink()
+        return
+    partial = path.with_name(path.name + ".deleted.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an earlier kill
+    if path.exists():
+        os.rename(path, partial)
+        shutil.rmtree(partial)
 
 
 def _flush(path: Path) -> None:

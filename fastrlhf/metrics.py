@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -17,6 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
+
+from fastrlhf.checkpoint import write_file
 
 COLUMNS = {  # of the table on the terminal, most important first; a loop shows those that it has
     "loss": "loss",
@@ -171,9 +172,7 @@ def cut_back(path: Path, step: int) -> None:
     for line in path.read_bytes().splitlines(keepends=True):
         if line.endswith(b"\n") and json.loads(line)["step"] <= step:
             kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(b"".join(kept))
-    os.replace(partial, path)
+    write_file(path, b"".join(kept))
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

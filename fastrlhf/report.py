@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from fastrlhf import plots
+from fastrlhf.checkpoint import write_file
 from fastrlhf.metrics import read_jsonl
 
 STAGES = ("data", "sft", "pairs", "reward", "ppo", "evaluation")
@@ -130,9 +130,7 @@ def write_report(output: Path) -> Path:
             *body,
         ]
     )
-    partial = output / "report.html.partial"
-    partial.write_text(page + "\n</html>\n", encoding="utf-8")
-    os.replace(partial, output / "report.html")
+    write_file(output / "report.html", (page + "\n</html>\n").encode())
     return output / "report.html"
 
 

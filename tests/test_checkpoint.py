@@ -1,4 +1,9 @@
+import contextlib
+import os
 import random
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +96,119 @@ def test_a_folder_is_replaced_whole(tmp_path):
     write_whole(tmp_path / "model", lambda folder: (folder / "old").write_text(""))
     write_whole(tmp_path / "model", lambda folder: (folder / "new").write_text(""))
     assert [p.name for p in tmp_path.rglob("*")] == ["model", "new"]
+
+
+class Killed(BaseException):
+    """What the process would not live to see."""
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """kill_at(n): dies instead of renaming, replacing or deleting for the nth time; a folder is then half deleted."""
+    real = {name: getattr(os, name) for name in ("rename", "replace", "unlink")}
+    rmtree, left = shutil.rmtree, [0]
+
+    def counted(name):
+        def operation(*arguments, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return real[name](*arguments, **options)
+
+        return operation
+
+    def half(folder, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            for path in sorted(p for p in folder.rglob("*") if p.is_file())[:1]:
+                real["unlink"](path)
+            raise Killed
+        with monkeypatch.context() as whole:
+            whole.setattr(os, "unlink", real["unlink"])
+            rmtree(folder, **options)
+
+    for name in real:
+        monkeypatch.setattr(os, name, counted(name))
+    monkeypatch.setattr(shutil, "rmtree", half)
+    return lambda n: left.__setitem__(0, n)
+
+
+def write_two(folder):
+    (folder / "weights").write_text("w")
+    (folder / "more").mkdir()
+    (folder / "more" / "weights").write_text("w")
+
+
+def is_whole(folder):
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    return found == {"config.yaml", "more", "more/weights", "state.pt", "weights"}
+
+
+@pytest.mark.parametrize("moment", range(1, 16))
+def test_a_kill_while_a_run_is_overwritten_leaves_a_folder_that_can_be_used(tmp_path, kill_at, moment):
+    open_output(config(tmp_path))
+    out = tmp_path / "out"
+    for step in (1, 2):
+        save_checkpoint(out, step, write_two)
+    write_whole(out / "model", write_two)
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        (out / name).write_text("")
+    kill_at(moment)
+    with contextlib.suppress(Killed):
+        open_output(config(tmp_path, overwrite=True))
+    kill_at(0)
+    newest = check_output(config(tmp_path, resume=True))
+    assert newest is None or is_whole(newest)
+    open_output(config(tmp_path, overwrite=True))
+    assert [path.name for path in out.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("moment", range(1, 9))
+def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path, kill_at, moment):
+    open_output(config(tmp_path))
+    out = tmp_path / "out"
+    for step in (1, 2):
+        save_checkpoint(out, step, write_two)
+    kill_at(moment)
+    with contextlib.suppress(Killed):
+        save_checkpoint(out, 3, write_two)
+    kill_at(0)
+    newest = check_output(config(tmp_path, resume=True))
+    assert newest.name in ("step-000002", "step-000003")
+    assert is_whole(newest)
+    assert is_whole(save_checkpoint(out, 3, write_two))
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+
+
+@pytest.mark.parametrize("moment", range(1, 7))
+def test_a_kill_while_a_folder_is_replaced_does_not_stand_in_the_way(tmp_path, kill_at, moment):
+    write_whole(tmp_path / "model", write_two)
+    kill_at(moment)
+    with contextlib.suppress(Killed):
+        write_whole(tmp_path / "model", lambda folder: (folder / "new").write_text(""))
+    kill_at(0)
+    write_whole(tmp_path / "model", lambda folder: (folder / "new").write_text(""))
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "new"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which file a descriptor is")
+def test_everything_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """A power failure must not leave the name of a checkpoint or a file with nothing behind it."""
+    events, fsync, rename, replace = [], os.fsync, os.rename, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(Path(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))[1])
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(f"rename {Path(b).name}"), rename(a, b))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(f"replace {Path(b).name}"), replace(a, b))[1])
+    open_output(config(tmp_path))
+    out = tmp_path / "out"
+    assert events == [out / "config.yaml.partial", "replace config.yaml", out]
+    (out / "metrics.jsonl").write_text("")
+    events.clear()
+    save_checkpoint(out, 1, write_two)
+    renamed = events.index("rename step-000001")
+    partial = out / "checkpoints" / "step-000001.partial"
+    names = ("weights", "more", "more/weights", "state.pt", "config.yaml")
+    assert {*events[:renamed]} == {out / "metrics.jsonl", partial, *(partial / name for name in names)}
+    assert events[renamed + 1 :] == [out / "checkpoints", out]
 
 
 def test_state_and_all_random_numbers_come_back(tmp_path):
