@@ -96,13 +96,12 @@ class NinjaBuild(build_ext):
             lines.append(f"rule nvcc\n  command = {nvcc} {depfile}")
             arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
             arch += [f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"]
-            nvcc_flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static", "-lineinfo"]
+            flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static", "-lineinfo"]
+            flags += [*arch, *include, "-DFASTRLHF_ISA=cuda"]
             objects = [
-                compile_with("nvcc", ROOT / "csrc/cuda/module.cu", "cuda/module", nvcc_flags + arch + include + python)
+                compile_with("nvcc", source, f"cuda/{source.stem}", flags + python * (source.stem == "module"))
+                for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
             ]
-            for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-                if source.name != "module.cu":
-                    objects.append(compile_with("nvcc", source, f"cuda/{source.stem}", nvcc_flags))
             static = [f"-L{cudart_folder(nvcc)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
             libraries["_cuda"] = link("_cuda", objects, [*static, "-Wl,--exclude-libs,ALL", "-s"])
 

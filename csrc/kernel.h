@@ -1,9 +1,11 @@
 // Self-registration of kernels: FASTRLHF_KERNEL(gae_float32, gae<float>) makes gae<float> callable
 // from Python as _cpu.gae_float32(...). Tensors cross as addresses (Tensor.data_ptr()).
+// A file of csrc/cuda is compiled once, as the instruction set "cuda", and a kernel of it takes the
+// stream as its last argument: _cuda.gae_float32(..., stream).
 //
-// A kernel file is compiled once per instruction set, so nothing with external linkage may be
-// emitted here or there: the linker keeps one copy of an inline function, perhaps the AVX-512 one.
-// Hence everything lives in namespace FASTRLHF_ISA, C headers only, no pybind11.
+// A kernel file of csrc/cpu is compiled once per instruction set, so nothing with external linkage
+// may be emitted here or there: the linker keeps one copy of an inline function, perhaps the
+// AVX-512 one. Hence everything lives in namespace FASTRLHF_ISA, C headers only, no pybind11.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -26,7 +28,7 @@ struct Kernel {
   Kernel* next;
 };
 
-void add_kernel(Kernel* kernel);  // in module.cpp
+void add_kernel(Kernel* kernel);  // in module.h
 
 }  // namespace fastrlhf
 

@@ -9,14 +9,19 @@ namespace {
 constexpr int kGroup = 4;
 constexpr int64_t kWorthThreads = 32768;  // tokens; below, waking threads costs more than it saves
 
-// One segment [begin, end) with a mask: next means the next token whose mask is set.
+// One segment [begin, end) with a mask: next means the next token whose mask is set, unless
+// zero_gaps makes the others tokens of reward and value 0.
 template <class T>
 void gae_masked(const T* rewards, const T* values, const bool* mask, T next_value, T* advantages,
-                T* returns, int64_t begin, int64_t end, T gamma, T decay) {
+                T* returns, int64_t begin, int64_t end, T gamma, T decay, bool zero_gaps) {
   T next_advantage = 0;
   for (int64_t t = end - 1; t >= begin; t--) {
     if (!mask[t]) {
       advantages[t] = returns[t] = 0;
+      if (zero_gaps) {
+        next_advantage = gamma * next_value + decay * next_advantage;
+        next_value = 0;
+      }
       continue;
     }
     const T delta = rewards[t] + gamma * next_value - values[t];
@@ -61,7 +66,7 @@ void gae_group(const T* rewards, const T* values, const int32_t* cu_seqlens, con
 template <class T>
 void gae(const T* rewards, const T* values, const int32_t* cu_seqlens, const bool* mask,
          const T* bootstrap, T* advantages, T* returns, int64_t num_segments, double gamma,
-         double lam, int64_t num_threads) {
+         double lam, bool zero_gaps, int64_t num_threads) {
   const T g = static_cast<T>(gamma), gl = static_cast<T>(gamma * lam);
 #pragma omp parallel for num_threads(num_threads) \
     schedule(dynamic, 4) if (cu_seqlens[num_segments] > kWorthThreads)
@@ -70,7 +75,7 @@ void gae(const T* rewards, const T* values, const int32_t* cu_seqlens, const boo
     if (mask) {
       for (int64_t n = first; n < first + num; n++)
         gae_masked(rewards, values, mask, bootstrap ? bootstrap[n] : T(0), advantages, returns,
-                   cu_seqlens[n], cu_seqlens[n + 1], g, gl);
+                   cu_seqlens[n], cu_seqlens[n + 1], g, gl, zero_gaps);
     } else {
       gae_group(rewards, values, cu_seqlens + first, bootstrap ? bootstrap + first : nullptr,
                 advantages, returns, num, g, gl);

@@ -1,24 +1,14 @@
 // The extension module fastrlhf._cpu: one function for every kernel of the chosen instruction set.
-#include <pybind11/pybind11.h>
+#include "module.h"
 
 #include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "kernel.h"
-
 namespace py = pybind11;
 
 namespace fastrlhf {
-
-static Kernel* first = nullptr;  // constant-initialised, so ready before any kernel adds itself
-
-void add_kernel(Kernel* kernel) {
-  kernel->next = first;
-  first = kernel;
-}
 
 static std::string choose_isa() {
   std::vector<std::string> usable = {"base"};
@@ -39,22 +29,6 @@ static std::string choose_isa() {
   for (const auto& isa : usable) all += " " + isa;
   throw std::runtime_error("FASTRLHF_ISA=" + std::string(wanted) + ", but this machine runs only" +
                            all);
-}
-
-static void call(const Kernel* kernel, const py::args& args) {
-  Value values[32];
-  const size_t n = std::strlen(kernel->signature);
-  if (args.size() != n || n > 32)
-    throw py::type_error(std::string(kernel->name) + " takes " + std::to_string(n) +
-                         " arguments, got " + std::to_string(args.size()));
-  for (size_t i = 0; i < n; i++) {
-    if (kernel->signature[i] == 'd')
-      values[i].d = args[i].cast<double>();
-    else
-      values[i].i = args[i].cast<int64_t>();
-  }
-  py::gil_scoped_release release;
-  kernel->call(values);
 }
 
 }  // namespace fastrlhf

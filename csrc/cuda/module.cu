@@ -1,8 +1,11 @@
-// The extension module fastrlhf._cuda. Imports on a machine without GPU or driver.
+// The extension module fastrlhf._cuda: one function for every kernel. Imports on a machine without
+// GPU or driver.
 #include <cuda_runtime.h>
-#include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <string>
+
+#include "module.h"
 
 namespace py = pybind11;
 
@@ -17,4 +20,14 @@ PYBIND11_MODULE(_cuda, m) {
                               status == cudaSuccess ? "" : std::string(cudaGetErrorString(status)));
       },
       "(number of GPUs, why there is none or an empty text)");
+  for (const auto* k = fastrlhf::first; k; k = k->next)
+    m.attr(k->name) = py::cpp_function(
+        [k](const py::args& args) {
+          fastrlhf::call(k, args);
+          const cudaError_t status =
+              cudaGetLastError();  // of the launch: nothing waits for the kernel to run
+          if (status != cudaSuccess)
+            throw std::runtime_error(std::string(k->name) + ": " + cudaGetErrorString(status));
+        },
+        py::name(k->name));
 }

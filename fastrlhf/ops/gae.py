@@ -8,10 +8,22 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, cu_seqlens_of, dtype_in, dtype_name, has_shape, same_device, same_shape
+from fastrlhf.ops._check import (
+    address,
+    cu_seqlens_of,
+    dtype_in,
+    dtype_name,
+    has_shape,
+    mask_of,
+    same_device,
+    same_shape,
+    widen,
+)
+from fastrlhf.ops._launch import if_built, launch
 from fastrlhf.ops._registry import leaf, op
 
 FLOATS = (torch.float32, torch.float64)
+GAPS = ("carry", "zero")
 
 
 def gae_ref(
@@ -22,6 +34,7 @@ def gae_ref(
     bootstrap: Tensor | None,
     gamma: float,
     lam: float,
+    zero_gaps: bool,
 ) -> tuple[Tensor, Tensor]:
     advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
     bounds = cu_seqlens.tolist()
@@ -34,6 +47,9 @@ def gae_ref(
                 advantages[t] = next_advantage = delta + gamma * lam * next_advantage
                 next_value = values[t]
                 returns[t] = next_advantage + next_value
+            elif zero_gaps:
+                next_advantage = gamma * next_value + gamma * lam * next_advantage
+                next_value = rewards.new_zeros(())
     return advantages, returns
 
 
@@ -44,16 +60,15 @@ def _check(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, mask: Tensor | N
     has_shape("gae", "rewards", rewards, (None,), "(T,)")
     same_shape("gae", rewards=rewards, values=values)
     cu_seqlens_of("gae", "cu_seqlens", cu_seqlens, rewards.shape[0])
-    if mask is not None:
-        dtype_in("gae", "mask", mask, (torch.bool,))
-        same_shape("gae", rewards=rewards, mask=mask)
+    mask_of("gae", mask, rewards=rewards)
     if bootstrap is not None:
         dtype_in("gae", "bootstrap", bootstrap, (rewards.dtype,))
         has_shape("gae", "bootstrap", bootstrap, (cu_seqlens.shape[0] - 1,), "(N,)")
 
 
 def _fake(rewards: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rewards), torch.empty_like(rewards)
+    out = torch.empty_like(rewards, memory_format=torch.contiguous_format)
+    return out, torch.empty_like(out)
 
 
 def _cpu_forward(
@@ -64,12 +79,13 @@ def _cpu_forward(
     bootstrap: Tensor | None,
     gamma: float,
     lam: float,
+    zero_gaps: bool,
 ) -> tuple[Tensor, Tensor]:
     _check(rewards, values, cu_seqlens, mask, bootstrap)
     rewards, values, cu_seqlens = rewards.contiguous(), values.contiguous(), cu_seqlens.contiguous()
     mask = None if mask is None else mask.contiguous()
     bootstrap = None if bootstrap is None else bootstrap.contiguous()
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    advantages, returns = _fake(rewards)
     kernel = getattr(_cpu, f"gae_{dtype_name(rewards)}")
     kernel(
         rewards.data_ptr(),
@@ -82,7 +98,42 @@ def _cpu_forward(
         cu_seqlens.shape[0] - 1,
         gamma,
         lam,
+        zero_gaps,
         torch.get_num_threads(),
+    )
+    return advantages, returns
+
+
+def _cuda_forward(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+    zero_gaps: bool,
+) -> tuple[Tensor, Tensor]:
+    _check(rewards, values, cu_seqlens, mask, bootstrap)
+    rewards, values, cu_seqlens = rewards.contiguous(), values.contiguous(), cu_seqlens.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    bootstrap = None if bootstrap is None else bootstrap.contiguous()
+    advantages, returns = _fake(rewards)
+    launch(
+        f"gae_{dtype_name(rewards)}",
+        rewards,
+        rewards.data_ptr(),
+        values.data_ptr(),
+        cu_seqlens.data_ptr(),
+        address(mask),
+        address(bootstrap),
+        advantages.data_ptr(),
+        returns.data_ptr(),
+        rewards.shape[0],
+        cu_seqlens.shape[0] - 1,
+        gamma,
+        lam,
+        zero_gaps,
     )
     return advantages, returns
 
@@ -92,18 +143,20 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for lengths in [(), (1,), (3, 0, 1, 5), (64,) * 8, (300, 2, 41)]:
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
         rewards, values = (torch.randn(sum(lengths), generator=generator).to(device, dtype) for _ in range(2))
-        yield rewards, values, cu_seqlens, None, None, 0.99, 0.95
+        yield rewards, values, cu_seqlens, None, None, 0.99, 0.95, False
         mask = (torch.rand(sum(lengths), generator=generator) < 0.7).to(device)
         bootstrap = torch.randn(len(lengths), generator=generator).to(device, dtype)
-        yield rewards, values, cu_seqlens, mask, bootstrap, 1.0, 0.9
+        yield rewards, values, cu_seqlens, mask, bootstrap, 1.0, 0.9, False
+        yield rewards, values, cu_seqlens, mask, bootstrap, 0.9, 0.9, True
 
 
 _forward = leaf(
-    "gae(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor? mask, Tensor? bootstrap, float gamma, float lam)"
-    " -> (Tensor, Tensor)",
+    "gae(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor? mask, Tensor? bootstrap, float gamma, float lam,"
+    " bool zero_gaps) -> (Tensor, Tensor)",
     ref=gae_ref,
     fake=_fake,
     cpu=_cpu_forward,
+    cuda=if_built(_cuda_forward),
 )
 _op = op(_forward, reference=gae_ref, samples=samples)
 
@@ -117,24 +170,32 @@ def gae(
     bootstrap: Tensor | None = None,
     gamma: float = 1.0,
     lam: float = 0.95,
+    gaps: str = "carry",
 ) -> tuple[Tensor, Tensor]:
     """Returns (advantages, returns) of each segment of a packed batch.
 
     delta_t = r_t + gamma V_next - V_t;  A_t = delta_t + gamma lam A_next;  R_t = A_t + V_t, where next is the next
     token of the same segment whose mask is True. After the last one V_next is `bootstrap[n]` and A_next is 0.
 
-    rewards: (T,) float32|float64, reward of each token
+    rewards: (T,) float32|float64, reward of each token; half precision becomes float32
     values: (T,) like rewards, value of the state before each token
-    cu_seqlens: (N + 1,) int32, segment n is tokens cu_seqlens[n] to cu_seqlens[n + 1]; may be empty
-    mask: (T,) bool, True where a token counts; both outputs are exactly 0 elsewhere (values are carried through)
+    cu_seqlens: (N + 1,) int32, segment n is tokens cu_seqlens[n] to cu_seqlens[n + 1]; may be empty. Padded tensors
+        (B, L) are B segments of L tokens: flatten them, with torch.arange(0, B * L + 1, L, dtype=torch.int32)
+    mask: (T,) bool, True where a token counts; both outputs are exactly 0 elsewhere, and nothing is read there
     bootstrap: (N,) like rewards, value after each segment; 0 without it
     gamma, lam: discount and trace decay, in [0, 1]
+    gaps: what a token outside the mask is to those before it. "carry": as if cut out. "zero": a token of reward and
+        value 0, so that the token before a gap sees V_next = 0 and the trace decays through the gap
 
     The result is not differentiable. NaN in, NaN out (towards the start of the same segment).
-    Raises: ValueError for shapes, devices or cu_seqlens that do not fit, TypeError for dtypes.
+    Raises: ValueError for shapes, devices, cu_seqlens or options that do not fit, TypeError for dtypes.
     Source: Schulman et al., arXiv 1506.02438, equation 16.
     """
+    rewards, values = widen(rewards), widen(values)
+    bootstrap = None if bootstrap is None else widen(bootstrap)
     _check(rewards, values, cu_seqlens, mask, bootstrap)
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gae: gamma and lam must be in [0, 1], got gamma={gamma} and lam={lam}")
-    return _op(rewards, values, cu_seqlens, mask, bootstrap, gamma, lam)
+    if gaps not in GAPS:
+        raise ValueError(f"gae: gaps must be one of {', '.join(GAPS)}, got {gaps!r}")
+    return _op(rewards, values, cu_seqlens, mask, bootstrap, gamma, lam, gaps == "zero")

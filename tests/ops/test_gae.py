@@ -42,6 +42,33 @@ def test_masked_tokens_are_as_if_cut_out():
     assert not advantages[~mask].any() and not returns[~mask].any()
 
 
+def test_a_zeroed_gap_is_a_run_of_tokens_of_reward_and_value_0():
+    rewards, values, last = torch.randn(30), torch.randn(30), torch.randn(2)
+    mask = torch.rand(30) < 0.6
+    options = {"bootstrap": last, "gamma": 0.9, "lam": 0.8}
+    advantages, returns = gae(rewards, values, cu(18, 12), mask=mask, gaps="zero", **options)
+    plain = gae(rewards * mask, values * mask, cu(18, 12), **options)
+    torch.testing.assert_close(advantages, plain[0] * mask, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(returns, plain[1] * mask, rtol=1e-6, atol=1e-6)
+
+
+def test_padded_rows_are_segments_of_equal_length():
+    rewards, values = torch.randn(4, 7, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
+    cu_seqlens = torch.arange(0, 4 * 7 + 1, 7, dtype=torch.int32)
+    inside = torch.arange(7) < torch.tensor([7, 1, 3, 5])[:, None]
+    advantages, _ = gae(rewards.flatten(), values.flatten(), cu_seqlens, mask=inside.flatten())
+    alone, _ = gae(rewards[2, :3], values[2, :3], cu(3))
+    assert torch.equal(advantages.view(4, 7)[2, :3], alone) and not advantages.view(4, 7)[~inside].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    rewards, values = torch.randn(9).to(dtype), torch.randn(9).to(dtype)
+    advantages, returns = gae(rewards, values, cu(4, 5))
+    expected = gae(rewards.float(), values.float(), cu(4, 5))
+    assert torch.equal(advantages, expected[0]) and torch.equal(returns, expected[1])
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_segments_scanned_together_are_as_if_alone(masked):
     lengths = [1000, 1, 0, 1700, 999, 3, *[1200] * 30]
@@ -75,6 +102,7 @@ def test_nan_stays_in_its_segment():
         ({"bootstrap": torch.zeros(2)}, ValueError, "bootstrap must be (N,) = (1), got (2,)"),
         ({"values": torch.zeros(4, device="meta")}, ValueError, "must be on one device"),
         ({"gamma": 1.5}, ValueError, "gamma=1.5"),
+        ({"gaps": "skip"}, ValueError, "gaps must be one of carry, zero, got 'skip'"),
     ],
 )
 def test_bad_input_is_named(change, error, text):
