@@ -77,7 +77,7 @@ def load_scalar(
     weights N(0, 1 / (D + 1)) from torch's generator (Stiennon et al., arXiv 2009.01325)
 
     Raises: as `load_causal_lm`, and ValueError for another number of labels."""
-    config = AutoConfig.from_pretrained(_existing(path))
+    config = _read(AutoConfig, path)
     if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
         if config.num_labels != 1:
             raise ValueError(f"reward model: {path} must have 1 label, got {config.num_labels}")
@@ -168,14 +168,21 @@ def attach(
 
 def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """from_pretrained that refuses to make up weights that the folder lacks."""
+    model, info = _read(auto, path, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"model: {path} lacks the weights {sorted(info['missing_keys'])} of {type(model).__name__}")
+    return model
+
+
+def _read(auto: Any, path: str | Path, **options: Any) -> Any:
+    """from_pretrained whose errors name the path: of a folder that is cut off, or of a kind that auto does not know."""
     text = _existing(path)
     try:
-        model, info = auto.from_pretrained(text, dtype=dtype, output_loading_info=True)
-    except OSError as error:
-        raise FileNotFoundError(f"model: cannot load {text!r}: {str(error).splitlines()[0]}") from error
-    if info["missing_keys"]:
-        raise ValueError(f"model: {text} lacks the weights {sorted(info['missing_keys'])} of {type(model).__name__}")
-    return model
+        return auto.from_pretrained(text, **options)
+    except Exception as error:  # each file format has its own
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        reason = str(error).strip().partition("\n")[0]
+        raise kind(f"model: cannot load {text!r} as {auto.__name__} ({type(error).__name__}: {reason})") from error
 
 
 def _existing(path: str | Path) -> str:

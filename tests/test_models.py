@@ -1,5 +1,7 @@
 """Packed models against transformers itself, padded and one sequence at a time."""
 
+import json
+
 import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
@@ -206,6 +208,39 @@ def test_a_folder_without_all_the_weights_is_refused(tmp_path):
     RewardModel.from_pretrained(save(tmp_path, "llama")).save_pretrained(tmp_path / "rm")
     with pytest.raises(ValueError, match=r"rm lacks the weights \['lm_head.weight'\] of LlamaForCausalLM"):
         Policy.from_pretrained(tmp_path / "rm")
+
+
+def cut_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+
+
+def change_config(**changes):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+@pytest.mark.parametrize("load", [Policy.from_pretrained, RewardModel.from_pretrained])
+@pytest.mark.parametrize(
+    ("break_it", "text"),
+    [
+        (cut_weights, "SafetensorError"),
+        (change_config(hidden_size=64), "RuntimeError"),
+        (change_config(model_type="frobnicate"), "frobnicate"),
+        (change_config(model_type="t5", architectures=["T5ForConditionalGeneration"]), "Unrecognized configuration"),
+        (lambda folder: (folder / "config.json").unlink(), "model_type"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+    ],
+)
+def test_a_folder_that_cannot_be_loaded_is_named_with_the_reason(tmp_path, load, break_it, text):
+    folder = save(tmp_path, "llama")
+    break_it(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"^model: cannot load '{folder}' as Auto.*{text}"):
+        load(folder)
 
 
 def test_a_body_without_a_classifier_in_transformers_is_named(tmp_path):
