@@ -1,78 +1,15 @@
 """Log-probabilities and entropies under a linear head, from hidden states: the (T, V) logits never exist at once."""
 
-import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrlhf.ops._check import dtype_in, has_shape, indices_below, same_device
+from fastrlhf.ops._check import same_device
+from fastrlhf.ops._linear import Gradients, Head, check_head, check_options, even_cuts
 from fastrlhf.ops._registry import leaf, op
-from fastrlhf.ops.token_logprobs import FLOATS, computed_in, one_or_all, temperature_of, token_logprobs_ref
-
-WEIGHT_ROWS = 4096  # half-precision weights are widened this many rows at a time
-
-
-class _Head(NamedTuple):
-    """logits = cap tanh(scale x / cap) with x = hidden weight^T + bias; scale x without a cap."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-    cap: float | None
-
-    def temperatures(self, temperature: Tensor, num_rows: int) -> Tensor:
-        """(T,) what the rows of `chunks` are to be divided by: without a cap the scale is applied here, at no cost."""
-        return (temperature / self.scale if self.cap is None else temperature).expand(num_rows)
-
-    def weight_blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The rows of the weight in `dtype`: all at once, or widened block by block in a buffer that is reused."""
-        if self.weight.dtype == dtype:
-            yield slice(None), self.weight
-            return
-        size, width = self.weight.shape
-        buffer = self.weight.new_empty((min(WEIGHT_ROWS, size), width), dtype=dtype)
-        for start in range(0, size, WEIGHT_ROWS):
-            rows = slice(start, min(start + WEIGHT_ROWS, size))
-            yield rows, buffer[: rows.stop - start].copy_(self.weight[rows])
-
-    def chunks(self, hidden: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the rows and their logits, in a buffer that the next chunk reuses; float32 for half precision."""
-        hidden, num_rows, dtype = hidden.contiguous(), hidden.shape[0], computed_in(hidden)
-        num_chunks = max(1, -(-num_rows // chunk_size))
-        size = max(1, -(-num_rows // num_chunks))  # so that chunks are of nearly one size
-        buffer = hidden.new_empty((size, self.weight.shape[0]), dtype=dtype)
-        for start in range(0, num_rows, size):
-            rows = slice(start, min(start + size, num_rows))
-            yield rows, self._logits(hidden[rows], buffer[: rows.stop - start])
-
-    def _logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        if hidden.dtype != out.dtype and out.is_cuda:  # tensor cores, the sum kept in float32
-            torch.mm(hidden, self.weight.t(), out_dtype=out.dtype, out=out)
-        else:
-            hidden = hidden.to(out.dtype)
-            for block, weight in self.weight_blocks(out.dtype):
-                torch.mm(hidden, weight.t(), out=out[:, block])
-        if self.bias is not None:
-            out.add_(self.bias)
-        return out if self.cap is None else out.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
-
-    def turn_into_gradient(self, logits: Tensor, upstream: list[Tensor | None], rows: list[Tensor]) -> None:
-        """Writes d loss / d x over the logits, but for the scale that `temperatures` holds."""
-        slope = None if self.cap is None else (logits / self.cap).square_().neg_().add_(1).mul_(self.scale)
-        torch.ops.fastrlhf.token_logprobs_backward_(*upstream, logits, *rows)
-        if slope is not None:
-            logits.mul_(slope)
-
-    def hidden_gradient(self, grad_logits: Tensor) -> Tensor:
-        """grad_logits weight, summed in the dtype of grad_logits."""
-        if self.weight.dtype != grad_logits.dtype and grad_logits.is_cuda:
-            return torch.mm(grad_logits.to(self.weight.dtype), self.weight, out_dtype=grad_logits.dtype)
-        out = grad_logits.new_zeros(grad_logits.shape[0], self.weight.shape[1])
-        for block, weight in self.weight_blocks(grad_logits.dtype):
-            out.addmm_(grad_logits[:, block], weight)
-        return out
+from fastrlhf.ops.token_logprobs import computed_in, one_or_all, temperature_of, token_logprobs_ref
 
 
 def linear_token_logprobs_ref(
@@ -92,11 +29,6 @@ def linear_token_logprobs_ref(
     return token_logprobs_ref(logit_softcap * (logit_scale * logits / logit_softcap).tanh(), targets, temperature)
 
 
-def _dense(weight: Tensor) -> Tensor:
-    """The weight itself if rows or columns lie side by side, as matrix products want them."""
-    return weight if 1 in weight.stride() else weight.contiguous()
-
-
 def _fake(hidden: Tensor, *_: Any) -> tuple[Tensor, ...]:
     """New tensors for logprobs, entropy, highest and log_sum of the chunks' logits, each (T,)."""
     return tuple(hidden.new_empty(hidden.shape[0], dtype=computed_in(hidden)) for _ in range(4))
@@ -112,10 +44,10 @@ def _forward_chunks(
     logit_softcap: float | None,
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
-    head, outputs = _Head(_dense(weight), bias, logit_scale, logit_softcap), _fake(hidden)
+    head, outputs = Head.of(weight, bias, logit_scale, logit_softcap), _fake(hidden)
     temperature = head.temperatures(temperature, hidden.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows, logits in head.chunks(hidden, chunk_size):
+        for rows, logits in head.chunks(hidden, even_cuts(hidden.shape[0], chunk_size)):
             results = torch.ops.fastrlhf.token_logprobs(logits, targets[rows], temperature[rows])
             for output, result in zip(outputs, results, strict=True):
                 output[rows] = result
@@ -144,42 +76,23 @@ def _backward_chunks(
     chunk_size: int,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    head, used = _Head(_dense(weight), bias, logit_scale, logit_softcap), _used_rows(grad_logprobs, grad_entropy)
-    grad_hidden, grad_weight, grad_bias = _gradients(hidden, weight, wanted, computed_in(hidden))
+    head, used = Head.of(weight, bias, logit_scale, logit_softcap), _used_rows(grad_logprobs, grad_entropy)
+    grads = Gradients.zeros(hidden, weight, wanted, hidden.dtype)
     temperature = head.temperatures(temperature, hidden.shape[0])
     g, h, rest = grad_logprobs, grad_entropy, [targets, temperature, entropy, highest, log_sum]
     if used.shape[0] < hidden.shape[0]:
         hidden, *rest = (t.index_select(0, used) for t in (hidden, *rest))
         g, h = (None if t is None else t.index_select(0, used) for t in (g, h))
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows, logits in head.chunks(hidden, chunk_size):
+        for rows, logits in head.chunks(hidden, even_cuts(hidden.shape[0], chunk_size)):
             upstream = [None if t is None else t[rows] for t in (g, h)]
             head.turn_into_gradient(logits, upstream, [t[rows] for t in rest])
-            if wanted[0]:
-                grad_hidden.index_copy_(0, used[rows], head.hidden_gradient(logits).to(hidden.dtype))
-            if wanted[1]:
-                _add_product(grad_weight, logits, hidden[rows])
-            if wanted[2]:
-                grad_bias += logits.sum(0)
-    return grad_hidden, grad_weight.to(hidden.dtype), grad_bias.to(hidden.dtype)
-
-
-def _add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """total += grad_logits^T hidden, in the dtype of `total`: float32 for half precision."""
-    if hidden.dtype != total.dtype and total.is_cuda:
-        total += torch.mm(grad_logits.to(hidden.dtype).t(), hidden, out_dtype=total.dtype)
-    else:
-        total.addmm_(grad_logits.t(), hidden.to(total.dtype))
-
-
-def _gradients(hidden: Tensor, weight: Tensor, wanted: list[bool], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Zeros for the gradients of hidden, and in `dtype` of weight and bias; empty where none is wanted."""
-    shapes, dtypes = (hidden.shape, weight.shape, weight.shape[:1]), (hidden.dtype, dtype, dtype)
-    return tuple(hidden.new_zeros(s if w else 0, dtype=d) for s, d, w in zip(shapes, dtypes, wanted, strict=True))
+            grads.add(head, hidden[rows], logits, used[rows])
+    return grads.hidden, grads.weight.to(hidden.dtype), grads.bias.to(hidden.dtype)
 
 
 def _fake_backward(g: Any, h: Any, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return _gradients(hidden, weight, args[-1], hidden.dtype)
+    return tuple(grad.to(hidden.dtype) for grad in Gradients.zeros(hidden, weight, args[-1], hidden.dtype))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -240,24 +153,6 @@ _op = op(
 )
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor) -> None:
-    name = "linear_token_logprobs"
-    same_device(name, hidden=hidden, weight=weight, targets=targets, bias=bias, temperature=temperature)
-    dtype_in(name, "hidden", hidden, FLOATS)
-    dtype_in(name, "weight", weight, (hidden.dtype,))
-    dtype_in(name, "targets", targets, (torch.int64,))
-    has_shape(name, "hidden", hidden, (None, None), "(T, D)")
-    has_shape(name, "weight", weight, (None, hidden.shape[1]), "(V, D)")
-    has_shape(name, "targets", targets, hidden.shape[:1], "(T,)")
-    if weight.shape[0] == 0:
-        raise ValueError(f"{name}: weight must have at least one row, got {tuple(weight.shape)}")
-    if bias is not None:
-        dtype_in(name, "bias", bias, (hidden.dtype,))
-        has_shape(name, "bias", bias, weight.shape[:1], "(V,)")
-    one_or_all(name, temperature, hidden.shape[0])
-    indices_below(name, "targets", targets, weight.shape[0])
-
-
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -290,11 +185,9 @@ def linear_token_logprobs(
     """
     name = "linear_token_logprobs"
     scale = temperature_of(name, temperature, hidden)
-    _check(hidden, weight, targets, bias, scale)
-    for option, value in (("logit_scale", logit_scale), ("logit_softcap", logit_softcap)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name}: {option} must be above 0 and finite, got {value}")
-    if chunk_size < 1:
-        raise ValueError(f"{name}: chunk_size must be at least 1, got {chunk_size}")
+    same_device(name, hidden=hidden, temperature=scale)
+    check_head(name, hidden, weight, targets, bias)
+    one_or_all(name, scale, hidden.shape[0])
+    check_options(name, logit_scale, logit_softcap, chunk_size)
     logprobs, entropy, *_ = _op(hidden, weight, targets, bias, scale, logit_scale, logit_softcap, chunk_size)
     return (logprobs, entropy) if return_entropy else logprobs
