@@ -6,6 +6,15 @@ import triton.language as tl
 
 
 @triton.jit
+def exp_minus_linear(r):
+    """e^r - 1 - r. The difference cancels below 1: there the Taylor series, whose first missing term is below 2^-52."""
+    series = 1.0 + r * (1.0 / 19)
+    for i in tl.static_range(16):
+        series = 1.0 + r * (1.0 / (18 - i)) * series
+    return tl.where(tl.abs(r) < 1.0, 0.5 * r * r * series, tl.exp(r) - 1.0 - r)
+
+
+@triton.jit
 def approx_kl_kernel(logprobs_ptr, ref_logprobs_ptr, out_ptr, num_tokens, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr):
     """With r = ref - logprob: 1 gives -r, 2 gives r^2 / 2, 3 gives e^r - 1 - r."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -17,11 +26,7 @@ def approx_kl_kernel(logprobs_ptr, ref_logprobs_ptr, out_ptr, num_tokens, ESTIMA
     elif ESTIMATOR == 2:
         out = 0.5 * r * r
     else:
-        # the difference cancels below 1; there the Taylor series, whose first missing term is below 2^-52 relative
-        series = 1.0 + r * (1.0 / 19)
-        for i in tl.static_range(16):
-            series = 1.0 + r * (1.0 / (18 - i)) * series
-        out = tl.where(tl.abs(r) < 1.0, 0.5 * r * r * series, tl.exp(r) - 1.0 - r)
+        out = exp_minus_linear(r)
     tl.store(out_ptr + tokens, out, mask=inside)
 
 

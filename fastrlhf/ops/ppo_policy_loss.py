@@ -20,6 +20,11 @@ from fastrlhf.ops._check import (
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops.approx_kl import exp_minus_linear
 
+try:
+    from fastrlhf.kernels import ppo_policy_loss as triton_kernel
+except ImportError:  # without Triton the reference serves CUDA
+    triton_kernel = None  # type: ignore[assignment]
+
 FLOATS = (torch.float32, torch.float64)
 STATS = ("clip_fraction", "approx_kl", "ratio", "ratio_max", "ratio_min")
 
@@ -101,6 +106,14 @@ def _cpu_forward(
     return loss, stats, grad
 
 
+def _cuda_forward(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(logprobs, old_logprobs, advantages, mask)
+    tensors: list[Any] = [None if t is None else t.contiguous() for t in (logprobs, old_logprobs, advantages, mask)]
+    return triton_kernel.ppo_policy_loss(*tensors, *options)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, stats, grad = output
     ctx.mark_non_differentiable(stats, grad)
@@ -130,6 +143,7 @@ _forward = leaf(
     ref=ppo_policy_loss_ref,
     fake=_fake,
     cpu=_cpu_forward,
+    cuda=_cuda_forward if triton_kernel else None,
 )
 _op = op(
     _forward,

@@ -20,6 +20,11 @@ from fastrlhf.ops._check import (
 )
 from fastrlhf.ops._registry import leaf, op
 
+try:
+    from fastrlhf.kernels import value_loss as triton_kernel
+except ImportError:  # without Triton the reference serves CUDA
+    triton_kernel = None  # type: ignore[assignment]
+
 FLOATS = (torch.float32, torch.float64)
 STATS = ("clip_fraction", "error")
 
@@ -88,6 +93,14 @@ def _cpu_forward(
     return loss, stats, grad
 
 
+def _cuda_forward(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(values, old_values, returns, mask)
+    tensors: list[Any] = [None if t is None else t.contiguous() for t in (values, old_values, returns, mask)]
+    return triton_kernel.value_loss(*tensors, *options)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, stats, grad = output
     ctx.mark_non_differentiable(stats, grad)
@@ -117,6 +130,7 @@ _forward = leaf(
     ref=value_loss_ref,
     fake=_fake,
     cpu=_cpu_forward,
+    cuda=_cuda_forward if triton_kernel else None,
 )
 _op = op(
     _forward,

@@ -48,8 +48,22 @@ def approx_kl(dtype):
         yield "approx_kl", (torch.empty(2**20, dtype=dtype), torch.empty(2**20, dtype=dtype), estimator)
 
 
+def ppo_policy_loss(dtype):
+    mask, tensors = torch.empty(2**20, dtype=torch.bool), [torch.empty(2**20, dtype=dtype) for _ in range(3)]
+    yield "ppo_policy_loss", (*tensors, None, 0.2, 0.28, 1000.0)
+    yield "ppo_policy_loss", (*tensors, mask, 0.2, 0.28, None)
+
+
+def value_loss(dtype):
+    mask, tensors = torch.empty(2**20, dtype=torch.bool), [torch.empty(2**20, dtype=dtype) for _ in range(3)]
+    yield "value_loss", (*tensors, None, 0.2, 1000.0)
+    yield "value_loss", (*tensors, mask, 0.2, None)
+
+
 LAUNCHES = {  # what calls the kernels at the sizes of training -> the dtypes it is called in
     approx_kl: (FP32, FP64),
+    ppo_policy_loss: (FP32, FP64),
+    value_loss: (FP32, FP64),
     token_logprobs: (BF16, FP32, FP64),
     token_logprobs_backward: (BF16, FP32, FP64),
 }
