@@ -75,9 +75,10 @@ class MetricsLog:
 
     def _show(self, step: int, metrics: dict[str, float], tokens_per_second: float) -> None:
         console = Console()
-        if not self.columns:
-            room = (console.width if console.is_terminal else PIPE_WIDTH) // (WIDTH + 2) - 2
-            self.columns = [name for name in COLUMNS if name in metrics][:room]
+        room = (console.width if console.is_terminal else PIPE_WIDTH) // (WIDTH + 2) - 2
+        columns = [name for name in COLUMNS if name in metrics][:room]
+        if not set(columns) <= set(self.columns):  # the first step, or the first after the value model's warm-up
+            self.columns, self.num_rows = columns, 0
         if self.num_rows % ROWS_A_HEADER == 0:
             self.say(table_row(["step", *(COLUMNS[name] for name in self.columns), "tokens/s"]))
         self.num_rows += 1
@@ -147,6 +148,8 @@ class Timer:
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # or the next phase would wait for the work of this one
         self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
 
     def lap(self) -> dict[str, float]:

@@ -69,8 +69,9 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UsageError(f"config: no file {path!r}")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"config: {path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"config: {path} must hold lines `key: value`, got {type(values).__name__}")
@@ -78,6 +79,11 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
     for key in values:
         if str(key).replace("-", "_") not in known:
             raise UsageError(f"config: {path}: unknown key {key}{did_you_mean(str(key), known)}")
+    # PyYAML keeps the last of several in silence
+    names = [str(key.value).replace("-", "_") for key, _ in yaml.compose(text).value] if values else []
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"config: {path}: {name} is given twice")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,11 @@ def parse_missing_eos(rule: str) -> tuple[str, float]:
         return "none", 0.0
     if kind in ("subtract", "replace"):
         try:
-            return kind, float(value)
+            number = float(value)
         except ValueError:
-            pass
+            number = math.nan
+        if math.isfinite(number):
+            return kind, number
     raise ValueError(f"missing_eos: expected none, subtract:V or replace:V with a number V, got {rule!r}")
 
 

@@ -33,7 +33,9 @@ def parse_reward(text: str) -> list[tuple[str, float]]:
         try:
             terms.append((source, float(weight)) if equals else (weight, 1.0))
         except ValueError:
-            raise ValueError(f"reward: the weight in {term.strip()!r} is no number; write SOURCE=WEIGHT") from None
+            terms.append((source, math.nan))
+        if not math.isfinite(terms[-1][1]):
+            raise ValueError(f"reward: the weight in {term.strip()!r} is no number; write SOURCE=WEIGHT")
         if not terms[-1][0]:
             raise ValueError(f"reward: no source in {term.strip()!r}; write SOURCE=WEIGHT")
     return terms
@@ -42,12 +44,14 @@ def parse_reward(text: str) -> list[tuple[str, float]]:
 def load_function(source: str) -> RewardFunction:
     """Returns the function named by "module:function"; the working folder is on the path, as for python -m."""
     module_name, _, name = source.partition(":")
+    if not module_name or module_name.startswith("."):
+        raise ValueError(f"reward: {source!r} names no module; write module:function")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module_name), name)
     except ModuleNotFoundError as error:
-        if error.name and not module_name.startswith(error.name):
+        if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, and an import inside it failed
         raise ValueError(f"reward: no module named {module_name!r} (working folder {Path.cwd()})") from None
     except AttributeError:
@@ -93,10 +97,12 @@ class Scorer:
     def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sample], batch: Packed) -> Tensor:
         """Returns the scores (N,) float32 of the responses.
 
-        Raises: ValueError when a function returns another number of scores, or one that is not finite."""
+        Raises: ValueError when a function returns another number of scores, or for a score that is not finite."""
         total = torch.zeros(batch.num_sequences, device=batch.tokens.device)
         for model, weight in self.models:
-            total += weight * torch.cat([model(part) for part in batch.microbatches(self.max_tokens)])
+            scores = torch.cat([model(part) for part in batch.microbatches(self.max_tokens)])
+            _check_finite(scores, prompts, f"the reward model {model.model.name_or_path}")
+            total += weight * scores
         for function, weight in self.functions:
             total += weight * self._call(function, prompts, samples).to(total.device)
         return total
@@ -116,7 +122,11 @@ class Scorer:
         scores = torch.as_tensor(scores, dtype=torch.float32)
         if scores.shape != (len(samples),):
             raise ValueError(f"reward: {name} must return {len(samples)} scores, got {tuple(scores.shape)}")
-        for n, score in enumerate(scores.tolist()):
-            if not math.isfinite(score):
-                raise ValueError(f"reward: {name} gave {score} for response {n} to prompt {prompts[n].text[:80]!r}")
+        _check_finite(scores, prompts, name)
         return scores
+
+
+def _check_finite(scores: Tensor, prompts: Sequence[Prompt], name: str) -> None:
+    for n, score in enumerate(scores.tolist()):
+        if not math.isfinite(score):
+            raise ValueError(f"reward: {name} gave {score} for response {n} to prompt {prompts[n].text[:80]!r}")

@@ -1,5 +1,6 @@
 """Shared fixtures: the device option, seeds, and poisoned memory."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach a model hub
@@ -42,6 +43,18 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes rows, or lines as they are, to a JSONL file; returns its path."""
+
+    def write(*rows):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return path
+
+    return write
 
 
 @pytest.fixture

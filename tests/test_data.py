@@ -1,6 +1,4 @@
-"""Files of every layout become the right tokens, and every bad row or file is named."""
-
-import json
+"""Rows of every layout become the right tokens, and every bad row is named."""
 
 import pytest
 from tiny import tiny_tokenizer
@@ -20,16 +18,6 @@ def assistant(text, **more):
 
 def system(text):
     return {"role": "system", "content": text}
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*rows):
-        path = tmp_path / "rows.jsonl"
-        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-        return path
-
-    return write
 
 
 def learned(tokenizer, demonstration):
@@ -165,6 +153,8 @@ GOOD = {
 BAD_ROWS = [
     (load_prompts, {"prompt": None}, Reason.MISSING_COLUMN),
     (load_prompts, {"prompt": 3}, Reason.NOT_TEXT),
+    (load_prompts, {"prompt": "\ud83d"}, Reason.NOT_UNICODE),
+    (load_prompts, {"prompt": [user("\ud83d")]}, Reason.NOT_UNICODE),
     (load_prompts, {"prompt": " \n"}, Reason.EMPTY_PROMPT),
     (load_prompts, {"prompt": []}, Reason.EMPTY_PROMPT),
     (load_prompts, {"prompt": [system("s")]}, Reason.EMPTY_PROMPT),
@@ -277,46 +267,3 @@ def test_more_rejected_rows_than_allowed_stop_with_the_counts(write):
 def test_a_file_without_a_usable_row_is_an_error_even_if_all_may_be_rejected(write):
     with pytest.raises(DataError, match=r"no row can be used(.|\n)*1 rejected: empty prompt \(row 1\)"):
         load_prompts(write({"prompt": ""}), PLAIN, max_prompt_tokens=9, max_rejected=1)
-
-
-def test_limit_and_offset_cut_out_rows_and_keep_their_numbers(write):
-    path = write(
-        *[{"prompt": str(n)} for n in range(3)], "", {"prompt": ""}, *[{"prompt": str(n)} for n in range(4, 9)]
-    )
-    loaded = load_prompts(path, PLAIN, max_prompt_tokens=9, offset=2, limit=4, max_rejected=1)
-    assert [prompt.text for prompt in loaded.rows] == ["2", "4", "5"]
-    assert loaded.report.num_rows == 4 and loaded.report.rejected == {Reason.EMPTY_PROMPT: [5]}
-    with pytest.raises(DataError, match="no rows after the first 99"):
-        load_prompts(path, PLAIN, max_prompt_tokens=9, offset=99)
-
-
-@pytest.mark.parametrize("options", [{"limit": 0}, {"offset": -1}, {"max_rejected": 1.5}])
-def test_impossible_options_are_refused(write, options):
-    with pytest.raises(ValueError, match="max_rejected must be between 0 and 1, offset at least 0"):
-        load_prompts(write({"prompt": "q"}), PLAIN, max_prompt_tokens=9, **options)
-
-
-@pytest.mark.parametrize(
-    ("loader", "text"),
-    [
-        (load_prompts, "prompts are read from: prompt; messages; chosen [+] rejected"),
-        (load_demonstrations, "demonstrations are read from: prompt [+] completion; messages; .*; text"),
-        (load_pairs, "preference pairs are read from: prompt [+] chosen [+] rejected; chosen [+] rejected"),
-    ],
-)
-def test_an_unknown_layout_is_told_with_what_is_accepted(write, loader, text):
-    with pytest.raises(DataError, match=f"rows.jsonl has the columns question, answer; {text}"):
-        load(loader, write({"question": "q", "answer": "a"}), PLAIN)
-
-
-def test_a_column_named_like_an_argument_of_reward_functions_is_refused(write):
-    with pytest.raises(DataError, match="rename column 'responses'"):
-        load_prompts(write({"prompt": "q", "responses": "a"}), PLAIN, max_prompt_tokens=9)
-
-
-def test_the_report_says_what_is_not_used_and_when_chosen_responses_serve_as_demonstrations(write):
-    row = {**WORD, "id": 1}
-    notes = load_demonstrations(write(row), PLAIN, max_tokens=9).report.notes
-    assert notes == ["the chosen responses of the preference pairs serve as demonstrations", "columns not used: id"]
-    assert load_pairs(write({**row, "margin": 1}), PLAIN, max_tokens=9).report.notes == ["columns not used: id"]
-    assert load_prompts(write({"prompt": "q", "id": 1}), PLAIN, max_prompt_tokens=9).report.notes == []

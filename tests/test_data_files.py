@@ -14,6 +14,7 @@ from tiny import tiny_tokenizer
 
 from fastrlhf.data import (
     DataError,
+    Reason,
     batch_rows,
     load_demonstrations,
     load_pairs,
@@ -21,6 +22,11 @@ from fastrlhf.data import (
     read_rows,
     shuffled,
 )
+
+LOADERS = {"sft": load_demonstrations, "reward": load_pairs, "ppo": load_prompts}
+SIZES = {"sft": {"max_tokens": 99}, "reward": {"max_tokens": 99}, "ppo": {"max_prompt_tokens": 99}}
+PLAIN = tiny_tokenizer(chat=False)
+WORD = {"prompt": "q", "chosen": "a", "rejected": "b"}
 
 
 @pytest.mark.parametrize(
@@ -30,6 +36,7 @@ from fastrlhf.data import (
         ("[1]", "line 2: expected an object .* got list"),
         ('"q"', "line 2: expected an object .* got str"),
         ("[" * 100_000, "line 2: not JSON"),
+        ('{"id": ' + "1" * 5000 + "}", "line 2: not JSON"),
     ],
 )
 def test_a_malformed_line_is_named_with_its_number(tmp_path, line, text):
@@ -93,6 +100,49 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
         list(read_rows(tmp_path / "rows.parquet"))
 
 
+def test_limit_and_offset_cut_out_rows_and_keep_their_numbers(write):
+    path = write(
+        *[{"prompt": str(n)} for n in range(3)], "", {"prompt": ""}, *[{"prompt": str(n)} for n in range(4, 9)]
+    )
+    loaded = load_prompts(path, PLAIN, max_prompt_tokens=9, offset=2, limit=4, max_rejected=1)
+    assert [prompt.text for prompt in loaded.rows] == ["2", "4", "5"]
+    assert loaded.report.num_rows == 4 and loaded.report.rejected == {Reason.EMPTY_PROMPT: [5]}
+    with pytest.raises(DataError, match="no rows after the first 99"):
+        load_prompts(path, PLAIN, max_prompt_tokens=9, offset=99)
+
+
+@pytest.mark.parametrize("options", [{"limit": 0}, {"offset": -1}, {"max_rejected": 1.5}])
+def test_impossible_options_are_refused(write, options):
+    with pytest.raises(ValueError, match="max_rejected must be between 0 and 1, offset at least 0"):
+        load_prompts(write({"prompt": "q"}), PLAIN, max_prompt_tokens=9, **options)
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("ppo", "prompts are read from: prompt; messages; chosen [+] rejected"),
+        ("sft", "demonstrations are read from: prompt [+] completion; messages; .*; text"),
+        ("reward", "preference pairs are read from: prompt [+] chosen [+] rejected; chosen [+] rejected"),
+    ],
+)
+def test_an_unknown_layout_is_told_with_what_is_accepted(write, command, text):
+    with pytest.raises(DataError, match=f"rows.jsonl has the columns question, answer; {text}"):
+        LOADERS[command](write({"question": "q", "answer": "a"}), PLAIN, **SIZES[command])
+
+
+def test_a_column_named_like_an_argument_of_reward_functions_is_refused(write):
+    with pytest.raises(DataError, match="rename column 'responses'"):
+        load_prompts(write({"prompt": "q", "responses": "a"}), PLAIN, max_prompt_tokens=9)
+
+
+def test_the_report_says_what_is_not_used_and_when_chosen_responses_serve_as_demonstrations(write):
+    row = {**WORD, "id": 1}
+    notes = load_demonstrations(write(row), PLAIN, max_tokens=9).report.notes
+    assert notes == ["the chosen responses of the preference pairs serve as demonstrations", "columns not used: id"]
+    assert load_pairs(write({**row, "margin": 1}), PLAIN, max_tokens=9).report.notes == ["columns not used: id"]
+    assert load_prompts(write({"prompt": "q", "id": 1}), PLAIN, max_prompt_tokens=9).report.notes == []
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 50), st.integers(0, 2**31 - 1))
 def test_each_epoch_uses_every_row_once(num_rows, batch_size, seed):
@@ -118,7 +168,6 @@ def test_an_empty_stream_is_refused(arguments):
         batch_rows(*arguments, seed=0)
 
 
-LOADERS = {"sft": load_demonstrations, "reward": load_pairs, "ppo": load_prompts}
 DOCUMENTED = re.findall(
     r"^\| `(\{.*?\})` \| (.*?) \|", (Path(__file__).parents[1] / "docs" / "data.md").read_text(), re.M
 )
@@ -129,13 +178,12 @@ def test_the_documented_rows_are_read_by_the_commands_that_are_named(tmp_path, r
     path = tmp_path / "rows.jsonl"
     path.write_text(row + "\n")
     for command, loader in LOADERS.items():
-        size = {"max_prompt_tokens" if command == "ppo" else "max_tokens": 99}
         tokenizer = tiny_tokenizer(chat="Q: Hi" not in row)
         if command in readers.split(", "):
-            assert len(loader(path, tokenizer, **size).rows) == 1
+            assert len(loader(path, tokenizer, **SIZES[command]).rows) == 1
         else:
             with pytest.raises(DataError, match="are read from"):
-                loader(path, tokenizer, **size)
+                loader(path, tokenizer, **SIZES[command])
 
 
 def test_nine_rows_are_documented():

@@ -43,6 +43,15 @@ def test_the_table_fits_a_pipe(tmp_path, capsys):
     assert held_out == "  held out: loss 2.5"
 
 
+def test_a_metric_that_comes_later_gets_its_column(tmp_path, capsys):
+    """PPO trains the value model alone first, so the policy's metrics begin at a later step."""
+    log = MetricsLog(tmp_path, num_steps=9)
+    for step, more in enumerate([{}, {}, {"ppo/policy/clip_fraction": 0.5}, {"ppo/policy/clip_fraction": 0.25}], 1):
+        log.add(step, {"objective/kl": 1.0, **more, "num_tokens": 10})
+    rows = [" ".join(line.split()[:-1]) for line in capsys.readouterr().out.splitlines()]
+    assert rows == ["step kl", "1/9 1", "2/9 1", "step kl clipped", "3/9 1 0.5", "4/9 1 0.25"]
+
+
 @pytest.mark.parametrize("value", [0.0, 1, -1.23456789e-12, 123456789.0, -0.333333, float("nan"), float("inf")])
 def test_a_number_of_the_table_fits_its_column(value):
     assert len(short(value)) <= 9

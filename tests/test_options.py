@@ -70,6 +70,8 @@ def test_missing_options_are_named():
         ("lerning_rate: 1", "unknown key lerning_rate; did you mean learning_rate?"),
         ("- a\n- b", "must hold lines `key: value`, got list"),
         ("a: [", "is not YAML"),
+        ("seed: 1\nepochs: 2\nseed: 2", "seed is given twice"),
+        ("max-tokens: 1\nmax_tokens: 2", "max_tokens is given twice"),
     ],
 )
 def test_a_wrong_yaml_file_is_refused(tmp_path, text, error):

@@ -147,6 +147,20 @@ def test_a_reward_function_that_returns_nonsense_is_named(folder, reward, text):
         next(PPO(config(folder, reward=reward)))
 
 
+def test_a_reward_model_that_scores_nan_is_named(folder):
+    trainer = PPO(config(folder, reward=str(folder / "reward")))
+    trainer.scorer.models[0][0].bias = float("nan")
+    with pytest.raises(ValueError, match=rf"the reward model {folder / 'reward'} gave nan for response 0"):
+        next(trainer)
+
+
+def test_an_import_that_fails_inside_the_rewards_module_is_told_as_it_is(folder, monkeypatch):
+    (folder / "rewards_that_import.py").write_text("import rewards\n")
+    monkeypatch.syspath_prepend(str(folder))
+    with pytest.raises(ModuleNotFoundError, match="No module named 'rewards'"):
+        PPO(config(folder, reward="rewards_that_import:f"))
+
+
 def test_nan_weights_stop_the_run_and_name_step_and_checkpoint(folder):
     trainer = PPO(config(folder, save_every=1, value_warmup_steps=0))
     steps = iter(trainer)
@@ -178,7 +192,9 @@ def test_top_p_needs_to_be_told_which_logprobs_the_ratio_is_to(folder):
         ({"reward": "no_such_module:f"}, ValueError, "no module named 'no_such_module'"),
         ({"reward": "json:no_such_function"}, ValueError, "has no function 'no_such_function'"),
         ({"reward": "no/such/reward/model"}, FileNotFoundError, "no/such/reward/model"),
+        ({"reward": ":f"}, ValueError, "':f' names no module"),
         ({"reward": "json:dumps=much"}, ValueError, "the weight in 'json:dumps=much' is no number"),
+        ({"reward": "json:dumps=nan"}, ValueError, "the weight in 'json:dumps=nan' is no number"),
         ({"reward": ""}, ValueError, "give a reward model folder"),
         ({"reward": "json:dumps", "max_new_tokens": 400}, ValueError, "context of 256"),
         ({"reward": "json:dumps", "missing_eos": "drop"}, ValueError, "missing_eos: expected none, subtract:V"),

@@ -26,7 +26,7 @@ def test_missing_eos_rule_touches_only_unfinished_responses(rule, expected):
     assert scores.tolist() == expected
 
 
-@pytest.mark.parametrize("rule", ["subtract", "replace:x", "drop:1", ""])
+@pytest.mark.parametrize("rule", ["subtract", "replace:x", "drop:1", "", "subtract:nan", "replace:-inf"])
 def test_unknown_missing_eos_rule_is_refused(rule):
     with pytest.raises(ValueError, match="expected none, subtract:V or replace:V"):
         apply_missing_eos(torch.zeros(1), torch.tensor([True]), rule)

@@ -50,10 +50,19 @@ def _content(content: Any) -> str:
     if isinstance(content, list):
         if any(not isinstance(part, Mapping) or not isinstance(part.get("text"), str) for part in content):
             raise Rejected(Reason.NOT_A_MESSAGE, "its content has a part that is not text")
-        return "".join(part["text"] for part in content)
+        content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise Rejected(Reason.NOT_A_MESSAGE, f"its content is of type {type(content).__name__}")
-    return content
+    return _unicode(content)
+
+
+def _unicode(text: str) -> str:
+    """The text, unless it has half a surrogate pair, which JSON can write and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Rejected(Reason.NOT_UNICODE, f"{text[error.start]!a} at character {error.start}") from None
+    return text
 
 
 def text_of(value: Any, empty: Reason) -> str:
@@ -62,7 +71,7 @@ def text_of(value: Any, empty: Reason) -> str:
         raise Rejected(Reason.NOT_TEXT, f"got {type(value).__name__}")
     if not value.strip():
         raise Rejected(empty)
-    return value
+    return _unicode(value)
 
 
 def prompt_of(value: Any) -> Conversation:

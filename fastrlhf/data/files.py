@@ -45,7 +45,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number or a nesting too long
         raise DataError(f"data: {path}, line {number}: not JSON ({error})") from None
     if not isinstance(row, dict):
         raise DataError(f"data: {path}, line {number}: expected an object {{...}}, got {type(row).__name__}")

@@ -11,6 +11,7 @@ class Reason(StrEnum):
 
     MISSING_COLUMN = "a column is missing or null"
     NOT_TEXT = "not text"
+    NOT_UNICODE = "text with half a surrogate pair, which is no character"
     NOT_A_MESSAGE = "a message is no object with a role and text as content"
     TOOL_CALL = "a message calls a tool"
     BAD_WEIGHT = "the weight of a message is neither 0 nor 1"
