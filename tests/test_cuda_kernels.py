@@ -17,7 +17,9 @@ from fastrlhf.ops._registry import OPS
 
 ARCHS = ("80", "90", "100", "120")
 LAUNCHERS = {  # .cu file, and module of fastrlhf.ops -> op -> its launcher there
+    "discounted_returns": {"discounted_returns": "_cuda_forward"},
     "gae": {"gae": "_cuda_forward"},
+    "group_advantages": {"group_advantages": "_cuda_forward"},
 }
 OF_OPS = {op: (stem, name) for stem, ops in LAUNCHERS.items() for op, name in ops.items()}
 

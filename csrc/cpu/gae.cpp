@@ -1,12 +1,10 @@
 // Generalised advantage estimation: a reverse recurrence in each segment of a packed batch.
 #include "kernel.h"
+#include "scan.h"
 
 namespace FASTRLHF_ISA {
 namespace {
 
-// Segments that one thread scans side by side: each waits for its own previous sum, so alone it
-// leaves the core idle.
-constexpr int kGroup = 4;
 constexpr int64_t kWorthThreads = 32768;  // tokens; below, waking threads costs more than it saves
 
 // One segment [begin, end) with a mask: next means the next token whose mask is set, unless
@@ -40,24 +38,12 @@ void gae_group(const T* rewards, const T* values, const int32_t* cu_seqlens, con
   const int64_t begin = cu_seqlens[0], end = cu_seqlens[num];
   for (int64_t t = begin; t < end - 1; t++)
     advantages[t] = rewards[t] + gamma * values[t + 1] - values[t];
-  int64_t length[kGroup] = {}, shortest = end - begin;
-  T* tail[kGroup];
-  for (int j = 0; j < num; j++) {
-    const int64_t last = static_cast<int64_t>(cu_seqlens[j + 1]) - 1;
-    length[j] = last + 1 - cu_seqlens[j];
-    tail[j] = advantages + last;
-    shortest = length[j] < shortest ? length[j] : shortest;
-    if (length[j])
-      *tail[j] = rewards[last] + gamma * (bootstrap ? bootstrap[j] : T(0)) - values[last];
-  }
-  T sum[kGroup] = {};
-  int64_t k = 0;
-  if (num == kGroup)
-    for (; k < shortest; k++)
-      for (int j = 0; j < kGroup; j++) tail[j][-k] = sum[j] = tail[j][-k] + decay * sum[j];
   for (int j = 0; j < num; j++)
-    for (int64_t rest = k; rest < length[j]; rest++)
-      tail[j][-rest] = sum[j] = tail[j][-rest] + decay * sum[j];
+    if (cu_seqlens[j] < cu_seqlens[j + 1]) {
+      const int64_t t = static_cast<int64_t>(cu_seqlens[j + 1]) - 1;
+      advantages[t] = rewards[t] + gamma * (bootstrap ? bootstrap[j] : T(0)) - values[t];
+    }
+  scan_group(advantages, cu_seqlens, num, decay);
   for (int64_t t = begin; t < end; t++) returns[t] = advantages[t] + values[t];
 }
 

@@ -6,7 +6,9 @@ K head width.
 
 from fastrlhf.ops.approx_kl import approx_kl
 from fastrlhf.ops.decode_attention import decode_attention
+from fastrlhf.ops.discounted_returns import discounted_returns
 from fastrlhf.ops.gae import gae
+from fastrlhf.ops.group_advantages import group_advantages
 from fastrlhf.ops.linear_token_logprobs import linear_token_logprobs
 from fastrlhf.ops.masked_whiten import masked_whiten
 from fastrlhf.ops.pairwise_reward_loss import pairwise_reward_loss
@@ -18,7 +20,9 @@ from fastrlhf.ops.value_loss import value_loss
 __all__ = [
     "approx_kl",
     "decode_attention",
+    "discounted_returns",
     "gae",
+    "group_advantages",
     "linear_token_logprobs",
     "masked_whiten",
     "pairwise_reward_loss",
