@@ -1,7 +1,8 @@
-"""Accuracy against float64, judged by plain torch's own error in the same dtype."""
+"""Accuracy against float64, judged by plain torch's own error in the same dtype; and memory."""
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import profile
 
 
 def flat(outputs) -> list[Tensor]:
@@ -32,3 +33,16 @@ def assert_accurate(actual, exact, plain, what: str = "") -> None:
         allowed = 2 * (p.double() - e)[finite & p.isfinite()].abs().max().item()
         allowed += 8 * torch.finfo(a.dtype).eps * max(1.0, e[finite].abs().max().item())
         assert error <= allowed, f"{what} output {i}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def peak_bytes(function):
+    """The most memory that torch held at a time beyond what it held before."""
+    with profile(profile_memory=True) as recorded:
+        results = function()
+    changes = [e.nbytes() for e in recorded.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for change in changes:
+        held += change
+        peak = max(peak, held)
+    del results
+    return peak

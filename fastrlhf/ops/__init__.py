@@ -9,6 +9,7 @@ from fastrlhf.ops.decode_attention import decode_attention
 from fastrlhf.ops.discounted_returns import discounted_returns
 from fastrlhf.ops.gae import gae
 from fastrlhf.ops.group_advantages import group_advantages
+from fastrlhf.ops.linear_cross_entropy import linear_cross_entropy
 from fastrlhf.ops.linear_token_logprobs import linear_token_logprobs
 from fastrlhf.ops.masked_whiten import masked_whiten
 from fastrlhf.ops.pairwise_reward_loss import pairwise_reward_loss
@@ -23,6 +24,7 @@ __all__ = [
     "discounted_returns",
     "gae",
     "group_advantages",
+    "linear_cross_entropy",
     "linear_token_logprobs",
     "masked_whiten",
     "pairwise_reward_loss",

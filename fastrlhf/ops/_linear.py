@@ -6,13 +6,13 @@ Every op makes the logits of a chunk in one buffer, reads them, perhaps overwrit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrlhf.ops._check import dtype_in, has_shape, indices_below, same_device
+from fastrlhf.ops._check import dtype_in, has_shape, indices_below, mask_of, readable, same_device
 from fastrlhf.ops.token_logprobs import FLOATS, computed_in
 
 WEIGHT_ROWS = 4096  # half-precision weights are widened this many rows at a time
@@ -116,9 +116,89 @@ class Gradients(NamedTuple):
             self.bias.add_(grad_logits.sum(0))
 
 
-def check_head(function: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    """Raises unless these are (T, D), (V, D), (T,) with 0 <= targets < V, and (V,) or None."""
-    same_device(function, hidden=hidden, weight=weight, targets=targets, bias=bias)
+def loss_in_chunks(
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    kept: Tensor,
+    wanted: list[bool],
+    cuts: list[slice],
+    upstream: Callable[[slice, Tensor, Tensor], list[Tensor | None]],
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Returns logprobs and entropy (K,) of the rows of hidden in `kept` (K,), and the gradients of a loss on them, made
+    while the logits of a chunk exist, in three matrix products.
+
+    upstream(rows, logprobs, entropy): the gradients of the loss in the logprobs and entropies of a chunk, which is
+    rows of the K; not asked for where no gradient is wanted"""
+    grads = Gradients.zeros(hidden, head.weight, wanted, computed_in(hidden))
+    temperature = head.temperatures(temperature, hidden.shape[0])
+    if kept.shape[0] < hidden.shape[0]:
+        hidden, targets, temperature = (t.index_select(0, kept) for t in (hidden, targets, temperature))
+    logprobs, entropy = (hidden.new_empty(hidden.shape[0], dtype=computed_in(hidden)) for _ in range(2))
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows, logits in head.chunks(hidden, cuts):
+            of_rows = targets[rows], temperature[rows]
+            logprobs[rows], entropy[rows], *sums = torch.ops.fastrlhf.token_logprobs(logits, *of_rows)
+            if any(wanted):
+                given = upstream(rows, logprobs[rows], entropy[rows])
+                head.turn_into_gradient(logits, given, [*of_rows, entropy[rows], *sums])
+                grads.add(head, hidden[rows], logits, kept[rows])
+    return logprobs, entropy, grads
+
+
+def gradients_ref(
+    loss_of: Callable[..., Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]
+) -> Gradients:
+    """By autograd, what the references of losses return as gradients: those of loss_of(hidden, weight, bias)."""
+    wide, tensors = computed_in(hidden), (hidden, weight, bias)
+    leaves = [None if t is None else t.detach().to(wide).requires_grad_() for t in tensors]
+    with torch.enable_grad():
+        loss = loss_of(*leaves)
+    chosen = [t for t, want in zip(leaves, wanted, strict=True) if want and t is not None]
+    grads = iter(torch.autograd.grad(loss, chosen))
+    return Gradients(*(next(grads) if want else hidden.new_zeros(0, dtype=wide) for want in wanted))
+
+
+def kept_rows(mask: Tensor | None, like: Tensor) -> Tensor:
+    """The indices of the rows that count, (K,) int64 beside `like`."""
+    return torch.arange(like.shape[0], device=like.device) if mask is None else mask.nonzero()[:, 0]
+
+
+def wanted_gradients(*tensors: Tensor | None) -> list[bool]:
+    """Which of these need a gradient, for ops that make it in the forward."""
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
+
+
+def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """setup_context of an op that returns a loss, perhaps statistics, and last its three gradients."""
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for the gradients of gradients would be as large as the weight
+    ctx.save_for_backward(*output[-3:])
+    ctx.dtype = inputs[0].dtype
+
+
+def scaled_gradients(ctx: Any, grad_loss: Tensor | None, needed: list[bool]) -> list[Tensor | None]:
+    """The saved gradients times that of the loss, rounded to the dtype of the inputs only now.
+
+    They are scaled where they are unless the graph is kept for another backward, so that no second (V, D) exists."""
+    if grad_loss is None:
+        return [None] * 3
+    saved = ctx.saved_tensors
+    in_place = all(type(g) is Tensor for g in saved) and not _graph_is_kept()
+    scaled = (g.mul_(grad_loss) if in_place else g * grad_loss for g in saved)
+    return [g.to(ctx.dtype) if need else None for g, need in zip(scaled, needed, strict=True)]
+
+
+def _graph_is_kept() -> bool:
+    return torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def check_head(
+    function: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, mask: Tensor | None = None
+) -> None:
+    """Raises unless these are (T, D), (V, D), (T,) with 0 <= targets < V where the mask is True, (V,) and (T,)."""
+    same_device(function, hidden=hidden, weight=weight, targets=targets, bias=bias, mask=mask)
     dtype_in(function, "hidden", hidden, FLOATS)
     dtype_in(function, "weight", weight, (hidden.dtype,))
     dtype_in(function, "targets", targets, (torch.int64,))
@@ -130,6 +210,9 @@ def check_head(function: str, hidden: Tensor, weight: Tensor, targets: Tensor, b
     if bias is not None:
         dtype_in(function, "bias", bias, (hidden.dtype,))
         has_shape(function, "bias", bias, weight.shape[:1], "(V,)")
+    mask_of(function, mask, targets=targets)
+    if mask is not None and readable(mask):
+        targets = targets[mask]
     indices_below(function, "targets", targets, weight.shape[0])
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import peak_bytes
 from torch.autograd.profiler import profile
 from torch.distributions import Categorical
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
@@ -145,19 +146,6 @@ def test_only_what_needs_a_gradient_gets_one(trained):
     assert all(t.grad is None for name, t in named.items() if name != trained)
     products = sum(event.name in ("aten::mm", "aten::addmm_") for event in recorded.function_events)
     assert products == (1 if trained == "bias" else 2)  # the logits again, and one product for a matrix
-
-
-def peak_bytes(function):
-    """The most memory that torch held at a time beyond what it held before."""
-    with profile(profile_memory=True) as recorded:
-        results = function()
-    changes = [e.nbytes() for e in recorded.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for change in changes:
-        held += change
-        peak = max(peak, held)
-    del results
-    return peak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
