@@ -1,7 +1,7 @@
 """Builds fastrlhf._cpu always and fastrlhf._cuda where nvcc is found. Needs neither torch nor a GPU.
 
 FASTRLHF_CUDA=0|1|auto   never | must | when nvcc is found (auto, the default)
-FASTRLHF_CUDA_ARCHS      compute capabilities, default "80;90;100;120" (PTX of the last is added)
+FASTRLHF_CUDA_ARCHS      compute capabilities, default what nvcc knows of 80;90;100;120 (and PTX of the last)
 CXX, CXXFLAGS, NVCC, CUDA_HOME, MAX_JOBS   as usual
 """
 
@@ -24,7 +24,7 @@ if X86:
     ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []
 SHARED = ["-shared"] if platform.system() == "Linux" else ["-bundle", "-undefined", "dynamic_lookup"]
-ARCHS = os.environ.get("FASTRLHF_CUDA_ARCHS", "80;90;100;120").split(";")
+ARCHS = ("80", "90", "100", "120")
 
 
 def find_nvcc() -> str | None:
@@ -38,6 +38,20 @@ def find_nvcc() -> str | None:
     if wanted == "1" and not nvcc:
         raise SystemExit("FASTRLHF_CUDA=1, but nvcc was not found: put it on PATH, or set NVCC or CUDA_HOME")
     return nvcc or None
+
+
+def architectures(nvcc: str) -> list[str]:
+    if os.environ.get("FASTRLHF_CUDA_ARCHS"):
+        return os.environ["FASTRLHF_CUDA_ARCHS"].split(";")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    chosen = [arch for arch in ARCHS if f"sm_{arch}" in known]
+    if not chosen:
+        raise SystemExit(f"{nvcc} knows none of {', '.join(ARCHS)}; set FASTRLHF_CUDA_ARCHS, or FASTRLHF_CUDA=0")
+    return chosen
+
+
+def in_ninja(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def cudart_folder(nvcc: str) -> Path:
@@ -76,12 +90,12 @@ class NinjaBuild(build_ext):
 
         def compile_with(rule: str, source: Path, stem: str, options: list[str]) -> str:
             out = build / f"{stem}.o"
-            lines.append(f"build {out}: {rule} {source}\n  flags = {' '.join(options)}")
-            return str(out)
+            lines.append(f"build {in_ninja(out)}: {rule} {in_ninja(source)}\n  flags = {shlex.join(options)}")
+            return in_ninja(out)
 
         def link(name: str, objects: list[str], options: list[str]) -> Path:
             out = build / (name + sysconfig.get_config_var("EXT_SUFFIX"))
-            lines.append(f"build {out}: link {' '.join(objects)}\n  flags = {' '.join(options)}")
+            lines.append(f"build {in_ninja(out)}: link {' '.join(objects)}\n  flags = {shlex.join(options)}")
             return out
 
         objects = [compile_with("cxx", ROOT / "csrc/cpu/module.cpp", "cpu/module", flags + python)]
@@ -93,9 +107,10 @@ class NinjaBuild(build_ext):
         libraries = {"_cpu": link("_cpu", objects, OPENMP)}
 
         if nvcc:
-            lines.append(f"rule nvcc\n  command = {nvcc} {depfile}")
-            arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
-            arch += [f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"]
+            lines.append(f"rule nvcc\n  command = {shlex.quote(nvcc)} {depfile}")
+            archs = architectures(nvcc)
+            arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+            arch += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
             flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static", "-lineinfo"]
             flags += [*arch, *include, "-DFASTRLHF_ISA=cuda"]
             objects = [

@@ -73,11 +73,54 @@ def test_the_base_instruction_set_is_always_there():
     assert run("from fastrlhf import _cpu; print(_cpu.isa)", FASTRLHF_ISA="base") == "base"
 
 
+@pytest.fixture
+def nvcc(tmp_path):
+    """A compiler of CUDA 12.4, as far as setup.py asks it."""
+    path = tmp_path / "nvcc"
+    path.write_text("#!/bin/sh\n[ $1 = --list-gpu-code ] && printf 'sm_80\\nsm_86\\nsm_90\\n'\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def setup_py(code, **environment):
+    pytest.importorskip("setuptools", reason="building needs setuptools")
+    start = "import runpy, sys; sys.argv = ['setup.py', '--quiet', '--name']\n"
+    start += f"s = runpy.run_path({str(ROOT / 'setup.py')!r})"
+    return subprocess.run(
+        [sys.executable, "-c", f"{start}\n{code}"],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(("given", "expected"), [("", "['80', '90']"), ("90", "['90']"), ("75;80", "['75', '80']")])
+def test_cuda_is_compiled_for_what_nvcc_knows_unless_told(nvcc, given, expected):
+    done = setup_py(f"print(s['architectures']({nvcc!r}))", FASTRLHF_CUDA_ARCHS=given, FASTRLHF_CUDA="0")
+    assert done.stdout.splitlines()[-1:] == [expected], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        ({"FASTRLHF_CUDA": "1"}, "FASTRLHF_CUDA=1, but nvcc was not found: put it on PATH, or set NVCC or CUDA_HOME"),
+        ({"FASTRLHF_CUDA": "yes"}, "FASTRLHF_CUDA must be 0, 1 or auto, got 'yes'"),
+    ],
+)
+def test_a_build_that_cannot_have_cuda_says_so(tmp_path, environment, text):
+    done = setup_py("", PATH=str(tmp_path), NVCC="", CUDA_HOME="", **environment)
+    assert done.returncode != 0
+    assert done.stderr.strip().endswith(text)
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_fastrlhf_and_nothing_else(tmp_path):
     pytest.importorskip("pybind11", reason="building needs pybind11")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
-    source = tmp_path / "source"  # a copy: setuptools leaves build/ and egg-info in the tree that it builds
+    # a copy, since setuptools leaves build/ and egg-info in the tree that it builds; its path may have spaces
+    source = tmp_path / "my source"
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if tracked.returncode:
         pytest.skip("not a git checkout, so which files belong to the package is not known")
