@@ -22,10 +22,11 @@ def ppo_policy_loss_kernel(
     num_tokens,
     lowest: tl.float64,
     highest: tl.float64,
+    dual_clip: tl.float64,
     scale: tl.float64,
     BLOCK: tl.constexpr,
 ):
-    """One program a block of tokens: their gradient, and partials (6, blocks) of loss, clips, k3, ratio, max and -min.
+    """One program a block of tokens: their gradient, and partials (6, blocks) of loss, held, k3, ratio, max and -min.
 
     scale is 1 / denominator, or where there is a count, over it."""
     block = tl.program_id(0)
@@ -44,12 +45,15 @@ def ppo_policy_loss_kernel(
     low, high = tl.full((), lowest, wide), tl.full((), highest, wide)
     bounded = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
     plain, clipped = -advantage * ratio, -advantage * bounded
-    clips = clipped > plain
-    tl.store(grad_ptr + tokens, tl.where(clips, 0.0, plain * factor.to(wide)), mask=inside)
+    limit = -advantage * tl.full((), dual_clip, wide)  # infinite without dual clip
+    loss = tl.where(clipped > plain, clipped, plain)
+    over = (advantage < 0) & (loss > limit)
+    held = (clipped > plain) | over
+    tl.store(grad_ptr + tokens, tl.where(held, 0.0, plain * factor.to(wide)), mask=inside)
     partials_ptr += block
     num_blocks = tl.num_programs(0)
-    tl.store(partials_ptr, tl.sum(tl.where(clips, clipped, plain), 0))
-    tl.store(partials_ptr + num_blocks, tl.sum(clips.to(wide), 0))
+    tl.store(partials_ptr, tl.sum(tl.where(over, limit, loss), 0))
+    tl.store(partials_ptr + num_blocks, tl.sum(held.to(wide), 0))
     tl.store(partials_ptr + 2 * num_blocks, tl.sum(exp_minus_linear(log_ratio), 0))
     tl.store(partials_ptr + 3 * num_blocks, tl.sum(tl.where(counts, ratio, 0.0), 0))
     tl.store(partials_ptr + 4 * num_blocks, tl.max(tl.where(counts, ratio, float("-inf")), 0))
@@ -89,6 +93,7 @@ def ppo_policy_loss(
     mask: Tensor | None,
     clip_low: float,
     clip_high: float,
+    dual_clip: float | None,
     denominator: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns loss (), stats (5,) and the gradient of logprobs. All contiguous and of one shape, the mask bool."""
@@ -111,6 +116,7 @@ def ppo_policy_loss(
                 num_tokens,
                 1.0 - clip_low,
                 1.0 + clip_high,
+                float("inf") if dual_clip is None else dual_clip,
                 scale,
                 BLOCK=BLOCK,
             )

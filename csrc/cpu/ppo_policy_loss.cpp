@@ -5,47 +5,143 @@
 namespace FASTRLHF_ISA {
 namespace {
 
-// loss = sum max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)) / denominator,
-// rho = exp(logprob - old); stats = (clip fraction, k3 of old || new, rho, max rho, min rho);
-// grad = d loss / d logprobs. A denominator of 0 stands for the number of tokens that count.
+struct Term {
+  Vec loss, plain;  // plain is without any bound: minus the advantage times the ratio
+  Bits held;        // by a bound, so that it gets no gradient
+};
+
+// max(-A rho, -A clip(rho, lowest, highest)), at most -A dual where A < 0; an infinite dual is none.
+static FASTRLHF_INLINE Term surrogate(Vec ratio, Vec advantage, double lowest, double highest,
+                                      double dual) {
+  const Vec bounded =
+      select(ratio < lowest, all(lowest), select(ratio > highest, all(highest), ratio));
+  const Vec plain = -advantage * ratio, clipped = -advantage * bounded, limit = -advantage * dual;
+  const Bits far = clipped > plain;
+  const Vec loss = select(far, clipped, plain);
+  const Bits over = (advantage < 0) & (loss > limit);
+  return {select(over, limit, loss), plain, far | over};
+}
+
+// What all tokens give to the loss and its statistics.
+struct Sums {
+  Slots losses{0}, held{0}, kls{0}, ratios{0}, highs{-INFINITY}, lows{-INFINITY};
+
+  // share: what a token weighs; 0 where it does not count
+  FASTRLHF_INLINE void add(int64_t chunk, const Term& term, Vec log_ratio, Vec exp_log_ratio,
+                           Vec ratio, Bits counts, Vec share) {
+    losses.of[chunk] += share * term.loss;
+    held.of[chunk] += select(term.held, share, all(0));
+    kls.of[chunk] += share * exp_minus_linear(log_ratio, exp_log_ratio);
+    ratios.of[chunk] += share * ratio;
+    highs.of[chunk] = larger(highs.of[chunk], select(counts, ratio, all(-INFINITY)));
+    lows.of[chunk] = larger(lows.of[chunk], select(counts, -ratio, all(-INFINITY)));
+  }
+
+  template <class T>
+  void write(T* loss, T* stats, double scale, bool any) const {
+    const double sum_ratio = ratios.sum();
+    const double nan = isnan(sum_ratio) ? NAN : 0.0;  // a comparison loses a NaN, a sum does not
+    *loss = static_cast<T>(losses.sum() * scale);
+    stats[0] = static_cast<T>(held.sum() * scale);
+    stats[1] = static_cast<T>(kls.sum() * scale);
+    stats[2] = static_cast<T>(sum_ratio * scale);
+    stats[3] = static_cast<T>(any ? highs.max() + nan : 0.0);
+    stats[4] = static_cast<T>(any ? -lows.max() + nan : 0.0);
+  }
+};
+
+// loss = sum of the surrogate at rho = exp(logprob - old) / denominator; stats = (fraction held, k3
+// of old || new, rho, max rho, min rho); grad = d loss / d logprobs. A denominator of 0 stands for
+// the number of tokens that count.
 template <class T>
 void ppo_policy_loss(const T* logprobs, const T* old_logprobs, const T* advantages,
                      const bool* mask, T* loss, T* stats, T* grad, int64_t n, double clip_low,
-                     double clip_high, double denominator, int64_t num_threads) {
+                     double clip_high, double dual, double denominator, int64_t num_threads) {
   const int64_t kept = count(mask, n);
   const double scale = mean_scale(denominator, kept);
   const double lowest = 1 - clip_low, highest = 1 + clip_high;
-  Slots losses(0), clips(0), kls(0), ratios(0), highs(-INFINITY), lows(-INFINITY);
+  Sums sums;
   for_elements(n, num_threads, [&](int64_t i, int size, int64_t chunk) FASTRLHF_LAMBDA {
     const Bits counts = load_mask(mask, i, size);
     const Vec log_ratio =
         select(counts, load(logprobs + i, size) - load(old_logprobs + i, size), all(0));
     const Vec advantage = select(counts, load(advantages + i, size), all(0));
-    const Vec ratio = exp_lanes(log_ratio);
-    const Vec bounded =
-        select(ratio < lowest, all(lowest), select(ratio > highest, all(highest), ratio));
-    const Vec plain = -advantage * ratio, clipped = -advantage * bounded;
-    const Bits clips_here = clipped > plain;
-    store(grad + i, select(clips_here, all(0), plain * scale), size);
-    losses.of[chunk] += select(clips_here, clipped, plain);
-    clips.of[chunk] += select(clips_here, all(1), all(0));
-    kls.of[chunk] += exp_minus_linear(log_ratio, ratio);
-    ratios.of[chunk] += select(counts, ratio, all(0));
-    highs.of[chunk] = larger(highs.of[chunk], select(counts, ratio, all(-INFINITY)));
-    lows.of[chunk] = larger(lows.of[chunk], select(counts, -ratio, all(-INFINITY)));
+    const Vec ratio = exp_lanes(log_ratio), share = select(counts, all(1), all(0));
+    const Term term = surrogate(ratio, advantage, lowest, highest, dual);
+    store(grad + i, select(term.held, all(0), term.plain * scale), size);
+    sums.add(chunk, term, log_ratio, ratio, ratio, counts, share);
   });
-  const double sum_ratio = ratios.sum();
-  const double nan = isnan(sum_ratio) ? NAN : 0.0;  // a comparison loses a NaN, a sum does not
-  *loss = static_cast<T>(losses.sum() * scale);
-  stats[0] = static_cast<T>(clips.sum() * scale);
-  stats[1] = static_cast<T>(kls.sum() * scale);
-  stats[2] = static_cast<T>(sum_ratio * scale);
-  stats[3] = static_cast<T>(kept > 0 ? highs.max() + nan : 0.0);
-  stats[4] = static_cast<T>(kept > 0 ? -lows.max() + nan : 0.0);
+  sums.write(loss, stats, scale, kept > 0);
+}
+
+template <class Body>
+static FASTRLHF_INLINE void for_lanes(int64_t start, int64_t end, const Body& body) {
+  int64_t i = start;
+  for (; i + kLanes <= end; i += kLanes) body(i, kLanes);
+  if (i < end) body(i, static_cast<int>(end - i));
+}
+
+static FASTRLHF_INLINE double sum_lanes(Vec v) {
+  double total = 0;
+  for (int k = 0; k < kLanes; k++) total += v[k];
+  return total;
+}
+
+// The same with one rho a sequence, exp(mean of logprob - old over its tokens that count). A token
+// weighs 1 / (tokens that count in its sequence); a denominator of 0 stands for the number of
+// sequences in which one counts.
+template <class T>
+void ppo_sequence_loss(const T* logprobs, const T* old_logprobs, const T* advantages,
+                       const int32_t* cu_seqlens, const bool* mask, T* loss, T* stats, T* grad,
+                       int64_t num_sequences, double clip_low, double clip_high, double dual,
+                       double denominator, int64_t num_threads) {
+  const auto kept_in = [&](int64_t n) {
+    return count(mask ? mask + cu_seqlens[n] : nullptr, cu_seqlens[n + 1] - cu_seqlens[n]);
+  };
+  int64_t kept = 0;
+  for (int64_t n = 0; n < num_sequences; n++) kept += kept_in(n) > 0;
+  const double scale = mean_scale(denominator, kept);
+  const double lowest = 1 - clip_low, highest = 1 + clip_high;
+  Sums sums;
+  const int64_t size = num_sequences / kChunks + 1;
+#pragma omp parallel for num_threads(num_threads) if (cu_seqlens[num_sequences] > kWorthThreads)
+  for (int64_t chunk = 0; chunk < kChunks; chunk++) {
+    const int64_t last = (chunk + 1) * size < num_sequences ? (chunk + 1) * size : num_sequences;
+    for (int64_t n = chunk * size; n < last; n++) {
+      const int64_t start = cu_seqlens[n], end = cu_seqlens[n + 1], num_kept = kept_in(n);
+      const double weight = num_kept > 0 ? 1 / static_cast<double>(num_kept) : 0.0;
+      const auto log_ratios = [&](int64_t i, int lanes, Bits counts) FASTRLHF_LAMBDA {
+        return select(counts, load(logprobs + i, lanes) - load(old_logprobs + i, lanes), all(0));
+      };
+      Vec total = {};
+      for_lanes(start, end, [&](int64_t i, int lanes) FASTRLHF_LAMBDA {
+        total += log_ratios(i, lanes, load_mask(mask, i, lanes));
+      });
+      const double ratio = exp(sum_lanes(total) * weight);
+      Vec slope = {};
+      for_lanes(start, end, [&](int64_t i, int lanes) FASTRLHF_LAMBDA {
+        const Bits counts = load_mask(mask, i, lanes);
+        const Vec log_ratio = log_ratios(i, lanes, counts);
+        const Vec advantage = select(counts, load(advantages + i, lanes), all(0));
+        const Vec here = select(counts, all(ratio), all(1));
+        const Term term = surrogate(here, advantage, lowest, highest, dual);
+        slope += select(term.held, all(0), term.plain);
+        sums.add(chunk, term, log_ratio, exp_lanes(log_ratio), here, counts,
+                 select(counts, all(weight), all(0)));
+      });
+      const Vec each = all(sum_lanes(slope) * weight * weight * scale);
+      for_lanes(start, end, [&](int64_t i, int lanes) FASTRLHF_LAMBDA {
+        store(grad + i, select(load_mask(mask, i, lanes), each, all(0)), lanes);
+      });
+    }
+  }
+  sums.write(loss, stats, scale, kept > 0);
 }
 
 FASTRLHF_KERNEL(ppo_policy_loss_float32, ppo_policy_loss<float>)
 FASTRLHF_KERNEL(ppo_policy_loss_float64, ppo_policy_loss<double>)
+FASTRLHF_KERNEL(ppo_sequence_loss_float32, ppo_sequence_loss<float>)
+FASTRLHF_KERNEL(ppo_sequence_loss_float64, ppo_sequence_loss<double>)
 
 }  // namespace
 }  // namespace FASTRLHF_ISA

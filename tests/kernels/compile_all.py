@@ -50,8 +50,8 @@ def approx_kl(dtype):
 
 def ppo_policy_loss(dtype):
     mask, tensors = torch.empty(2**20, dtype=torch.bool), [torch.empty(2**20, dtype=dtype) for _ in range(3)]
-    yield "ppo_policy_loss", (*tensors, None, 0.2, 0.28, 1000.0)
-    yield "ppo_policy_loss", (*tensors, mask, 0.2, 0.28, None)
+    yield "ppo_policy_loss", (*tensors, None, 0.2, 0.28, None, 1000.0)
+    yield "ppo_policy_loss", (*tensors, mask, 0.2, 0.28, 3.0, None)
 
 
 def value_loss(dtype):

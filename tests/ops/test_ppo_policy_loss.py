@@ -46,6 +46,24 @@ def test_an_asymmetric_range_moves_one_bound():
     assert loss.item() == pytest.approx((-1.25 + 0.8) / 2) and stats["clip_fraction"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "gradient"),
+    [
+        (5.0, -2.0, 6.0, 0.0),  # far likelier though it was bad: the loss stops at 3 |A|
+        (2.9, -2.0, 5.8, 5.8),
+        (0.5, -2.0, 1.6, 0.0),
+        (5.0, 2.0, -2.4, 0.0),
+        (math.inf, -2.0, 6.0, 0.0),
+    ],
+)
+def test_dual_clip_bounds_the_loss_of_bad_tokens(ratio, advantage, value, gradient):
+    logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
+    loss, stats = ppo_policy_loss(logprobs, torch.zeros(1), torch.tensor([advantage]), dual_clip=3.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(value) and logprobs.grad.item() == pytest.approx(gradient)
+    assert stats["clip_fraction"].item() == float(gradient == 0)
+
+
 def test_approx_kl_estimates_kl_of_old_to_new():
     old, new = torch.randn(2, 8, dtype=torch.float64).log_softmax(-1)
     counts = (old.exp() * 1e5).round().long()  # as many tokens of each kind as the old policy would sample
@@ -116,6 +134,13 @@ def test_half_precision_is_computed_in_float32():
         ({"advantages": torch.zeros(4, requires_grad=True)}, ValueError, "advantages gets no gradient"),
         ({"clip_range": -0.1}, ValueError, "got (-0.1, -0.1)"),
         ({"clip_range": (1.5, 0.2)}, ValueError, "got (1.5, 0.2)"),
+        ({"clip_range": (0.1, 0.2, 0.3)}, ValueError, "got (0.1, 0.2, 0.3)"),
+        ({"dual_clip": 1.0}, ValueError, "dual_clip must be above 1 or None, got 1.0"),
+        ({"ratio": "word"}, ValueError, "ratio must be 'token' or 'sequence', got 'word'"),
+        ({"ratio": "sequence"}, ValueError, "got ratio='sequence' without it"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, "got ratio='token' with it"),
+        ({"ratio": "sequence", "cu_seqlens": torch.tensor([0, 3]).int()}, ValueError, "must rise from 0 to 4"),
+        ({"ratio": "sequence", "cu_seqlens": torch.tensor([0, 4])}, TypeError, "cu_seqlens must be int32"),
         ({"denominator": 0}, ValueError, "denominator must be positive, got 0"),
         ({"advantages": torch.zeros(4, device="meta")}, ValueError, "must be on one device"),
     ],

@@ -1,0 +1,54 @@
+"""What the two ratios of `ppo_policy_loss` share: one a token, and one a sequence."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.ops._check import dtype_in, mask_of, same_device, same_shape
+
+FLOATS = (torch.float32, torch.float64)
+STATS = ("clip_fraction", "approx_kl", "ratio", "ratio_max", "ratio_min")
+
+
+def surrogate(
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """(the loss of each token, whether a bound holds its ratio, so that it gets no gradient)."""
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    losses, held = torch.maximum(plain, clipped), clipped > plain
+    if dual_clip is None:
+        return losses, held
+    limit = -advantages * dual_clip
+    over = (advantages < 0) & (losses > limit)
+    return torch.where(over, limit, losses), held | over
+
+
+def largest(x: Tensor, kept: Tensor) -> Tensor:
+    """The largest kept element, 0 without one."""
+    padded = torch.cat([torch.where(kept, x, -torch.inf).flatten(), x.new_full((1,), -torch.inf)])
+    return torch.where(kept.any(), padded.amax(), 0)
+
+
+def check(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None) -> None:
+    """The checks of tensors that both forms make, in the name of the public function."""
+    name = "ppo_policy_loss"
+    same_device(name, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
+    dtype_in(name, "logprobs", logprobs, FLOATS)
+    dtype_in(name, "old_logprobs", old_logprobs, (logprobs.dtype,))
+    dtype_in(name, "advantages", advantages, (logprobs.dtype,))
+    same_shape(name, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    mask_of(name, mask, logprobs=logprobs)
+
+
+def fake(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised outputs: the loss, its statistics, its gradient with respect to logprobs."""
+    grad = torch.empty_like(logprobs, memory_format=torch.contiguous_format)
+    return logprobs.new_empty(()), logprobs.new_empty(len(STATS)), grad
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keeps the gradient that the forward pass has made."""
+    _, stats, grad = output
+    ctx.mark_non_differentiable(stats, grad)
+    ctx.save_for_backward(grad)
