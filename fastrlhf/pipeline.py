@@ -184,8 +184,8 @@ class Run:
             minibatches=config.minibatches,
             learning_rate=config.learning_rate,
             value_learning_rate=config.value_learning_rate,
-            # a value model that starts as the reward model calls every unfinished response bad, and in so few steps does
-            # not unlearn it; below 1, lam would therefore credit the last tokens, and the policy learn to stop early
+            # a value model that starts as the reward model calls every unfinished response bad, and does not
+            # unlearn it in so few steps; below 1, lam would then credit the last tokens, and the policy stop early
             lam=1.0,
             clip_range_value=10.0,
             schedule="constant",
