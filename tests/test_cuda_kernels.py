@@ -20,6 +20,8 @@ LAUNCHERS = {  # .cu file, and module of fastrlhf.ops -> op -> its launcher ther
     "discounted_returns": {"discounted_returns": "_cuda_forward"},
     "gae": {"gae": "_cuda_forward"},
     "group_advantages": {"group_advantages": "_cuda_forward"},
+    "masked_whiten": {"masked_moments": "_cuda_moments", "masked_whiten": "_cuda_whiten"},
+    "ppo_advantages": {"ppo_advantages": "_cuda_forward"},
 }
 OF_OPS = {op: (stem, name) for stem, ops in LAUNCHERS.items() for op, name in ops.items()}
 
@@ -83,6 +85,15 @@ def test_gae_of_segments_longer_than_a_tile_equals_the_cpu_kernel(gaps, on_cpu):
     args = rewards, values, cu_seqlens, mask, last, 0.999, 0.998, gaps
     for actual, expected in zip(on_cpu("gae")(*args), OPS["gae"](*args), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_moments_of_many_blocks_are_those_of_numpy(masked, on_cpu):
+    x = 1e6 + torch.randn(20_000)
+    mask = torch.rand(20_000) < 0.3 if masked else None
+    kept = (x if mask is None else x[mask]).numpy().astype("float64")
+    expected = torch.tensor([len(kept), kept.mean(), kept.var() * len(kept)], dtype=torch.float64)
+    torch.testing.assert_close(on_cpu("masked_moments")(x, mask), expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("stem", SOURCES)

@@ -1,6 +1,6 @@
 """gae against the loop over time that PPO trainers run: python -m benchmarks.ops.bench_gae
 
-256 sequences of 1024 tokens, as the loop likes it, then ragged responses, which the loop pads to the longest.
+A million tokens, then 256 sequences of 1024, as the loop likes it, then ragged responses, which it pads to the longest.
 """
 
 from collections.abc import Callable
@@ -64,6 +64,11 @@ def table(
 
 def main() -> None:
     report = Report("gae")
+    rewards, values = torch.randn(2, 1024, 1024)
+    cu_seqlens = torch.arange(0, rewards.numel() + 1, 1024, dtype=torch.int32)
+    million = rewards.flatten(), values.flatten(), cu_seqlens, None
+    table(report, "1024 x 1024", million, loop_over_time, (rewards, values), torch.ones_like(rewards, dtype=torch.bool))
+
     rewards, values, mask = torch.randn(256, 1024), torch.randn(256, 1024), torch.rand(256, 1024) < 0.9
     cu_seqlens = torch.arange(0, rewards.numel() + 1, 1024, dtype=torch.int32)
     flat, everything = (rewards.flatten(), values.flatten(), cu_seqlens), torch.ones_like(mask)

@@ -27,10 +27,15 @@ void masked_moments(const T* x, const bool* mask, double* moments, int64_t n, in
 }
 
 // y = (x - mean) / sqrt(variance + eps), plus the mean unless `center`; 0 where the mask is not
-// set.
+// set. Without moments they are those of x.
 template <class T>
 void masked_whiten(const T* x, const bool* mask, const double* moments, T* y, int64_t n,
                    bool center, double eps, int64_t num_threads) {
+  double own[3];
+  if (!moments) {
+    masked_moments(x, mask, own, n, num_threads);
+    moments = own;
+  }
   const double mean = moments[1],
                scale = 1 / sqrt(moments[2] / (moments[0] > 0 ? moments[0] : 1.0) + eps);
   const double offset = center ? 0.0 : mean;

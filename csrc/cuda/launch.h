@@ -6,9 +6,10 @@
 #include <stdint.h>
 
 #ifndef FASTRLHF_LAUNCH
-#define FASTRLHF_LAUNCH(KERNEL, BLOCKS, THREADS, STREAM, ...)                                   \
-  do {                                                                                          \
-    const auto blocks = (BLOCKS);                                                               \
-    if (blocks > 0) KERNEL<<<static_cast<unsigned>(blocks), THREADS, 0, STREAM>>>(__VA_ARGS__); \
+#define FASTRLHF_LAUNCH(KERNEL, BLOCKS, THREADS, STREAM, ...)                          \
+  do {                                                                                 \
+    const auto num_blocks_ = (BLOCKS);                                                 \
+    if (num_blocks_ > 0)                                                               \
+      KERNEL<<<static_cast<unsigned>(num_blocks_), THREADS, 0, STREAM>>>(__VA_ARGS__); \
   } while (0)
 #endif

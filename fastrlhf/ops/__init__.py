@@ -13,6 +13,7 @@ from fastrlhf.ops.linear_cross_entropy import linear_cross_entropy
 from fastrlhf.ops.linear_token_logprobs import linear_token_logprobs
 from fastrlhf.ops.masked_whiten import masked_whiten
 from fastrlhf.ops.pairwise_reward_loss import pairwise_reward_loss
+from fastrlhf.ops.ppo_advantages import ppo_advantages
 from fastrlhf.ops.ppo_policy_loss import ppo_policy_loss
 from fastrlhf.ops.sample_tokens import sample_tokens
 from fastrlhf.ops.token_logprobs import token_logprobs
@@ -28,6 +29,7 @@ __all__ = [
     "linear_token_logprobs",
     "masked_whiten",
     "pairwise_reward_loss",
+    "ppo_advantages",
     "ppo_policy_loss",
     "sample_tokens",
     "token_logprobs",

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import address, dtype_in, dtype_name, has_shape, mask_of, same_device, widen
+from fastrlhf.ops._launch import if_built, launch
 from fastrlhf.ops._registry import leaf, op
 
 FLOATS = (torch.float32, torch.float64)
+NUM_PARTS = 512  # rows of the CUDA kernels' workspace
 
 
 def masked_moments_ref(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -21,17 +23,24 @@ def masked_moments_ref(x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.stack([n, mean, torch.where(kept, x - mean, 0).double().square().sum()])
 
 
-def masked_whiten_ref(x: Tensor, mask: Tensor | None, moments: Tensor, center: bool, eps: float) -> Tensor:
-    n, mean, squares = moments.unbind()
+def masked_whiten_ref(x: Tensor, mask: Tensor | None, moments: Tensor | None, center: bool, eps: float) -> Tensor:
+    n, mean, squares = (masked_moments_ref(x, mask) if moments is None else moments).unbind()
     white = (x - mean) * (squares / n.clamp(min=1) + eps).rsqrt()
-    white = (white if center else white + mean).to(x.dtype)
+    white = (white if center else white + mean).to(x.dtype).contiguous()
     return white if mask is None else torch.where(mask, white, 0)
 
 
-def _check(x: Tensor, mask: Tensor | None) -> None:
-    same_device("masked_whiten", x=x, mask=mask)
+def _check(x: Tensor, mask: Tensor | None, moments: Tensor | None = None) -> None:
+    same_device("masked_whiten", x=x, mask=mask, moments=moments)
     dtype_in("masked_whiten", "x", x, FLOATS)
     mask_of("masked_whiten", mask, x=x)
+    if moments is not None:
+        dtype_in("masked_whiten", "moments", moments, (torch.float64,))
+        has_shape("masked_whiten", "moments", moments, (3,), "(3,)")
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def _fake_moments(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -40,10 +49,19 @@ def _fake_moments(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _cpu_moments(x: Tensor, mask: Tensor | None) -> Tensor:
     _check(x, mask)
-    x, mask = x.contiguous(), None if mask is None else mask.contiguous()
-    moments = x.new_empty(3, dtype=torch.float64)
+    x, mask = _contiguous(x, mask)
+    moments = _fake_moments(x, mask)
     kernel = getattr(_cpu, f"masked_moments_{dtype_name(x)}")
     kernel(x.data_ptr(), address(mask), moments.data_ptr(), x.numel(), torch.get_num_threads())
+    return moments
+
+
+def _cuda_moments(x: Tensor, mask: Tensor | None) -> Tensor:
+    _check(x, mask)
+    x, mask = _contiguous(x, mask)
+    moments, parts = _fake_moments(x, mask), x.new_empty(NUM_PARTS, 3, dtype=torch.float64)
+    kernel = f"masked_moments_{dtype_name(x)}"
+    launch(kernel, x, x.data_ptr(), address(mask), parts.data_ptr(), moments.data_ptr(), x.numel())
     return moments
 
 
@@ -51,23 +69,39 @@ def _fake_whiten(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _cpu_whiten(x: Tensor, mask: Tensor | None, moments: Tensor, center: bool, eps: float) -> Tensor:
-    _check(x, mask)
-    same_device("masked_whiten", x=x, moments=moments)
-    dtype_in("masked_whiten", "moments", moments, (torch.float64,))
-    has_shape("masked_whiten", "moments", moments, (3,), "(3,)")
-    x, mask, moments = x.contiguous(), None if mask is None else mask.contiguous(), moments.contiguous()
+def _cpu_whiten(x: Tensor, mask: Tensor | None, moments: Tensor | None, center: bool, eps: float) -> Tensor:
+    _check(x, mask, moments)
+    x, mask, moments = _contiguous(x, mask, moments)
     out = torch.empty_like(x)
     kernel = getattr(_cpu, f"masked_whiten_{dtype_name(x)}")
     kernel(
         x.data_ptr(),
         address(mask),
-        moments.data_ptr(),
+        address(moments),
         out.data_ptr(),
         x.numel(),
         center,
         eps,
         torch.get_num_threads(),
+    )
+    return out
+
+
+def _cuda_whiten(x: Tensor, mask: Tensor | None, moments: Tensor | None, center: bool, eps: float) -> Tensor:
+    _check(x, mask, moments)
+    x, mask, moments = _contiguous(x, mask, moments)
+    out, parts = torch.empty_like(x), x.new_empty(NUM_PARTS, 3, dtype=torch.float64)
+    launch(
+        f"masked_whiten_{dtype_name(x)}",
+        x,
+        x.data_ptr(),
+        address(mask),
+        address(moments),
+        parts.data_ptr(),
+        out.data_ptr(),
+        x.numel(),
+        center,
+        eps,
     )
     return out
 
@@ -84,21 +118,27 @@ def samples_moments(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]
 def samples_whiten(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for i, (x, mask) in enumerate(samples_moments(device, dtype)):
         yield x, mask, masked_moments_ref(x.double(), mask), i % 3 > 0, 1e-8
+        yield x, mask, None, i % 3 > 0, 1e-8
 
 
 _moments = op(
     leaf(
-        "masked_moments(Tensor x, Tensor? mask) -> Tensor", ref=masked_moments_ref, fake=_fake_moments, cpu=_cpu_moments
+        "masked_moments(Tensor x, Tensor? mask) -> Tensor",
+        ref=masked_moments_ref,
+        fake=_fake_moments,
+        cpu=_cpu_moments,
+        cuda=if_built(_cuda_moments),
     ),
     reference=masked_moments_ref,
     samples=samples_moments,
 )
 _whiten = op(
     leaf(
-        "masked_whiten(Tensor x, Tensor? mask, Tensor moments, bool center, float eps) -> Tensor",
+        "masked_whiten(Tensor x, Tensor? mask, Tensor? moments, bool center, float eps) -> Tensor",
         ref=masked_whiten_ref,
         fake=_fake_whiten,
         cpu=_cpu_whiten,
+        cuda=if_built(_cuda_whiten),
     ),
     reference=masked_whiten_ref,
     samples=samples_whiten,
@@ -142,7 +182,5 @@ def masked_whiten(
     _check(x, mask)
     if not eps >= 0:
         raise ValueError(f"masked_whiten: eps must not be negative, got {eps}")
-    moments = _moments(x, mask)
-    if group is not None:
-        moments = _over_group(moments, group)
+    moments = None if group is None else _over_group(_moments(x, mask), group)
     return _whiten(x, mask, moments, center, eps)

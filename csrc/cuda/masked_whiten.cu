@@ -1,0 +1,79 @@
+// Mean and variance over a mask, and the normalisation by them: one launch each.
+#include "kernel.h"
+#include "launch.h"
+#include "moments.cuh"
+
+namespace FASTRLHF_ISA {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kItems = 16;         // elements that are worth a thread
+constexpr int64_t kMostParts = 512;    // rows of the workspace
+constexpr int64_t kMostBlocks = 1024;  // of those that whiten, as each merges all rows
+
+int64_t blocks_for(int64_t n, int64_t most) {
+  const int64_t blocks = (n + kThreads * kItems - 1) / (kThreads * kItems);
+  return blocks < most ? blocks : most;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    gather_parts(const T* x, const bool* mask, Moments* parts, int64_t n) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  Gatherer gatherer;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n; i += step)
+    if (!mask || mask[i]) gatherer.add(x[i]);
+  const Moments total = merged_over_block(gatherer.moments());
+  if (threadIdx.x == 0) parts[blockIdx.x] = total;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    merge_parts(const Moments* parts, int num_parts, Moments* moments) {
+  const Moments total = merged_rows(parts, num_parts);
+  if (threadIdx.x == 0) *moments = total;
+}
+
+// y = (x - mean) / sqrt(variance + eps), plus the mean unless `center`; 0 where the mask is not
+// set.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    whiten(const T* x, const bool* mask, const Moments* parts, int num_parts, T* y, int64_t n,
+           bool center, double eps) {
+  const Moments moments = merged_rows(parts, num_parts);
+  const double scale = 1 / sqrt(moments.squares / (moments.n > 0 ? moments.n : 1) + eps);
+  const double offset = center ? 0 : moments.mean;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n; i += step)
+    y[i] = !mask || mask[i] ? static_cast<T>((x[i] - moments.mean) * scale + offset) : 0;
+}
+
+// parts: a workspace of kMostParts rows
+template <class T>
+void masked_moments(const T* x, const bool* mask, double* parts, double* moments, int64_t n,
+                    cudaStream_t stream) {
+  const int64_t num_parts = blocks_for(n, kMostParts);
+  Moments* rows = reinterpret_cast<Moments*>(parts);
+  FASTRLHF_LAUNCH(gather_parts<T>, num_parts, kThreads, stream, x, mask, rows, n);
+  FASTRLHF_LAUNCH(merge_parts, 1, kThreads, stream, rows, static_cast<int>(num_parts),
+                  reinterpret_cast<Moments*>(moments));
+}
+
+// moments: those to whiten by, or null for those of x
+template <class T>
+void masked_whiten(const T* x, const bool* mask, const double* moments, double* parts, T* y,
+                   int64_t n, bool center, double eps, cudaStream_t stream) {
+  const int64_t num_parts = moments ? 1 : blocks_for(n, kMostParts);
+  Moments* rows = reinterpret_cast<Moments*>(parts);
+  if (!moments) FASTRLHF_LAUNCH(gather_parts<T>, num_parts, kThreads, stream, x, mask, rows, n);
+  const Moments* found = moments ? reinterpret_cast<const Moments*>(moments) : rows;
+  FASTRLHF_LAUNCH(whiten<T>, blocks_for(n, kMostBlocks), kThreads, stream, x, mask, found,
+                  static_cast<int>(num_parts), y, n, center, eps);
+}
+
+FASTRLHF_KERNEL(masked_moments_float32, masked_moments<float>)
+FASTRLHF_KERNEL(masked_moments_float64, masked_moments<double>)
+FASTRLHF_KERNEL(masked_whiten_float32, masked_whiten<float>)
+FASTRLHF_KERNEL(masked_whiten_float64, masked_whiten<double>)
+
+}  // namespace
+}  // namespace FASTRLHF_ISA
