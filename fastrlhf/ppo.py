@@ -24,10 +24,10 @@ from fastrlhf.first_step import check_first_step, have_same_weights
 from fastrlhf.loop import advance, begin, check_fits, seed_everything
 from fastrlhf.metrics import MetricsLog, Statistics
 from fastrlhf.models import Policy, ValueModel, autocasting
-from fastrlhf.ops import approx_kl, gae, masked_whiten, ppo_policy_loss, value_loss
+from fastrlhf.ops import ppo_advantages, ppo_policy_loss, value_loss
 from fastrlhf.optim import Optimizer
 from fastrlhf.packing import Packed, pack
-from fastrlhf.rewards import adapt_kl_coef, apply_missing_eos, parse_missing_eos, shape_rewards
+from fastrlhf.rewards import adapt_kl_coef, apply_missing_eos, parse_missing_eos
 from fastrlhf.rollout import Engine, Sample, Sampling
 from fastrlhf.scoring import Scorer
 from fastrlhf.template import check_same_vocabulary, eos_token_ids, load_tokenizer
@@ -119,20 +119,21 @@ class PPO:
         if self.num_steps_done == 0:
             self.check_first_step(batch, samples)
         finished = torch.tensor([sample.finished for sample in samples], device=self.device)
-        rewards = shape_rewards(
+        _, advantages, returns, shaped = ppo_advantages(
             apply_missing_eos(scores, finished, config.missing_eos),
             batch["logprobs"],
             batch["ref_logprobs"],
+            batch["values"],
             batch.cu_responses,
             kl_coef=self.kl_coef,
+            gamma=config.gamma,
+            lam=config.lam,
+            whiten=config.whiten,
         )
-        advantages, returns = gae(rewards, batch["values"], batch.cu_responses, gamma=config.gamma, lam=config.lam)
-        if config.whiten:
-            advantages = masked_whiten(advantages)
-        batch = batch.with_fields(rewards=rewards, advantages=advantages, returns=returns)
+        batch = batch.with_fields(advantages=advantages, returns=returns)
         with self.log.timer("update"), self.log.progress("update", config.epochs * batch.num_tokens) as done:
             stats = [self.update(minibatch, done, n) for n, minibatch in enumerate(self.minibatches(batch), 1)]
-        metrics = self.describe(batch, scores, finished, stats)
+        metrics = self.describe(batch, scores, finished, shaped, stats)
         if config.kl_target is not None:
             self.kl_coef = adapt_kl_coef(
                 self.kl_coef, metrics["objective/kl"], target=config.kl_target, num_responses=len(samples)
@@ -253,22 +254,22 @@ class PPO:
         stats.add("ppo/value/", {"grad_norm": self.value_optimizer.step(f"the value model's update, {where}")})
         return stats
 
-    def describe(self, batch: Packed, scores: Tensor, finished: Tensor, stats: list[Statistics]) -> dict[str, float]:
+    def describe(
+        self, batch: Packed, scores: Tensor, finished: Tensor, shaped: dict[str, Tensor], stats: list[Statistics]
+    ) -> dict[str, float]:
         """The metrics of a step under the names the field knows. KL is summed over a response, then averaged."""
-        kl = approx_kl(batch["logprobs"], batch["ref_logprobs"], estimator="k1")
-        returns, errors = batch["returns"], batch["returns"] - batch["values"]
         metrics: dict[str, Any] = {
             "objective/scores": scores.mean(),
             "objective/scores_std": scores.std(correction=0),
-            "objective/kl": kl.sum() / batch.num_sequences,
+            "objective/kl": shaped["kl"],
             "objective/kl_coef": self.kl_coef,
-            "objective/rlhf_reward": batch["rewards"].sum() / batch.num_sequences,
+            "objective/rlhf_reward": shaped["rewards"],
             "objective/entropy": -batch["logprobs"].mean(),
             "response/length": batch.num_responses / batch.num_sequences,
             "response/eos_rate": finished.float().mean(),
-            "ppo/value/mean": batch["values"].mean(),
-            "ppo/value/explained_variance": 1 - errors.var(correction=0) / returns.var(correction=0),
-            "ppo/returns/mean": returns.mean(),
+            "ppo/value/mean": shaped["values"],
+            "ppo/value/explained_variance": shaped["explained_variance"],
+            "ppo/returns/mean": shaped["returns"],
             "num_tokens": batch.num_tokens,
         }
         metrics |= Statistics.mean(stats)

@@ -1,4 +1,4 @@
-"""From the scores of responses to the rewards of tokens, and the coefficient of the KL penalty."""
+"""The scores of responses that did not end, and the coefficient of the KL penalty."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-
-from fastrlhf.ops.approx_kl import approx_kl
 
 
 def apply_missing_eos(scores: Tensor, finished: Tensor, rule: str) -> Tensor:
@@ -40,23 +38,6 @@ def parse_missing_eos(rule: str) -> tuple[str, float]:
         if math.isfinite(number):
             return kind, number
     raise ValueError(f"missing_eos: expected none, subtract:V or replace:V with a number V, got {rule!r}")
-
-
-def shape_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, cu_responses: Tensor, *, kl_coef: float
-) -> Tensor:
-    """Returns the rewards (R,) of response tokens: -kl_coef k1, and the score at the last token of each response.
-
-    k1 = logprobs - ref_logprobs is the penalty because its sum over a sampled response is an unbiased estimate of the
-    KL divergence of the policy from the reference (see `approx_kl`).
-
-    scores: (N,) float32
-    logprobs, ref_logprobs: (R,) float32, of the sampled tokens under the policy that sampled them and the reference
-    cu_responses: (N + 1,) int32, no response empty
-
-    Source: Ziegler et al., arXiv 1909.08593, equation 2."""
-    rewards = -kl_coef * approx_kl(logprobs, ref_logprobs, estimator="k1")
-    return rewards.index_add(0, cu_responses[1:].long() - 1, scores.to(rewards.dtype))
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, num_responses: int, horizon: float = 10_000) -> float:
