@@ -58,6 +58,31 @@ def pairwise_ours(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, ...]:
     return loss, *stats.values()
 
 
+def ranking_torch(kind: str) -> Function:
+    """For groups of one size without ties: theirs may be (G, K) operations, ours does not know that it could be."""
+
+    def run(scores: Tensor) -> tuple[Tensor, ...]:
+        first, second = torch.triu_indices(scores.shape[1], scores.shape[1], 1)
+        margins = scores[:, first] - scores[:, second]
+        if kind == "pairwise":
+            loss = -F.logsigmoid(margins).mean()
+        else:
+            loss = (scores.flip(1).logcumsumexp(1).flip(1) - scores).sum(1).mean()
+        with torch.no_grad():
+            return loss, (0.5 * margins.sign() + 0.5).mean(), margins.mean()
+
+    return run
+
+
+def ranking_ours(kind: str) -> Function:
+    def run(scores: Tensor) -> tuple[Tensor, ...]:
+        bounds = torch.arange(0, scores.numel() + 1, scores.shape[1], dtype=torch.int32)
+        loss, stats = fastrlhf.ranking_loss(scores.flatten(), bounds, kind=kind)
+        return loss, *stats.values()
+
+    return run
+
+
 def whiten_torch(x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     count = mask.sum()
     mean = torch.where(mask, x, 0).sum() / count
@@ -123,6 +148,9 @@ def main() -> None:
         what = "forward + backward" if grad else "forward"
         pairs = torch.randn(64), torch.randn(64)
         table(report, f"pairwise_reward_loss, 64 pairs, {what}", pairwise_ours, pairwise_torch, pairs, grad)
+        for kind in ("plackett_luce", "pairwise"):
+            case = f"ranking_loss {kind}, 64 groups of 8, {what}"
+            table(report, case, ranking_ours(kind), ranking_torch(kind), (torch.randn(64, 8),), grad)
     report.finish()
 
 

@@ -15,6 +15,7 @@ from fastrlhf.ops.masked_whiten import masked_whiten
 from fastrlhf.ops.pairwise_reward_loss import pairwise_reward_loss
 from fastrlhf.ops.ppo_advantages import ppo_advantages
 from fastrlhf.ops.ppo_policy_loss import ppo_policy_loss
+from fastrlhf.ops.ranking_loss import ranking_loss
 from fastrlhf.ops.sample_tokens import sample_tokens
 from fastrlhf.ops.token_logprobs import token_logprobs
 from fastrlhf.ops.value_loss import value_loss
@@ -31,6 +32,7 @@ __all__ = [
     "pairwise_reward_loss",
     "ppo_advantages",
     "ppo_policy_loss",
+    "ranking_loss",
     "sample_tokens",
     "token_logprobs",
     "value_loss",
