@@ -18,8 +18,7 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 
 bench: $(VENV)/dev
-	for f in benchmarks/ops/bench_*.py benchmarks/bench_*.py; do \
-		$(BIN)/python -m $$(echo $${f%.py} | tr / .) --save || exit 1; done
+	$(BIN)/python -m benchmarks --save
 
 build: $(VENV)/dev
 	$(BIN)/python -m build

@@ -3,13 +3,13 @@
 report = Report("token_logprobs")
 expect_close("torch", theirs(), exact)                               # correct first,
 report.add("T=2048", compare({"fastrlhf": ours, "torch": theirs}))   # then timed
-report.finish()                                                      # appends to results/ with --save
+report.finish()                                                      # writes results/<device>/<name>.csv with --save
 """
 
 import argparse
+import csv
 import gc
 import itertools
-import json
 import platform
 import statistics
 import subprocess
@@ -28,6 +28,7 @@ from fastrlhf import _cpu
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
+FIRST = ("benchmark", "when", "case", "name", "median", "p20", "p80", "rounds", "ratio")  # columns of every CSV
 SHORTEST_MS = 2.0  # quick functions are called this long for one measurement
 
 
@@ -159,7 +160,7 @@ class Report:
 
     def __init__(self, name: str, more: dict[str, dict[str, Any]] | None = None) -> None:
         parser = argparse.ArgumentParser(prog=f"python -m benchmarks.ops.bench_{name}")
-        parser.add_argument("--save", action="store_true", help=f"append to benchmarks/results/{name}.jsonl")
+        parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/<name>.csv")
         parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch and ours")
         parser.add_argument("--seconds", type=float, default=5.0, help="how long each case is timed")
         for flag, arguments in (more or {}).items():
@@ -185,11 +186,15 @@ class Report:
             print(f"  {name:<42}{numbers}{extra}", flush=True)
 
     def finish(self) -> None:
-        """Appends one JSON line for each row when --save was given."""
+        """Writes a line for each row, in place of the last run's, when --save was given."""
         if not self.options.save:
             return
         when = datetime.now(UTC).isoformat(timespec="seconds")
-        RESULTS.mkdir(exist_ok=True)
-        with (RESULTS / f"{self.name}.jsonl").open("a") as file:
-            for row in self.rows:
-                file.write(json.dumps({"benchmark": self.name, "when": when, **row, "machine": self.machine}) + "\n")
+        rows = [{"benchmark": self.name, "when": when, **row, **self.machine} for row in self.rows]
+        path = RESULTS / "cpu" / f"{self.name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figures = sorted(set().union(*rows) - set(FIRST) - set(self.machine))
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*FIRST, *figures, *self.machine], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
