@@ -74,6 +74,15 @@ def indices_below(function: str, name: str, indices: Tensor, bound: int) -> None
             raise ValueError(f"{function}: {name} must be in [0, {bound}), got values from {low} to {high}")
 
 
+def rows_of(function: str, name: str, rows: Tensor, bound: int) -> None:
+    """Raises unless `rows` is (N,) int64, each in [0, bound) and none there twice."""
+    dtype_in(function, name, rows, (torch.int64,))
+    has_shape(function, name, rows, (None,), "(N,)")
+    indices_below(function, name, rows, bound)
+    if readable(rows) and len(set(rows.tolist())) < len(rows):
+        raise ValueError(f"{function}: {name} must name a row only once, got {rows.tolist()[:8]}")
+
+
 def mask_of(function: str, mask: Tensor | None, **like: Tensor) -> None:
     """Raises unless `mask` is None, or bool and of the shape of the tensor it is for."""
     if mask is not None:

@@ -15,10 +15,12 @@ from fastrlhf.ops._check import (
     dtype_name,
     has_shape,
     readable,
+    rows_of,
     same_device,
     same_shape,
     widen,
 )
+from fastrlhf.ops._launch import if_built, launch
 from fastrlhf.ops._registry import leaf, op
 
 FLOATS = (torch.float32, torch.float64)
@@ -28,6 +30,8 @@ STATS = ("accuracy", "margin", "chosen", "rejected")
 def pairwise_reward_loss_ref(
     chosen: Tensor,
     rejected: Tensor,
+    chosen_rows: Tensor | None,
+    rejected_rows: Tensor | None,
     margin: Tensor | None,
     targets: Tensor | None,
     weights: Tensor | None,
@@ -35,7 +39,8 @@ def pairwise_reward_loss_ref(
     center_coef: float,
     denominator: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen, rejected = chosen.contiguous(), rejected.contiguous()  # sums go by the order in memory
+    sides = (chosen, chosen_rows), (rejected, rejected_rows)
+    chosen, rejected = (x.contiguous() if rows is None else x[rows] for x, rows in sides)  # sums go by memory order
     count = max(chosen.shape[0], 1) if denominator is None else denominator
     weights = torch.ones_like(chosen) if weights is None else weights
     targets = torch.ones_like(chosen) if targets is None else targets
@@ -49,57 +54,91 @@ def pairwise_reward_loss_ref(
         accuracy = torch.where(difference.isnan(), difference, 0.5 * difference.sign() + 0.5)
         stats = torch.stack([accuracy.sum(), difference.sum(), chosen.sum(), rejected.sum()]) / count
         slope, pull = (1 - targets) * h.sigmoid() - targets * (-h).sigmoid(), 2 * center_coef * total
-        grads = weights * (pull + slope) / count, weights * (pull - slope) / count
-    return loss, stats, *grads
+        grads = [weights * (pull + slope) / count, weights * (pull - slope) / count]
+        for i, (x, rows) in enumerate(sides):
+            if rows is not None:
+                grads[i] = x.new_zeros(x.shape).index_copy(0, rows, grads[i])
+    return loss, stats, grads[0], grads[1]
 
 
-def _check(chosen: Tensor, rejected: Tensor, **optional: Tensor | None) -> None:
-    name = "pairwise_reward_loss"
-    same_device(name, chosen=chosen, rejected=rejected, **optional)
-    dtype_in(name, "chosen", chosen, FLOATS)
-    has_shape(name, "chosen", chosen, (None,), "(N,)")
-    for key, tensor in {"rejected": rejected, **optional}.items():
-        if tensor is not None:
-            dtype_in(name, key, tensor, (chosen.dtype,))
-            same_shape(name, **{"chosen": chosen, key: tensor})
-
-
-def _fake(chosen: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    size = chosen.shape[0]
-    return chosen.new_empty(()), chosen.new_empty(len(STATS)), chosen.new_empty(size), chosen.new_empty(size)
-
-
-def _cpu_forward(
+def _check(
     chosen: Tensor,
     rejected: Tensor,
+    chosen_rows: Tensor | None,
+    rejected_rows: Tensor | None,
     margin: Tensor | None,
     targets: Tensor | None,
     weights: Tensor | None,
-    label_smoothing: float,
-    center_coef: float,
-    denominator: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(chosen, rejected, margin=margin, targets=targets, weights=weights)
-    chosen, rejected = chosen.contiguous(), rejected.contiguous()
-    margin, targets, weights = (None if x is None else x.contiguous() for x in (margin, targets, weights))
-    loss, stats, grad_chosen, grad_rejected = _fake(chosen)
-    kernel = getattr(_cpu, f"pairwise_reward_loss_{dtype_name(chosen)}")
-    kernel(
-        chosen.data_ptr(),
-        rejected.data_ptr(),
-        address(margin),
-        address(targets),
-        address(weights),
-        loss.data_ptr(),
-        stats.data_ptr(),
-        grad_chosen.data_ptr(),
-        grad_rejected.data_ptr(),
-        chosen.shape[0],
+) -> None:
+    name, options = "pairwise_reward_loss", {"margin": margin, "targets": targets, "weights": weights}
+    rows = {"chosen_rows": chosen_rows, "rejected_rows": rejected_rows}
+    same_device(name, chosen=chosen, rejected=rejected, **rows, **options)
+    dtype_in(name, "chosen", chosen, FLOATS)
+    for key, tensor in {"rejected": rejected, **options}.items():
+        if tensor is not None:
+            dtype_in(name, key, tensor, (chosen.dtype,))
+    pairs = {}  # what has one element a pair
+    for key, scores in {"chosen": chosen, "rejected": rejected}.items():
+        has_shape(name, key, scores, (None,), "(N,)")
+        side = rows[f"{key}_rows"]
+        if side is not None:
+            rows_of(name, f"{key}_rows", side, scores.shape[0])
+        pairs.update({key: scores} if side is None else {f"{key}_rows": side})
+    first = next(iter(pairs))
+    for key, tensor in {**pairs, **options}.items():
+        same_shape(name, **{first: pairs[first], key: tensor})
+
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _fake(
+    chosen: Tensor, rejected: Tensor, chosen_rows: Tensor | None, rejected_rows: Tensor | None, *_: Any
+) -> Outputs:
+    # the kernels write the gradients of the rows alone
+    grads = [
+        (torch.empty if rows is None else torch.zeros)(scores.shape, dtype=scores.dtype, device=scores.device)
+        for scores, rows in ((chosen, chosen_rows), (rejected, rejected_rows))
+    ]
+    return chosen.new_empty(()), chosen.new_empty(len(STATS)), grads[0], grads[1]
+
+
+def _num_pairs(chosen: Tensor, chosen_rows: Tensor | None) -> int:
+    return (chosen if chosen_rows is None else chosen_rows).shape[0]
+
+
+def _cpu_forward(*args: Any) -> Outputs:
+    *tensors, label_smoothing, center_coef, denominator = args
+    _check(*tensors)
+    inputs = [None if x is None else x.contiguous() for x in tensors]
+    outputs = _fake(*tensors)
+    getattr(_cpu, f"pairwise_reward_loss_{dtype_name(outputs[0])}")(
+        *(address(x) for x in (*inputs, *outputs)),
+        _num_pairs(tensors[0], tensors[2]),
         label_smoothing,
         center_coef,
         denominator or 0.0,
     )
-    return loss, stats, grad_chosen, grad_rejected
+    return outputs
+
+
+def _cuda_forward(*args: Any) -> Outputs:
+    *tensors, label_smoothing, center_coef, denominator = args
+    _check(*tensors)
+    inputs = [None if x is None else x.contiguous() for x in tensors]
+    outputs = _fake(*tensors)
+    launch(
+        f"pairwise_reward_loss_{dtype_name(outputs[0])}",
+        outputs[0],
+        *(address(x) for x in (*inputs, *outputs)),
+        tensors[0].shape[0],
+        tensors[1].shape[0],
+        _num_pairs(tensors[0], tensors[2]),
+        label_smoothing,
+        center_coef,
+        denominator or 0.0,
+    )
+    return outputs
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -110,7 +149,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     grad_chosen, grad_rejected = ctx.saved_tensors
-    return grad_loss * grad_chosen, grad_loss * grad_rejected, None, None, None, None, None, None
+    return grad_loss * grad_chosen, grad_loss * grad_rejected, *[None] * 8
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -118,18 +157,23 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for size in (0, 1, 17, 300):
         chosen, rejected = (2 * torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
         margin, targets, weights = (torch.rand(size, generator=generator).to(device, dtype) for _ in range(3))
-        yield chosen, rejected, None, None, None, 0.0, 0.0, None
-        yield chosen, rejected, margin, targets, weights, 0.1, 0.01, None
-        yield chosen, rejected, margin, None, None, 0.0, 0.01, 77.0
-    yield 50 * chosen, chosen * 50, None, None, weights, 0.0, 0.0, None
+        yield chosen, rejected, None, None, None, None, None, 0.0, 0.0, None
+        yield chosen, rejected, None, None, margin, targets, weights, 0.1, 0.01, None
+        yield chosen, rejected, None, None, margin, None, None, 0.0, 0.01, 77.0
+        rows = [torch.randperm(size, generator=generator)[: size // 2].to(device) for _ in range(2)]
+        half = [x[: size // 2] for x in (margin, targets, weights)]
+        yield chosen, rejected, *rows, *half, 0.1, 0.01, None
+    yield 50 * chosen, chosen * 50, None, None, None, None, weights, 0.0, 0.0, None
 
 
 _forward = leaf(
-    "pairwise_reward_loss(Tensor chosen, Tensor rejected, Tensor? margin, Tensor? targets, Tensor? weights,"
-    " float label_smoothing, float center_coef, float? denominator) -> (Tensor, Tensor, Tensor, Tensor)",
+    "pairwise_reward_loss(Tensor chosen, Tensor rejected, Tensor? chosen_rows, Tensor? rejected_rows,"
+    " Tensor? margin, Tensor? targets, Tensor? weights, float label_smoothing, float center_coef, float? denominator)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     ref=pairwise_reward_loss_ref,
     fake=_fake,
     cpu=_cpu_forward,
+    cuda=if_built(_cuda_forward),
 )
 _op = op(
     _forward,
@@ -150,6 +194,8 @@ def pairwise_reward_loss(
     center_coef: float = 0.0,
     weights: Tensor | None = None,
     targets: Tensor | None = None,
+    chosen_rows: Tensor | None = None,
+    rejected_rows: Tensor | None = None,
     denominator: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns (loss, stats) of a reward model on pairs of responses.
@@ -159,6 +205,8 @@ def pairwise_reward_loss(
 
     chosen, rejected: (N,) float32|float64, scores of the preferred and of the other response; half precision becomes
         float32
+    chosen_rows, rejected_rows: (N,) int64, each row at most once: `chosen` may then be longer, say a score a token, and
+        pair i is of chosen[chosen_rows[i]], say at the last token; likewise `rejected`, which may be the same tensor
     margin: (N,) like chosen, by how much c should exceed r
     label_smoothing: probability that a label is wrong
     center_coef: pulls c + r towards 0, as the loss does not fix the level of the scores
@@ -171,19 +219,20 @@ def pairwise_reward_loss(
     rejected (r). Without a pair loss and stats are 0.
 
     Only the scores get a gradient; the others must be detached. It is stable for any finite scores. NaN in, NaN out.
-    Raises: ValueError for shapes, devices, label_smoothing, targets outside [0, 1] or denominator, TypeError for
-    dtypes.
+    Raises: ValueError for shapes, devices, label_smoothing, targets outside [0, 1], rows that are not there or there
+    twice, or denominator, TypeError for dtypes.
     Source: Ouyang et al., arXiv 2203.02155, equation 1; margin: Touvron et al., arXiv 2307.09288, equation 2; centring:
     Eisenstein et al., arXiv 2312.09244.
     """
     chosen, rejected = widen(chosen), widen(rejected)
     margin, weights, targets = (None if x is None else widen(x) for x in (margin, weights, targets))
-    _check(chosen, rejected, margin=margin, targets=targets, weights=weights)
+    _check(chosen, rejected, chosen_rows, rejected_rows, margin, targets, weights)
     denominator_of("pairwise_reward_loss", denominator)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"pairwise_reward_loss: label_smoothing must be in [0, 1], got {label_smoothing}")
     if targets is not None and readable(targets) and bool(((targets < 0) | (targets > 1)).any()):
         low, high = targets.min().item(), targets.max().item()
         raise ValueError(f"pairwise_reward_loss: targets must be in [0, 1], got values from {low} to {high}")
-    loss, stats, *_ = _op(chosen, rejected, margin, targets, weights, label_smoothing, center_coef, denominator)
+    tensors = chosen, rejected, chosen_rows, rejected_rows, margin, targets, weights
+    loss, stats, *_ = _op(*tensors, label_smoothing, center_coef, denominator)
     return loss, dict(zip(STATS, stats.unbind(), strict=True))

@@ -86,6 +86,18 @@ def test_micro_batches_with_the_global_count_add_up(seed, size, cut):
         torch.testing.assert_close(parts[0][1][name] + parts[1][1][name], whole_stats[name])
 
 
+def test_scores_gathered_at_last_tokens_give_the_loss_and_gradient_of_indexing():
+    tokens, other = torch.randn(20, requires_grad=True), torch.randn(9, requires_grad=True)
+    last, other_rows, options = torch.tensor([3, 11, 19]), torch.tensor([8, 0, 4]), {"center_coef": 0.1}
+    for chosen, rejected, rows in ((tokens, tokens, last - 1), (tokens, other, other_rows)):
+        leaves = [chosen] if chosen is rejected else [chosen, rejected]
+        loss, stats = pairwise_reward_loss(chosen, rejected, chosen_rows=last, rejected_rows=rows, **options)
+        expected, expected_stats = pairwise_reward_loss(chosen[last], rejected[rows], **options)
+        assert torch.equal(loss, expected) and stats == expected_stats
+        grads, expected_grads = torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)
+        assert all(torch.equal(a, e) for a, e in zip(grads, expected_grads, strict=True))
+
+
 def test_no_pair_gives_0_that_can_be_differentiated():
     chosen = torch.empty(0, requires_grad=True)
     loss, stats = pairwise_reward_loss(chosen, torch.empty(0))
@@ -107,6 +119,14 @@ def test_nan_is_shown_in_the_loss_and_every_statistic_of_it():
         ({"weights": torch.zeros(4).double()}, TypeError, "weights must be float32, got float64"),
         ({"targets": torch.full((4,), 1.5)}, ValueError, "targets must be in [0, 1], got values from 1.5 to 1.5"),
         ({"weights": torch.zeros(4, requires_grad=True)}, ValueError, "weights gets no gradient"),
+        (
+            {"chosen_rows": torch.tensor([0, 4, 1, 2])},
+            ValueError,
+            "chosen_rows must be in [0, 4), got values",
+        ),
+        ({"rejected_rows": torch.tensor([0, 1, 1, 2])}, ValueError, "rejected_rows must name a row only once"),
+        ({"chosen_rows": torch.tensor([0, 1])}, ValueError, "chosen_rows (2,) and rejected (4,)"),
+        ({"chosen_rows": torch.arange(4).int()}, TypeError, "chosen_rows must be int64, got int32"),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be in [0, 1], got 1.5"),
         ({"denominator": 0.0}, ValueError, "denominator must be positive, got 0.0"),
     ],
