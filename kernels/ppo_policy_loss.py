@@ -69,14 +69,15 @@ def ppo_policy_loss_total_kernel(
     if count_ptr is not None:
         factor /= tl.maximum(tl.load(count_ptr), 1).to(tl.float64)
     rows = tl.arange(0, 8)
-    sums = tl.zeros((8,), tl.float64)
-    extremes = tl.full((8,), float("-inf"), tl.float64)
+    sums = tl.zeros((8, BLOCK), tl.float64)
+    extremes = tl.full((8, BLOCK), float("-inf"), tl.float64)
     for start in range(0, num_blocks, BLOCK):
         blocks = start + tl.arange(0, BLOCK)[None, :]
         inside = (rows[:, None] < 6) & (blocks < num_blocks)
         tile = tl.load(partials_ptr + rows[:, None] * num_blocks + blocks, mask=inside, other=0.0).to(tl.float64)
-        sums += tl.sum(tile, 1)
-        extremes = tl.maximum(extremes, tl.max(tl.where(inside, tile, float("-inf")), 1))
+        sums += tile
+        extremes = tl.maximum(extremes, tl.where(inside, tile, float("-inf")))
+    sums, extremes = tl.sum(sums, 1), tl.max(extremes, 1)
     # without a token that counts they are 0; a comparison loses a NaN, the sum of the ratios does not
     extremes = tl.where(extremes == float("-inf"), 0.0, tl.where(rows == 5, -extremes, extremes))
     sum_ratio = tl.sum(tl.where(rows == 3, sums, 0.0), 0)

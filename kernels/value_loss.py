@@ -66,12 +66,12 @@ def value_loss_total_kernel(
     if count_ptr is not None:
         factor /= tl.maximum(tl.load(count_ptr), 1).to(tl.float64)
     rows = tl.arange(0, 4)
-    sums = tl.zeros((4,), tl.float64)
+    sums = tl.zeros((4, BLOCK), tl.float64)
     for start in range(0, num_blocks, BLOCK):
         blocks = start + tl.arange(0, BLOCK)[None, :]
         inside = (rows[:, None] < 3) & (blocks < num_blocks)
-        tile = tl.load(partials_ptr + rows[:, None] * num_blocks + blocks, mask=inside, other=0.0)
-        sums += tl.sum(tile.to(tl.float64), 1)
+        sums += tl.load(partials_ptr + rows[:, None] * num_blocks + blocks, mask=inside, other=0.0).to(tl.float64)
+    sums = tl.sum(sums, 1)
     tl.store(loss_ptr + rows, 0.5 * sums * factor, mask=rows == 0)
     tl.store(stats_ptr + rows - 1, sums * factor, mask=(rows > 0) & (rows < 3))
 

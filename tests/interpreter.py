@@ -14,7 +14,8 @@ _library = torch.library.Library("fastrlhf", "IMPL")  # its registrations last a
 
 def replace_cpu_kernels() -> None:
     """From here on, CPU tensors go to the launchers registered for CUDA, where these are those of kernels/."""
-    assert "triton" not in sys.modules, "Triton reads TRITON_INTERPRET when it is imported"
+    if "triton" in sys.modules:
+        raise RuntimeError("Triton reads TRITON_INTERPRET when it is imported, which has happened")
     os.environ["TRITON_INTERPRET"] = "1"
     from fastrlhf.ops._registry import BACKENDS
 

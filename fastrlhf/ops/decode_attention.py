@@ -10,6 +10,11 @@ from fastrlhf import _cpu
 from fastrlhf.ops._check import dtype_in, dtype_name, has_shape, indices_below, same_device, same_shape
 from fastrlhf.ops._registry import leaf, op
 
+try:
+    from fastrlhf.kernels import decode_attention as triton_kernel
+except ImportError:  # without Triton the reference serves CUDA
+    triton_kernel = None  # type: ignore[assignment]
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -82,6 +87,14 @@ def _cpu_forward(
     return out.to(query.dtype)
 
 
+def _cuda_forward(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int
+) -> Tensor:
+    _check(query, key_cache, value_cache, lengths)
+    caches = _rows_contiguous(key_cache), _rows_contiguous(value_cache)
+    return triton_kernel.decode_attention(query.contiguous(), *caches, lengths.contiguous(), scale, window)
+
+
 def _rows_contiguous(cache: Tensor) -> Tensor:
     """The cache itself if its last two dimensions are laid out densely: views of a larger cache are not copied."""
     dense = cache.stride(3) == 1 and cache.stride(2) == cache.shape[3]
@@ -113,6 +126,7 @@ _forward = leaf(
     ref=decode_attention_ref,
     fake=_fake,
     cpu=_cpu_forward,
+    cuda=_cuda_forward if triton_kernel else None,
 )
 _op = op(_forward, reference=decode_attention_ref, samples=samples)
 

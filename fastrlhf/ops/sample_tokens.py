@@ -9,6 +9,12 @@ from torch import Tensor
 from fastrlhf import _cpu
 from fastrlhf.ops._check import dtype_in, dtype_name, has_shape, readable, same_device
 from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops.token_logprobs import rows_of
+
+try:
+    from fastrlhf.kernels import sample_tokens as triton_kernel
+except ImportError:  # without Triton the reference serves CUDA
+    triton_kernel = None  # type: ignore[assignment]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as an int64
@@ -108,6 +114,14 @@ def _cpu_forward(
     return tokens, logprobs, sampler_logprobs
 
 
+def _cuda_forward(
+    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(logits, seeds, positions)
+    tensors = rows_of(logits), seeds.contiguous(), positions.contiguous()
+    return triton_kernel.sample_tokens(*tensors, temperature, top_k, top_p, min_p)
+
+
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(0)
     for num_rows, size in [(0, 5), (1, 1), (3, 7), (5, 300), (4, 20011)]:
@@ -125,6 +139,7 @@ _forward = leaf(
     ref=sample_tokens_ref,
     fake=_fake,
     cpu=_cpu_forward,
+    cuda=_cuda_forward if triton_kernel else None,
 )
 _op = op(_forward, reference=sample_tokens_ref, samples=samples)
 

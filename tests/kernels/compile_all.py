@@ -60,10 +60,30 @@ def value_loss(dtype):
     yield "value_loss", (*tensors, mask, 0.2, None)
 
 
+def sample_tokens(dtype):
+    x, seeds, *_ = logits(dtype)
+    for cut in ((0, 1.0, 0.0), (50, 1.0, 0.0), (0, 0.9, 0.0), (50, 0.9, 0.05)):
+        yield "sample_tokens", (x, seeds, torch.empty_like(seeds), 0.8, *cut)
+
+
+def decode_attention(dtype):
+    lengths = torch.zeros(2, dtype=torch.int32)
+    for num_heads, num_kv_heads, max_length, width, window in (
+        (32, 8, 600, 128, 0),
+        (8, 8, 200, 64, 0),
+        (8, 1, 600, 256, 100),
+    ):
+        query = torch.empty(2, num_heads, width, dtype=dtype)
+        caches = torch.empty(2, 2, num_kv_heads, max_length, width, dtype=dtype)
+        yield "decode_attention", (query, *caches, lengths, 0.1, window)
+
+
 LAUNCHES = {  # what calls the kernels at the sizes of training -> the dtypes it is called in
     approx_kl: (FP32, FP64),
     ppo_policy_loss: (FP32, FP64),
     value_loss: (FP32, FP64),
+    sample_tokens: (BF16, FP32, FP64),
+    decode_attention: (BF16, FP32, FP64),
     token_logprobs: (BF16, FP32, FP64),
     token_logprobs_backward: (BF16, FP32, FP64),
 }

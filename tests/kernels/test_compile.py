@@ -40,7 +40,7 @@ def kernels():
     for path in (ROOT / "kernels").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
-                assert [ast.unparse(d) for d in node.decorator_list] == ["triton.jit"], f"{path}: {node.name}"
+                assert ast.unparse(node.decorator_list[0]).startswith("triton.jit"), f"{path}: {node.name}"
                 yield node.name
 
 

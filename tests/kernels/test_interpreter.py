@@ -6,33 +6,54 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from interpreter import KERNELS
 
 from fastrlhf.ops._registry import BACKENDS, OPS
+from fastrlhf.ops.sample_tokens import uniforms
 
 pytest.importorskip("triton", reason="Triton is not installed, so CUDA takes the references: pip install -e .[gpu]")
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = {  # tests that run too many programs for it, or are not of the kernel
+    "decode_attention": ["bfloat16"],  # of which the interpreter multiplies matrices of bits
+    "sample_tokens": ["frequencies", "successive", "truncation", "draws_what", "opcheck", "repeats", "contiguous"],
     "token_logprobs": ["gradcheck", "threads"],
 }
+
+
+def interpreted(*command):
+    """What a Python process prints in which Triton interprets."""
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", KERNELS)
 def test_the_op_passes_its_tests_on_its_triton_kernel(op):
-    chosen = " and not ".join(
-        [op, "bad_input", *(name for name in OPS if op in name and op != name), *LEFT_OUT.get(op, [])]
-    )
+    others = [name for name in OPS if op in name and op != name]
+    chosen = " and not ".join([op, "bad_input", *others, *LEFT_OUT.get(op, [])])
     options = ["--device", "interpreter", "-k", chosen, "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *options, "tests/ops/test_contract.py", f"tests/ops/test_{op}.py"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    interpreted("-m", "pytest", "-q", *options, "tests/ops/test_contract.py", f"tests/ops/test_{op}.py")
+
+
+def test_uniform_numbers_and_tokens_are_those_of_the_cpu(tmp_path):
+    seeds, positions = torch.randint(-(2**63), 2**63 - 1, (2, 40))
+    seeds[:5], positions[:5] = torch.tensor([[0, -1, 0, 2**63 - 1, -(2**63)], [0, 0, -1, 2**63 - 1, -(2**63)]])
+    args = 2 * torch.randn(40, 300), seeds, positions, 0.8, 100, 0.95, 0.01
+    torch.save(args, tmp_path / "args.pt")
+    printed = interpreted("tests/kernels/draws.py", str(tmp_path / "args.pt")).split()
+    assert [float.fromhex(number) for number in printed[::2]] == uniforms(seeds, positions).tolist()
+    tokens, *_ = OPS["sample_tokens"](*args)
+    assert list(map(int, printed[1::2])) == tokens.tolist()
 
 
 @pytest.mark.parametrize("op", KERNELS)

@@ -60,7 +60,18 @@ def test_views_of_a_larger_cache_give_the_same():
     assert torch.equal(decode_attention(query, keys[:3, :, :20], values[:3, :, :20], lengths), whole)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_row_does_not_depend_on_its_batch_or_on_the_room_in_the_cache(dtype):
+    query, (keys, values) = torch.randn(4, 4, 16, dtype=dtype), torch.randn(2, 4, 2, 600, 16, dtype=dtype)
+    lengths = torch.tensor([600, 256, 257, 1], dtype=torch.int32)
+    together = decode_attention(query, keys, values, lengths)
+    for n, length in enumerate(lengths.tolist()):
+        row, room = slice(n, n + 1), slice(0, length)
+        alone = decode_attention(query[row], keys[row, :, room], values[row, :, room], lengths[row])
+        assert torch.equal(alone, together[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_rounded_attention(dtype):
     query, (keys, values) = torch.randn(3, 4, 16), torch.randn(2, 3, 2, 64, 16)
     lengths = torch.tensor([64, 1, 30], dtype=torch.int32)
