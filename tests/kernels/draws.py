@@ -1,5 +1,5 @@
-"""draws.py FILE: for the arguments of sample_tokens that torch.save wrote there, the Triton `uniform` in hexadecimal and
-the token drawn by it, one row a line."""
+"""draws.py FILE: for the arguments of sample_tokens that torch.save wrote there, the Triton `uniform` in hexadecimal
+and the token drawn by it, one row a line."""
 
 import sys
 
