@@ -23,6 +23,7 @@ LAUNCHERS = {  # .cu file, and module of fastrlhf.ops -> op -> its launcher ther
     "masked_whiten": {"masked_moments": "_cuda_moments", "masked_whiten": "_cuda_whiten"},
     "pairwise_reward_loss": {"pairwise_reward_loss": "_cuda_forward"},
     "ppo_advantages": {"ppo_advantages": "_cuda_forward"},
+    "ranking_loss": {"ranking_loss": "_cuda_forward"},
 }
 OF_OPS = {op: (stem, name) for stem, ops in LAUNCHERS.items() for op, name in ops.items()}
 

@@ -6,13 +6,23 @@
 namespace FASTRLHF_ISA {
 namespace {
 
+// Scores or gradients of a group, which stand one after another or, with rows, anywhere.
+template <class T>
+struct Group {
+  T* all;
+  const int64_t* rows;
+  Group(T* x, const int64_t* x_rows, int64_t start)
+      : all(x_rows ? x : x + start), rows(x_rows ? x_rows + start : nullptr) {}
+  T& operator[](int64_t i) const { return all[rows ? rows[i] : i]; }
+};
+
 // The sum of log(sum of e^s over the rivals of i) - s_i over the k scores of a group, which are in
 // rank order; rivals of i are those that are not better. Writes the gradient times scale. The sum
 // over the rivals is kept as sums[i] e^tops[i], tops[i] being the largest: an exponent is always
 // the difference of two scores, so their level costs no precision.
 template <class T>
-double plackett_luce(const T* scores, const bool* ties, T* grad, double* tops, double* sums,
-                     int64_t k, double scale) {
+double plackett_luce(Group<const T> scores, const bool* ties, Group<T> grad, double* tops,
+                     double* sums, int64_t k, double scale) {
   double top = scores[k - 1], sum = 0;
   for (int64_t i = k - 1; i >= 0; i--) {
     const double s = scores[i];
@@ -20,7 +30,8 @@ double plackett_luce(const T* scores, const bool* ties, T* grad, double* tops, d
     tops[i] = top = s > top ? s : top;
     sums[i] = sum;
   }
-  double loss = 0, share = 0;  // share: sum of e^top / (sums[j] e^tops[j]) over who has i as a rival
+  // share: sum of e^top / (sums[j] e^tops[j]) over who has i as a rival
+  double loss = 0, share = 0;
   for (int64_t i = 0, end = 0; i < k; i++) {
     if (i == end) {
       share *= exp(tops[i] - top);
@@ -38,7 +49,7 @@ double plackett_luce(const T* scores, const bool* ties, T* grad, double* tops, d
 // The mean over pairs of -log sigmoid(s_i - s_j), a tie being half a win of each. Adds the gradient
 // times scale to `slopes`.
 template <class T>
-double pairwise(const T* scores, const bool* ties, double* slopes, int64_t k, double scale) {
+double pairwise(Group<const T> scores, const bool* ties, double* slopes, int64_t k, double scale) {
   const double share = 2 / (static_cast<double>(k) * (k - 1));
   double loss = 0;
   for (int64_t i = 0; i < k; i++) {
@@ -59,7 +70,8 @@ double pairwise(const T* scores, const bool* ties, double* slopes, int64_t k, do
 // How many pairs stand in the right order, half for equal scores or ranks, and the sum of their
 // margins.
 template <class T>
-void count_pairs(const T* scores, const bool* ties, int64_t k, double* right, double* margins) {
+void count_pairs(Group<const T> scores, const bool* ties, int64_t k, double* right,
+                 double* margins) {
   for (int64_t i = 0; i < k; i++) {
     bool tied = true;
     for (int64_t j = i + 1; j < k; j++) {
@@ -72,10 +84,12 @@ void count_pairs(const T* scores, const bool* ties, int64_t k, double* right, do
 }
 
 // kind 0 is Plackett-Luce, 1 pairwise; scratch has room for two doubles a score. A denominator of 0
-// stands for the number of groups of two and more.
+// stands for the number of groups of two and more. With rows, response i has scores[rows[i]], and
+// the caller has zeroed the gradients of the others.
 template <class T>
-void ranking_loss(const T* scores, const int32_t* cu_groups, const bool* ties, T* loss, T* stats,
-                  T* grad, double* scratch, int64_t num_groups, int64_t kind, double denominator) {
+void ranking_loss(const T* scores, const int32_t* cu_groups, const int64_t* rows, const bool* ties,
+                  T* loss, T* stats, T* grad, double* scratch, int64_t num_groups, int64_t kind,
+                  double denominator) {
   int64_t kept = 0;
   for (int64_t n = 0; n < num_groups; n++) kept += cu_groups[n + 1] - cu_groups[n] > 1;
   const double scale = mean_scale(denominator, kept);
@@ -83,19 +97,21 @@ void ranking_loss(const T* scores, const int32_t* cu_groups, const bool* ties, T
   for (int64_t n = 0; n < num_groups; n++) {
     const int64_t start = cu_groups[n], k = cu_groups[n + 1] - start;
     const bool* tie = ties ? ties + start : nullptr;
+    const Group<const T> group(scores, rows, start);
+    const Group<T> group_grad(grad, rows, start);
     if (k < 2) {
-      if (k == 1) grad[start] = 0;
+      if (k == 1) group_grad[0] = 0;
       continue;
     }
     if (kind == 0) {
-      sum_loss += plackett_luce(scores + start, tie, grad + start, scratch, scratch + k, k, scale);
+      sum_loss += plackett_luce(group, tie, group_grad, scratch, scratch + k, k, scale);
     } else {
       for (int64_t i = 0; i < k; i++) scratch[i] = 0;
-      sum_loss += pairwise(scores + start, tie, scratch, k, scale);
-      for (int64_t i = 0; i < k; i++) grad[start + i] = static_cast<T>(scratch[i]);
+      sum_loss += pairwise(group, tie, scratch, k, scale);
+      for (int64_t i = 0; i < k; i++) group_grad[i] = static_cast<T>(scratch[i]);
     }
     double right = 0, margins = 0;
-    count_pairs(scores + start, tie, k, &right, &margins);
+    count_pairs(group, tie, k, &right, &margins);
     accuracy += 2 * right / (static_cast<double>(k) * (k - 1));
     margin += 2 * margins / (static_cast<double>(k) * (k - 1));
   }

@@ -50,8 +50,8 @@ __device__ S merged_over_block(S own) {
       numbers[i] = __shfl_down_sync(0xffffffffu, numbers[i], by);
     S other;
     memcpy(&other, numbers, sizeof other);
-    own = merged(own,
-                 other);  // means something in the lanes below `by` alone, and in the end in lane 0
+    // means something in the lanes below `by` alone, and in the end in lane 0
+    own = merged(own, other);
   }
   __syncthreads();  // an earlier call may still be read
   if (lane == 0) of_warps[threadIdx.x / 32] = own;

@@ -10,22 +10,6 @@ namespace {
 
 constexpr int kThreads = 512;
 
-template <class T>
-struct Side {
-  const T* scores;
-  const int64_t* rows;  // of each pair, or null where pair i has score i
-  T* grad;
-  int64_t num_scores;
-
-  __device__ int64_t row_of(int64_t i) const { return rows ? rows[i] : i; }
-  // nobody has looked at the rows before
-  __device__ bool has(int64_t row) const { return row >= 0 && row < num_scores; }
-  __device__ double score(int64_t row) const { return has(row) ? scores[row] : T(NAN); }
-  __device__ void set_grad(int64_t row, double x) const {
-    if (has(row)) grad[row] = static_cast<T>(x);
-  }
-};
-
 struct Sums {
   double loss, accuracy, margin, chosen, rejected;
 };
@@ -37,19 +21,19 @@ __device__ inline Sums merged(const Sums& a, const Sums& b) {
 
 // See csrc/cpu/pairwise_reward_loss.cpp for the formula.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    all_pairs(Side<T> chosen, Side<T> rejected, const T* margin, const T* targets, const T* weights,
-              T* loss, T* stats, int64_t n, double smoothing, double center, double scale) {
+__global__ void __launch_bounds__(kThreads, 1)
+    all_pairs(Gathered<T> chosen, Gathered<T> rejected, const T* margin, const T* targets,
+              const T* weights, T* loss, T* stats, int64_t n, double smoothing, double center,
+              double scale) {
   Sums sums = {};
   for (int64_t i = threadIdx.x; i < n; i += kThreads) {
-    const int64_t chosen_row = chosen.row_of(i), rejected_row = rejected.row_of(i);
-    const double c = chosen.score(chosen_row), r = rejected.score(rejected_row);
+    const double c = chosen.score(i), r = rejected.score(i);
     const double m = margin ? margin[i] : T(0), w = weights ? weights[i] : T(1);
     const double target = targets ? targets[i] : T(1);
     const PairLoss pair = pair_loss(c - r - m, (1 - smoothing) * target + smoothing * (1 - target));
     const double pull = 2 * center * (c + r);
-    chosen.set_grad(chosen_row, w * (pull + pair.slope) * scale);
-    rejected.set_grad(rejected_row, w * (pull - pair.slope) * scale);
+    chosen.set_grad(i, w * (pull + pair.slope) * scale);
+    rejected.set_grad(i, w * (pull - pair.slope) * scale);
     sums = merged(sums,
                   {w * (pair.loss + center * (c + r) * (c + r)), right_order(c - r), c - r, c, r});
   }
@@ -71,8 +55,8 @@ void pairwise_reward_loss(const T* chosen, const T* rejected, const int64_t* cho
                           int64_t num_chosen, int64_t num_rejected, int64_t n, double smoothing,
                           double center, double denominator, cudaStream_t stream) {
   const double count = denominator > 0 ? denominator : n > 0 ? static_cast<double>(n) : 1.0;
-  const Side<T> of_chosen = {chosen, chosen_rows, grad_chosen, num_chosen};
-  const Side<T> of_rejected = {rejected, rejected_rows, grad_rejected, num_rejected};
+  const Gathered<T> of_chosen = {chosen, chosen_rows, grad_chosen, num_chosen};
+  const Gathered<T> of_rejected = {rejected, rejected_rows, grad_rejected, num_rejected};
   FASTRLHF_LAUNCH(all_pairs<T>, 1, kThreads, stream, of_chosen, of_rejected, margin, targets,
                   weights, loss, stats, n, smoothing, center, 1 / count);
 }

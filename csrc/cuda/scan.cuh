@@ -12,10 +12,10 @@ namespace FASTRLHF_ISA {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kBlocks =
-    4;  // on a multiprocessor; left to itself the compiler wants more and spills
-constexpr int kItems = 8,
-              kTile = kThreads * kItems;  // tokens of a thread, and of a block, at a time
+// on a multiprocessor; left to itself the compiler wants more and spills
+constexpr int kBlocks = 4;
+// tokens of a thread, and of a block, at a time
+constexpr int kItems = 8, kTile = kThreads * kItems;
 
 // the place of token i in shared memory: the gaps keep the threads, kItems apart, on different
 // banks

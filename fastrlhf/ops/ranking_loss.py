@@ -16,15 +16,18 @@ from fastrlhf.ops._check import (
     dtype_in,
     dtype_name,
     has_shape,
+    rows_of,
     same_device,
     same_shape,
     widen,
 )
+from fastrlhf.ops._launch import if_built, launch
 from fastrlhf.ops._registry import leaf, op
 
 FLOATS = (torch.float32, torch.float64)
 KINDS = ("plackett_luce", "pairwise")
 STATS = ("accuracy", "margin")
+Outputs = tuple[Tensor, Tensor, Tensor]
 
 
 def _plackett_luce(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,8 +56,16 @@ def _statistics(scores: Tensor, ranks: Tensor) -> Tensor:
 
 
 def ranking_loss_ref(
-    scores: Tensor, cu_groups: Tensor, ties: Tensor | None, kind: str, denominator: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    scores: Tensor,
+    cu_groups: Tensor,
+    rows: Tensor | None,
+    ties: Tensor | None,
+    kind: str,
+    denominator: float | None,
+) -> Outputs:
+    if rows is not None:
+        loss, stats, grad = ranking_loss_ref(scores[rows], cu_groups, None, ties, kind, denominator)
+        return loss, stats, scores.new_zeros(scores.shape).index_copy(0, rows, grad.detach())
     bounds = list(itertools.pairwise(cu_groups.tolist()))
     count = max(sum(end - start > 1 for start, end in bounds), 1) if denominator is None else denominator
     new_rank = torch.ones_like(scores, dtype=torch.bool) if ties is None else ~ties
@@ -69,41 +80,66 @@ def ranking_loss_ref(
     return loss / count, stats / count, grad.contiguous() / count
 
 
-def _check(scores: Tensor, cu_groups: Tensor, ties: Tensor | None) -> None:
-    same_device("ranking_loss", scores=scores, cu_groups=cu_groups, ties=ties)
+def _check(scores: Tensor, cu_groups: Tensor, rows: Tensor | None, ties: Tensor | None) -> None:
+    same_device("ranking_loss", scores=scores, cu_groups=cu_groups, rows=rows, ties=ties)
     dtype_in("ranking_loss", "scores", scores, FLOATS)
     has_shape("ranking_loss", "scores", scores, (None,), "(N,)")
-    cu_seqlens_of("ranking_loss", "cu_groups", cu_groups, scores.shape[0])
+    if rows is not None:
+        rows_of("ranking_loss", "rows", rows, scores.shape[0])
+    responses = {"scores": scores} if rows is None else {"rows": rows}
+    cu_seqlens_of("ranking_loss", "cu_groups", cu_groups, _num_responses(scores, rows))
     if ties is not None:
         dtype_in("ranking_loss", "ties", ties, (torch.bool,))
-        same_shape("ranking_loss", scores=scores, ties=ties)
+        same_shape("ranking_loss", **responses, ties=ties)
 
 
-def _fake(scores: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return scores.new_empty(()), scores.new_empty(len(STATS)), scores.new_empty(scores.shape[0])
+def _num_responses(scores: Tensor, rows: Tensor | None) -> int:
+    return (scores if rows is None else rows).shape[0]
+
+
+def _fake(scores: Tensor, cu_groups: Tensor, rows: Tensor | None, *_: Any) -> Outputs:
+    # the kernels write the gradients of the rows alone
+    grad = scores.new_empty(scores.shape) if rows is None else scores.new_zeros(scores.shape)
+    return scores.new_empty(()), scores.new_empty(len(STATS)), grad
+
+
+def _addresses(scores: Tensor, *others: Tensor | None) -> tuple[list[int], Outputs, list[Any]]:
+    """The addresses that a kernel takes, its outputs, and what must stay alive until it is started."""
+    inputs = [None if x is None else x.contiguous() for x in (scores, *others)]
+    outputs = _fake(scores, *others)  # type: ignore[arg-type]
+    scratch = scores.new_empty(2 * _num_responses(scores, others[1]), dtype=torch.float64)
+    kept = [*inputs, *outputs, scratch]
+    return [address(x) for x in kept], outputs, kept
 
 
 def _cpu_forward(
-    scores: Tensor, cu_groups: Tensor, ties: Tensor | None, kind: str, denominator: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(scores, cu_groups, ties)
-    scores, cu_groups = scores.contiguous(), cu_groups.contiguous()
-    ties = None if ties is None else ties.contiguous()
-    loss, stats, grad = _fake(scores)
-    scratch = scores.new_empty(2 * scores.shape[0], dtype=torch.float64)
-    getattr(_cpu, f"ranking_loss_{dtype_name(scores)}")(
-        scores.data_ptr(),
-        cu_groups.data_ptr(),
-        address(ties),
-        loss.data_ptr(),
-        stats.data_ptr(),
-        grad.data_ptr(),
-        scratch.data_ptr(),
-        cu_groups.shape[0] - 1,
-        KINDS.index(kind),
-        denominator or 0.0,
-    )
-    return loss, stats, grad
+    scores: Tensor,
+    cu_groups: Tensor,
+    rows: Tensor | None,
+    ties: Tensor | None,
+    kind: str,
+    denominator: float | None,
+) -> Outputs:
+    _check(scores, cu_groups, rows, ties)
+    addresses, outputs, _kept = _addresses(scores, cu_groups, rows, ties)
+    kernel = getattr(_cpu, f"ranking_loss_{dtype_name(scores)}")
+    kernel(*addresses, cu_groups.shape[0] - 1, KINDS.index(kind), denominator or 0.0)
+    return outputs
+
+
+def _cuda_forward(
+    scores: Tensor,
+    cu_groups: Tensor,
+    rows: Tensor | None,
+    ties: Tensor | None,
+    kind: str,
+    denominator: float | None,
+) -> Outputs:
+    _check(scores, cu_groups, rows, ties)
+    addresses, outputs, _kept = _addresses(scores, cu_groups, rows, ties)
+    sizes = scores.shape[0], _num_responses(scores, rows), cu_groups.shape[0] - 1
+    launch(f"ranking_loss_{dtype_name(scores)}", scores, *addresses, *sizes, KINDS.index(kind), denominator or 0.0)
+    return outputs
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -114,7 +150,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     (grad,) = ctx.saved_tensors
-    return grad_loss * grad, None, None, None, None
+    return grad_loss * grad, None, None, None, None, None
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -124,18 +160,21 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         scores = torch.randn(sum(lengths), generator=generator).to(device, dtype)
         ties = (torch.rand(sum(lengths), generator=generator) < 0.3).to(device)
         for kind in KINDS:
-            yield scores, cu_groups, None, kind, None
-            yield scores, cu_groups, ties, kind, 7.0
+            yield scores, cu_groups, None, None, kind, None
+            yield scores, cu_groups, None, ties, kind, 7.0
+            rows = torch.randperm(3 * sum(lengths), generator=generator)[: sum(lengths)].to(device)
+            yield scores.repeat(3), cu_groups, rows, ties, kind, None
     for kind in KINDS:
-        yield 100 * scores, cu_groups, ties, kind, None
+        yield 100 * scores, cu_groups, None, ties, kind, None
 
 
 _forward = leaf(
-    "ranking_loss(Tensor scores, Tensor cu_groups, Tensor? ties, str kind, float? denominator)"
+    "ranking_loss(Tensor scores, Tensor cu_groups, Tensor? rows, Tensor? ties, str kind, float? denominator)"
     " -> (Tensor, Tensor, Tensor)",
     ref=ranking_loss_ref,
     fake=_fake,
     cpu=_cpu_forward,
+    cuda=if_built(_cuda_forward),
 )
 _op = op(
     _forward,
@@ -153,6 +192,7 @@ def ranking_loss(
     *,
     kind: str = "plackett_luce",
     ties: Tensor | None = None,
+    rows: Tensor | None = None,
     denominator: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns (loss, stats) of a reward model on groups of responses, each in rank order, best first.
@@ -168,6 +208,8 @@ def ranking_loss(
     kind: "plackett_luce" or "pairwise"
     ties: (N,) bool, True where a response ranks the same as the one before it in its group. In "plackett_luce" the
         members of a tie each compete with all of it; in "pairwise" two of them are a pair with target 1/2
+    rows: (N,) int64, each row at most once: `scores` may then be longer, say a score a token, and s is scores[rows],
+        say those at last tokens
     denominator: the number of groups of the whole optimizer step, so that the losses and stats of micro-batches add up
         to those of the whole; without it the number of groups of two and more
 
@@ -175,14 +217,15 @@ def ranking_loss(
     scores or ranks count 0.5) and margin (s_i - s_j; 0 for equal ranks). Without a group of two loss and stats are 0.
 
     Only `scores` gets a gradient. It is stable for any finite scores. NaN in, NaN out.
-    Raises: ValueError for shapes, devices, cu_groups, kind or denominator, TypeError for dtypes.
+    Raises: ValueError for shapes, devices, cu_groups, rows that are not there or there twice, kind or denominator,
+    TypeError for dtypes.
     Source: Plackett, J. R. Stat. Soc. C 24 (1975); ties: Breslow, Biometrics 30 (1974); pairwise: Ouyang et al., arXiv
     2203.02155, equation 1.
     """
     scores = widen(scores)
-    _check(scores, cu_groups, ties)
+    _check(scores, cu_groups, rows, ties)
     denominator_of("ranking_loss", denominator)
     if kind not in KINDS:
         raise ValueError(f"ranking_loss: kind must be 'plackett_luce' or 'pairwise', got {kind!r}")
-    loss, stats, _ = _op(scores, cu_groups, ties, kind, denominator)
+    loss, stats, _ = _op(scores, cu_groups, rows, ties, kind, denominator)
     return loss, dict(zip(STATS, stats.unbind(), strict=True))

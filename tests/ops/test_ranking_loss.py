@@ -99,6 +99,15 @@ def test_micro_batches_with_the_number_of_groups_add_up(kind):
 
 
 @pytest.mark.parametrize("kind", ["plackett_luce", "pairwise"])
+def test_scores_gathered_at_last_tokens_give_the_loss_and_gradient_of_indexing(kind):
+    tokens, last, ties = torch.randn(30, requires_grad=True), torch.tensor([29, 3, 17, 0, 8]), torch.rand(5) < 0.4
+    loss, stats = ranking_loss(tokens, groups(3, 2), kind=kind, ties=ties, rows=last)
+    expected, expected_stats = ranking_loss(tokens[last], groups(3, 2), kind=kind, ties=ties)
+    assert torch.equal(loss, expected) and stats == expected_stats
+    assert torch.equal(*(torch.autograd.grad(x, tokens)[0] for x in (loss, expected)))
+
+
+@pytest.mark.parametrize("kind", ["plackett_luce", "pairwise"])
 def test_scores_of_any_size_give_finite_losses_and_nan_is_shown(kind):
     leaf = torch.tensor([-3e4, 3e4, 0.0, 1e-3], requires_grad=True)
     loss, _ = ranking_loss(leaf, groups(4), kind=kind)
@@ -124,6 +133,9 @@ def test_nothing_to_rank_gives_0_that_can_be_differentiated(kind, lengths):
         ({"scores": torch.zeros(4).long()}, TypeError, "scores must be float32, float64, got int64"),
         ({"cu_groups": groups(3)}, ValueError, "cu_groups must rise from 0 to 4, got [0, 3]"),
         ({"cu_groups": groups(4).long()}, TypeError, "cu_groups must be int32"),
+        ({"rows": torch.tensor([0, 1, 2, 4])}, ValueError, "rows must be in [0, 4), got values from 0 to 4"),
+        ({"rows": torch.tensor([0, 1, 1, 3])}, ValueError, "rows must name a row only once"),
+        ({"rows": torch.arange(3)}, ValueError, "cu_groups must rise from 0 to 3"),
         ({"ties": torch.zeros(4)}, TypeError, "ties must be bool"),
         ({"ties": torch.zeros(3, dtype=torch.bool)}, ValueError, "ties (3,)"),
         ({"kind": "listwise"}, ValueError, "kind must be 'plackett_luce' or 'pairwise', got 'listwise'"),
