@@ -1,4 +1,4 @@
-"""What the two ratios of `ppo_policy_loss` share: one a token, and one a sequence."""
+"""What the policy losses share: one ratio a token or a sequence, from given log-probs or from a head."""
 
 from typing import Any
 
@@ -22,6 +22,19 @@ def surrogate(
     limit = -advantages * dual_clip
     over = (advantages < 0) & (losses > limit)
     return torch.where(over, limit, losses), held | over
+
+
+def clip_bounds(
+    function: str, clip_range: float | tuple[float, float], dual_clip: float | None
+) -> tuple[float, float, float | None]:
+    """(low, high, dual_clip); raises unless 0 <= low <= 1, high >= 0 and dual_clip > 1."""
+    given = tuple(clip_range) if isinstance(clip_range, (tuple, list)) else (clip_range, clip_range)
+    if len(given) != 2 or not (0 <= given[0] <= 1 and given[1] >= 0):
+        shown = f"({', '.join(map(str, given))})"
+        raise ValueError(f"{function}: clip_range must be 0 <= low <= 1 and high >= 0, got {shown}")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"{function}: dual_clip must be above 1 or None, got {dual_clip}")
+    return *given, dual_clip
 
 
 def largest(x: Tensor, kept: Tensor) -> Tensor:

@@ -34,6 +34,13 @@ def approx_kl_ref(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Ten
     return r * r / 2 if estimator == 2 else exp_minus_linear(r)
 
 
+def kl_slope(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    """The derivative of the estimate in logprobs; that in ref_logprobs is its negative."""
+    if estimator == 1:
+        return torch.ones_like(logprobs)
+    return logprobs - ref_logprobs if estimator == 2 else -(ref_logprobs - logprobs).expm1()
+
+
 def _check(logprobs: Tensor, ref_logprobs: Tensor) -> None:
     same_device("approx_kl", logprobs=logprobs, ref_logprobs=ref_logprobs)
     dtype_in("approx_kl", "logprobs", logprobs, FLOATS)
@@ -73,11 +80,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     logprobs, ref_logprobs = ctx.saved_tensors
-    if ctx.estimator == 1:
-        return grad, -grad, None
-    r = ref_logprobs - logprobs
-    grad_ref = grad * (r if ctx.estimator == 2 else r.expm1())
-    return -grad_ref, grad_ref, None
+    grad_logprobs = grad * kl_slope(logprobs, ref_logprobs, ctx.estimator)
+    return grad_logprobs, -grad_logprobs, None
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:

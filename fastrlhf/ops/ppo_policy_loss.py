@@ -9,7 +9,7 @@ from torch import Tensor
 from fastrlhf import _cpu
 from fastrlhf.ops._check import address, denominator_of, dtype_name, widen
 from fastrlhf.ops._registry import leaf, op
-from fastrlhf.ops._surrogate import STATS, check, fake, largest, setup_context, surrogate
+from fastrlhf.ops._surrogate import STATS, check, clip_bounds, fake, largest, setup_context, surrogate
 from fastrlhf.ops.approx_kl import exp_minus_linear
 from fastrlhf.ops.ppo_sequence_loss import sequence_loss
 
@@ -166,7 +166,7 @@ def ppo_policy_loss(
     """
     logprobs, old_logprobs, advantages = widen(logprobs), widen(old_logprobs), widen(advantages)
     check(logprobs, old_logprobs, advantages, mask)
-    bounds = _bounds(clip_range, dual_clip)
+    bounds = clip_bounds("ppo_policy_loss", clip_range, dual_clip)
     denominator_of("ppo_policy_loss", denominator)
     if ratio not in ("token", "sequence"):
         raise ValueError(f"ppo_policy_loss: ratio must be 'token' or 'sequence', got {ratio!r}")
@@ -178,13 +178,3 @@ def ppo_policy_loss(
     else:
         loss, stats, _ = sequence_loss(logprobs, old_logprobs, advantages, cu_seqlens, mask, bounds, denominator)
     return loss, dict(zip(STATS, stats.unbind(), strict=True))
-
-
-def _bounds(clip_range: float | tuple[float, float], dual_clip: float | None) -> tuple[float, float, float | None]:
-    given = tuple(clip_range) if isinstance(clip_range, (tuple, list)) else (clip_range, clip_range)
-    if len(given) != 2 or not (0 <= given[0] <= 1 and given[1] >= 0):
-        shown = f"({', '.join(map(str, given))})"
-        raise ValueError(f"ppo_policy_loss: clip_range must be 0 <= low <= 1 and high >= 0, got {shown}")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"ppo_policy_loss: dual_clip must be above 1 or None, got {dual_clip}")
-    return *given, dual_clip
