@@ -2,7 +2,7 @@
 
     python -m benchmarks.ops.bench_linear_ppo_loss
 
-The goal is 1.4 times the speed at a tenth of the extra memory, which is the peak beyond inputs, outputs and gradients."""
+The goal is 1.4 times the speed at a tenth of the extra memory: the peak beyond inputs, outputs and gradients."""
 
 from collections.abc import Callable
 
