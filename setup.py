@@ -2,7 +2,7 @@
 
 FASTRLHF_CUDA=0|1|auto   never | must | when nvcc is found (auto, the default)
 FASTRLHF_CUDA_ARCHS      compute capabilities, default what nvcc knows of 80;90;100;120 (and PTX of the last)
-CXX, CXXFLAGS, NVCC, CUDA_HOME, MAX_JOBS   as usual
+CXX, CXXFLAGS, LDFLAGS, NVCC, CUDA_HOME, MAX_JOBS   as usual
 """
 
 import os
@@ -104,7 +104,7 @@ class NinjaBuild(build_ext):
                 for isa, options in ISAS.items():
                     options = [*flags, *options, f"-DFASTRLHF_ISA={isa}"]
                     objects.append(compile_with("cxx", source, f"cpu/{source.stem}_{isa}", options))
-        libraries = {"_cpu": link("_cpu", objects, OPENMP)}
+        libraries = {"_cpu": link("_cpu", objects, [*OPENMP, *shlex.split(os.environ.get("LDFLAGS", ""))])}
 
         if nvcc:
             lines.append(f"rule nvcc\n  command = {shlex.quote(nvcc)} {depfile}")

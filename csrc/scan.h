@@ -13,9 +13,9 @@ constexpr int kGroup = 4;
 template <class T>
 static inline void scan_group(T* __restrict__ x, const int32_t* cu_seqlens, int num, T decay) {
   int64_t length[kGroup] = {}, shortest = INT64_MAX;
-  T* last[kGroup];
+  T* end[kGroup];
   for (int j = 0; j < num; j++) {
-    last[j] = x + cu_seqlens[j + 1] - 1;
+    end[j] = x + cu_seqlens[j + 1];
     length[j] = static_cast<int64_t>(cu_seqlens[j + 1]) - cu_seqlens[j];
     shortest = length[j] < shortest ? length[j] : shortest;
   }
@@ -23,10 +23,10 @@ static inline void scan_group(T* __restrict__ x, const int32_t* cu_seqlens, int 
   int64_t k = 0;
   if (num == kGroup)
     for (; k < shortest; k++)
-      for (int j = 0; j < kGroup; j++) last[j][-k] = sum[j] = last[j][-k] + decay * sum[j];
+      for (int j = 0; j < kGroup; j++) end[j][-1 - k] = sum[j] = end[j][-1 - k] + decay * sum[j];
   for (int j = 0; j < num; j++)
     for (int64_t rest = k; rest < length[j]; rest++)
-      last[j][-rest] = sum[j] = last[j][-rest] + decay * sum[j];
+      end[j][-1 - rest] = sum[j] = end[j][-1 - rest] + decay * sum[j];
 }
 
 }  // namespace

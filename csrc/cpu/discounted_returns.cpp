@@ -18,8 +18,9 @@ void discounted_returns(const T* rewards, const int32_t* cu_seqlens, T* returns,
   for (int64_t first = 0; first < num_segments; first += kGroup) {
     const int num = num_segments - first < kGroup ? static_cast<int>(num_segments - first) : kGroup;
     const int32_t* bounds = cu_seqlens + first;
-    memcpy(returns + bounds[0], rewards + bounds[0],
-           (static_cast<int64_t>(bounds[num]) - bounds[0]) * sizeof(T));
+    const int64_t num_tokens = static_cast<int64_t>(bounds[num]) - bounds[0];
+    if (num_tokens == 0) continue;  // the pointers may be null
+    memcpy(returns + bounds[0], rewards + bounds[0], num_tokens * sizeof(T));
     scan_group(returns, bounds, num, static_cast<T>(gamma));
   }
 }
