@@ -8,18 +8,13 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops._check import denominator_of, dtype_in, has_shape, same_device, widen
-from fastrlhf.ops._linear import (
-    Gradients,
-    Head,
-    check_head,
-    check_options,
-    even_cuts,
+from fastrlhf.ops._linear import Gradients, Head, check_head, check_options, even_cuts, gathered, wanted_gradients
+from fastrlhf.ops._linear_loss import (
     gradients_ref,
     kept_rows,
     loss_in_chunks,
     save_gradients,
     scaled_gradients,
-    wanted_gradients,
 )
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops._surrogate import STATS as CLIP_STATS
@@ -53,6 +48,7 @@ def linear_ppo_loss_ref(
     logit_scale: float,
     logit_softcap: float | None,
     chunk_size: int,
+    batch_invariant: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     kept, temperature = kept_rows(mask, hidden), temperature.expand(targets.shape[0])
@@ -61,7 +57,7 @@ def linear_ppo_loss_ref(
 
     def terms(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         logprobs, entropies, *_ = linear_token_logprobs_ref(
-            hidden[kept], weight, targets[kept], bias, temperature[kept], logit_scale, logit_softcap, chunk_size
+            hidden[kept], weight, targets[kept], bias, temperature[kept], logit_scale, logit_softcap
         )
         clipped, stats, _ = ppo_policy_loss_ref(logprobs, old, advantages, None, clip_low, clip_high, dual_clip, count)
         kl, entropy = torch.zeros_like(clipped), entropies.sum() / count
@@ -100,6 +96,7 @@ def _forward_chunks(
     logit_scale: float,
     logit_softcap: float | None,
     chunk_size: int,
+    batch_invariant: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     kept = kept_rows(mask, hidden)
@@ -117,8 +114,11 @@ def _forward_chunks(
             grad = grad + kl_coef / count * kl_slope(logprobs, ref[rows], kl_estimator)
         return [grad, torch.full_like(entropy, -entropy_coef / count) if entropy_coef else None]
 
-    head, cuts = Head.of(weight, bias, logit_scale, logit_softcap), even_cuts(kept.shape[0], chunk_size)
-    logprobs, entropies, grads = loss_in_chunks(head, hidden, targets, temperature, kept, wanted, cuts, upstream)
+    head = Head.of(weight, bias, logit_scale, logit_softcap, chunk_size, batch_invariant)
+    cuts = even_cuts(0, kept.shape[0], chunk_size)
+    logprobs, entropies, grads = loss_in_chunks(
+        head, hidden, targets, temperature, kept, wanted, cuts, chunk_size, upstream
+    )
     policy_loss, stats, _ = clipped(slice(None), logprobs)
     kl, entropy = torch.zeros_like(policy_loss), entropies.sum() / count
     if ref is not None:
@@ -133,14 +133,14 @@ def _forward_chunks(
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     hidden, weight, bias = scaled_gradients(ctx, grad_loss, [ctx.needs_input_grad[i] for i in (0, 1, 3)])
-    return hidden, weight, None, bias, *(None,) * 16
+    return hidden, weight, None, bias, *(None,) * 17
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(0)
-    for hidden, weight, targets, bias, temperature, *options in linear_samples(device, dtype):
+    for hidden, weight, targets, bias, temperature, *options, _ in linear_samples(device, dtype):
         wanted = [True, True, bias is not None]
-        logprobs, *_ = linear_token_logprobs_ref(hidden, weight, targets, bias, temperature, *options)
+        logprobs, *_ = linear_token_logprobs_ref(hidden, weight, targets, bias, temperature, *options[:2])
         noise = torch.randn(3, *targets.shape, generator=generator).to(logprobs)
         old, advantages, ref = logprobs + 0.3 * noise[0], noise[1], logprobs + 0.3 * noise[2]
         mask = (torch.rand(targets.shape, generator=generator) < 0.6).to(device)
@@ -157,7 +157,8 @@ _forward = leaf(
     "linear_ppo_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor old_logprobs,"
     " Tensor advantages, Tensor? ref_logprobs, Tensor? mask, Tensor temperature, float clip_low, float clip_high,"
     " float? dual_clip, float entropy_coef, float kl_coef, int kl_estimator, float? denominator, float logit_scale,"
-    " float? logit_softcap, int chunk_size, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " float? logit_softcap, int chunk_size, bool batch_invariant, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     ref=_forward_chunks,
     fake=_fake,
     cpu=_forward_chunks,  # native in that a chunk goes through the kernels of token_logprobs and ppo_policy_loss
@@ -192,6 +193,7 @@ def linear_ppo_loss(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     chunk_size: int = 512,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns (loss, stats) of PPO's policy with logits = hidden weight^T + bias, made a chunk of rows at a time.
 
@@ -200,7 +202,7 @@ def linear_ppo_loss(
         the mask / denominator.
 
     hidden: (T, D) float32|float64|bfloat16|float16, rows that predict the targets
-    weight: (V, D) like hidden, such as lm_head.weight
+    weight: (V, D) like hidden, as in `linear_token_logprobs`
     targets: (T,) int64, in [0, V) where the mask is True; elsewhere than on the CPU a target out of range gives NaN
     old_logprobs, advantages, ref_logprobs: (T,) float32 (float64 for float64); half precision becomes float32
     bias: (V,) like hidden
@@ -211,7 +213,7 @@ def linear_ppo_loss(
     temperature: a number or (T,), above 0
     denominator: the number of rows of the whole optimizer step, so that the losses and stats of micro-batches add up
         to those of the whole; without it the number of rows that count here
-    logit_scale, logit_softcap, chunk_size: as in `linear_token_logprobs`
+    logit_scale, logit_softcap, chunk_size, batch_invariant: as in `linear_token_logprobs`
 
     stats, detached: those of `ppo_policy_loss`, and the means policy_loss (without the other terms), entropy and, given
     ref_logprobs, kl. With nothing to count loss and stats are 0.
@@ -222,6 +224,7 @@ def linear_ppo_loss(
     Source: Schulman et al., arXiv 1707.06347, equations 7 and 9.
     """
     name = "linear_ppo_loss"
+    weight, bias = gathered(weight), None if bias is None else gathered(bias)
     check_head(name, hidden, weight, targets, bias, mask)
     scale = temperature_of(name, temperature, hidden)
     one_or_all(name, scale, targets.shape[0])
@@ -242,9 +245,9 @@ def linear_ppo_loss(
     if kl_estimator not in ESTIMATORS:
         raise ValueError(f"{name}: kl_estimator must be {', '.join(ESTIMATORS)}, got {kl_estimator!r}")
     denominator_of(name, denominator)
-    check_options(name, logit_scale, logit_softcap, chunk_size)
+    check_options(name, logit_scale, logit_softcap, chunk_size, batch_invariant)
     options = *bounds, entropy_coef, kl_coef, ESTIMATORS[kl_estimator], denominator, logit_scale, logit_softcap
-    inputs = hidden, weight, targets, bias, *rows.values(), mask, scale, *options, chunk_size
+    inputs = hidden, weight, targets, bias, *rows.values(), mask, scale, *options, chunk_size, batch_invariant
     loss, values, *_ = _op(*inputs, wanted_gradients(hidden, weight, bias))
     stats = dict(zip(STATS, values.unbind(), strict=True))
     if ref_logprobs is None:
