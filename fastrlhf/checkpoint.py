@@ -57,7 +57,9 @@ def check_output(config: Any) -> Path | None:
     if all(path.name == "config.yaml.partial" for path in output.iterdir()):  # empty, or killed in open_output
         return None
     if not (config.resume or config.overwrite):
-        raise FileExistsError(f"output: {output} is not empty; give --resume to continue or --overwrite to delete it")
+        raise FileExistsError(
+            f"output: {output} is not empty: --resume (resume=True) continues, --overwrite deletes it"
+        )
     marker = output / "config.yaml"
     if not (marker.is_file() and marker.read_text(encoding="utf-8").startswith(MARK)):
         raise FileExistsError(f"output: {output} holds no fastrlhf run (no config.yaml of one), so it is left alone")
@@ -124,7 +126,10 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write(partial)
+    os.umask(umask := os.umask(0))
     for path in (*partial.rglob("*"), partial):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)  # safetensors lets only the owner read
         _flush(path)
     _remove(folder)
     os.rename(partial, folder)

@@ -70,18 +70,22 @@ def load_scalar(
     device: torch.device | str = "cpu",
     freeze: bool = False,
     gradient_checkpointing: bool = False,
+    new_head: bool = False,
 ) -> PreTrainedModel:
     """Returns a one-label classification model on our attention, in eval mode, without dropout.
 
-    path: a folder or hub id of such a model, or of a causal language model, whose body then gets a new head with
-    weights N(0, 1 / (D + 1)) from torch's generator (Stiennon et al., arXiv 2009.01325)
+    path: a folder or hub id of such a model
+    new_head: take a causal language model too, whose body then gets a head with weights N(0, 1 / (D + 1)) from torch's
+        generator (Stiennon et al., arXiv 2009.01325)
 
-    Raises: as `load_causal_lm`, and ValueError for another number of labels."""
+    Raises: as `load_causal_lm`, and ValueError for another number of labels, or for no head without new_head."""
     config = _read(AutoConfig, path)
     if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
         if config.num_labels != 1:
             raise ValueError(f"reward model: {path} must have 1 label, got {config.num_labels}")
         model = _load(AutoModelForSequenceClassification, path, dtype)
+    elif not new_head:
+        raise ValueError(f"reward model: {path} has no trained score head; `fastrlhf reward` trains one on its body")
     else:
         model = classifier(_load(AutoModelForCausalLM, path, dtype).base_model)
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)

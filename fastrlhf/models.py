@@ -63,9 +63,7 @@ class ScalarModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, autocast: torch.dtype | None = None, **options: Any) -> Any:
-        """Returns the model in a folder or of a hub id, or a new head on the body of a causal language model there.
-
-        See `load_scalar` for the options and errors."""
+        """Returns the model in a folder or of a hub id (see `load_scalar` for the options and errors)."""
         return cls(load_scalar(path, **options), autocast=autocast)
 
     @property

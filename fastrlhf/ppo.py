@@ -54,7 +54,8 @@ class PPO:
         loaded = load_prompts(config.data, self.tokenizer, max_prompt_tokens=config.max_prompt_tokens, **options)
         self.prompts = loaded.rows
         options = {"max_tokens": config.max_tokens, "device": self.device, "autocast": config.autocast_dtype()}
-        self.scorer = Scorer(config.reward, self.tokenizer, **options)
+        columns = {name for prompt in self.prompts for name in prompt.columns}
+        self.scorer = Scorer(config.reward, self.tokenizer, columns=columns, **options)
         self.load_models(checkpoint)
         updates = config.epochs * config.minibatches
         # the policy's schedule begins where its training does

@@ -48,8 +48,10 @@ class RewardTrainer:
             device=self.device,
             autocast=config.autocast_dtype(),
             gradient_checkpointing=config.gradient_checkpointing,
+            new_head=True,
         ).train()
-        check_fits(self.model.model, self.tokenizer, max_length=config.max_length)
+        longest = max(len(side) for pair in (*self.pairs, *self.held_out) for side in sides(pair))
+        check_fits(self.model.model, self.tokenizer, longest_row=longest)
         choose_pad(self.tokenizer, eos_token_ids(self.tokenizer, self.model.model))
         self.optimizer = Optimizer.of(config, self.model, num_steps=self.num_steps)
         begin(self, checkpoint, (side for pair in self.pairs for side in sides(pair)))

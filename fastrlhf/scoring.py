@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,13 @@ class Scorer:
 
     A function is called as f(prompts, responses, *, response_ids, finished, **columns) and returns N numbers: prompts
     and responses are texts (special tokens left out), response_ids the token ids of each response, finished whether it
-    ended by itself, every other column of the prompt file arrives by name,
-    None where a row lacks it."""
+    ended by itself; every other column of the prompt file arrives by name, None where a row lacks it. A function
+    without **columns gets those of the keywords that it names.
+
+    columns: the names of the other columns of the prompt file; None: those of the prompts at hand
+
+    Raises: ValueError or TypeError for a source that is none, a model without a trained head or with another
+    vocabulary, and a function that needs what it will not get."""
 
     def __init__(
         self,
@@ -75,18 +81,21 @@ class Scorer:
         tokenizer: Any,
         *,
         max_tokens: int,
+        columns: Collection[str] | None = None,
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self.columns = columns
         self.models: list[tuple[RewardModel, float]] = []
         self.functions: list[tuple[RewardFunction, float]] = []
         for source, weight in parse_reward(reward) if isinstance(reward, str) else [(reward, 1.0)]:
-            if callable(source):
-                self.functions.append((source, weight))
-            elif not Path(source).is_dir() and ":" in source:
-                self.functions.append((load_function(source), weight))
+            if callable(source) or is_function(source):
+                function = source if callable(source) else load_function(source)
+                if columns is not None:
+                    keywords_of(function, [*columns, "response_ids", "finished"])
+                self.functions.append((function, weight))
             else:
                 check_same_vocabulary(tokenizer, load_tokenizer(source), f"reward model {source}")
                 dtype = autocast or torch.float32  # frozen, so it needs no fp32 weights
@@ -110,20 +119,56 @@ class Scorer:
     def _call(self, function: RewardFunction, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> Tensor:
         name = getattr(function, "__qualname__", repr(function))
         response_ids = [sample.response for sample in samples]
-        names = sorted({name for prompt in prompts for name in prompt.columns})
-        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-        scores = function(
+        names = self.columns
+        if names is None:
+            names = {name for prompt in prompts for name in prompt.columns}
+        given: dict[str, list[Any]] = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+        given |= {"response_ids": response_ids, "finished": [sample.finished for sample in samples]}
+        returned = function(
             [prompt.text for prompt in prompts],
             self.tokenizer.batch_decode(response_ids, skip_special_tokens=True),
-            response_ids=response_ids,
-            finished=[sample.finished for sample in samples],
-            **columns,
+            **{name: given[name] for name in keywords_of(function, given)},
         )
-        scores = torch.as_tensor(scores, dtype=torch.float32)
+        try:
+            scores = torch.as_tensor(returned, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"reward: {name} must return {len(samples)} numbers, got {returned!r:.80}") from None
         if scores.shape != (len(samples),):
             raise ValueError(f"reward: {name} must return {len(samples)} scores, got {tuple(scores.shape)}")
         _check_finite(scores, prompts, name)
         return scores
+
+
+def is_function(source: str) -> bool:
+    """Whether a source names a function, and not the folder or hub id of a reward model.
+
+    Raises: FileNotFoundError for what can be neither."""
+    if Path(source).is_dir():
+        return False
+    if ":" not in source and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"reward: no folder {source!r}; a function is given as module:function")
+    return ":" in source
+
+
+def keywords_of(function: RewardFunction, available: Collection[str]) -> list[str]:
+    """Returns which of the available keywords the function takes: all of them if it has **columns.
+
+    Raises: TypeError when it cannot be called with two positional arguments and these."""
+    name = getattr(function, "__qualname__", repr(function))
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of a builtin
+        return list(available)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    every = inspect.Parameter.VAR_KEYWORD in kinds
+    taken = [keyword for keyword in available if every or keyword in signature.parameters]
+    try:
+        signature.bind(None, None, **dict.fromkeys(taken))
+    except TypeError as error:
+        expected = "(prompts, responses, *, response_ids, finished, **columns)"
+        got = ", ".join(sorted(available))
+        raise TypeError(f"reward: {name}{signature} must take {expected}, here with {got}: {error}") from None
+    return taken
 
 
 def _check_finite(scores: Tensor, prompts: Sequence[Prompt], name: str) -> None:

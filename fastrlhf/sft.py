@@ -46,7 +46,8 @@ class SFT:
             autocast=config.autocast_dtype(),
             gradient_checkpointing=config.gradient_checkpointing,
         ).train()
-        check_fits(self.policy.model, self.tokenizer, max_length=config.max_length)
+        longest = max(len(row.tokens) for row in (*self.demonstrations, *self.held_out))
+        check_fits(self.policy.model, self.tokenizer, longest_row=longest)
         self.optimizer = Optimizer.of(config, self.policy, num_steps=self.num_steps)
         begin(self, checkpoint, (demonstration.tokens for demonstration in self.demonstrations))
 

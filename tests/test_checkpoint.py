@@ -28,7 +28,7 @@ def config(tmp_path, **changes):
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     open_output(config(tmp_path))
-    with pytest.raises(FileExistsError, match="not empty; give --resume to continue or --overwrite to delete"):
+    with pytest.raises(FileExistsError, match=r"not empty: --resume \(resume=True\) continues, --overwrite deletes it"):
         check_output(config(tmp_path))
 
 
@@ -50,6 +50,15 @@ def test_overwrite_deletes_what_a_run_writes_and_nothing_else(tmp_path):
     (out / "notes.txt").write_text("mine")
     open_output(config(tmp_path, overwrite=True))
     assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "notes.txt"]
+
+
+def test_files_can_be_read_by_whom_the_umask_lets(tmp_path):
+    def write(folder):
+        (folder / "weights").touch(mode=0o600)
+
+    write_whole(tmp_path / "model", write)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "model" / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path):

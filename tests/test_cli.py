@@ -115,7 +115,7 @@ def test_interrupting_says_how_to_go_on(arguments, monkeypatch, capsys, tmp_path
     assert f"--resume continues from {tmp_path / 'out' / 'checkpoints' / 'step-000002'}" in capsys.readouterr().err
     monkeypatch.setattr(SFT, "step", step)
     assert main(["sft", *arguments, "--batch-size=4", "--save-every=1"]) == 1
-    assert "give --resume to continue or --overwrite to delete" in capsys.readouterr().err
+    assert "is not empty: --resume (resume=True) continues" in capsys.readouterr().err
     assert main(["sft", *arguments, "--batch-size=4", "--resume"]) == 0
     assert "resuming from" in capsys.readouterr().out
 

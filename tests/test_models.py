@@ -79,9 +79,13 @@ def test_policy_logprobs_and_entropies_are_those_of_the_models_logits(tmp_path, 
     torch.testing.assert_close(entropies, torch.stack([b for _, b in expected]), atol=1e-5, rtol=0)
 
 
+def new_reward_model(path, **options):
+    return RewardModel.from_pretrained(path, new_head=True, **options)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_reward_model_folder_gives_the_same_scores_in_plain_transformers(tmp_path, arch):
-    reward_model = RewardModel.from_pretrained(save(tmp_path, arch))
+    reward_model = new_reward_model(save(tmp_path, arch))
     reward_model.bias = 0.25
     reward_model.save_pretrained(tmp_path / "rm")
     tokens = sequences()
@@ -93,7 +97,7 @@ def test_reward_model_folder_gives_the_same_scores_in_plain_transformers(tmp_pat
 
 
 def test_values_before_the_first_response_token_equal_the_score_of_the_prompt(tmp_path):
-    reward_model = RewardModel.from_pretrained(save(tmp_path, "llama"))
+    reward_model = new_reward_model(save(tmp_path, "llama"))
     reward_model.bias = -1.5
     value_model = ValueModel.from_reward_model(reward_model)
     tokens = sequences((9, 14))
@@ -176,7 +180,7 @@ def test_a_head_that_scales_its_logits_in_an_unknown_way_is_refused(tmp_path, mo
 def test_layers_that_mix_the_sequences_of_a_pack_are_refused(tmp_path, monkeypatch):
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x) + x.cumsum(1))
-    for load in (load_causal_lm, RewardModel.from_pretrained):
+    for load in (load_causal_lm, new_reward_model):
         with pytest.raises(ValueError, match="packed it computes something else"):
             load(save(tmp_path, "llama"))
 
@@ -205,7 +209,7 @@ def test_heads_that_scale_or_cap_are_reproduced(tmp_path, changes):
 
 
 def test_a_folder_without_all_the_weights_is_refused(tmp_path):
-    RewardModel.from_pretrained(save(tmp_path, "llama")).save_pretrained(tmp_path / "rm")
+    new_reward_model(save(tmp_path, "llama")).save_pretrained(tmp_path / "rm")
     with pytest.raises(ValueError, match=r"rm lacks the weights \['lm_head.weight'\] of LlamaForCausalLM"):
         Policy.from_pretrained(tmp_path / "rm")
 
@@ -223,7 +227,7 @@ def change_config(**changes):
     return change
 
 
-@pytest.mark.parametrize("load", [Policy.from_pretrained, RewardModel.from_pretrained])
+@pytest.mark.parametrize("load", [Policy.from_pretrained, new_reward_model])
 @pytest.mark.parametrize(
     ("break_it", "text"),
     [
@@ -246,7 +250,7 @@ def test_a_folder_that_cannot_be_loaded_is_named_with_the_reason(tmp_path, load,
 def test_a_body_without_a_classifier_in_transformers_is_named(tmp_path):
     folder = save(tmp_path, "cohere")
     with pytest.raises(ValueError, match="transformers has none with a cohere body"):
-        RewardModel.from_pretrained(folder)
+        new_reward_model(folder)
 
 
 def test_a_token_that_is_also_padding_is_trained_and_scored_like_any_other(tmp_path):
@@ -255,7 +259,7 @@ def test_a_token_that_is_also_padding_is_trained_and_scored_like_any_other(tmp_p
     tokens = [[5, 6, 1, 7, 1]]
     policy(pack(tokens, prompt_lengths=[1])).sum().backward()
     assert policy.model.get_input_embeddings().weight.grad[1].any()
-    reward_model = RewardModel.from_pretrained(folder)
+    reward_model = new_reward_model(folder)
     reward_model.save_pretrained(tmp_path / "rm")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
     torch.testing.assert_close(reward_model(pack(tokens)), plain(torch.tensor(tokens)).logits[:, 0], atol=1e-5, rtol=0)
@@ -270,13 +274,13 @@ def test_a_model_object_is_taken_as_it_is_also_twice(tmp_path):
 
 def test_a_frozen_model_asks_for_no_gradient(tmp_path):
     folder = save(tmp_path, "llama")
-    frozen = RewardModel.from_pretrained(folder, freeze=True)
+    frozen = new_reward_model(folder, freeze=True)
     assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.model.training
     assert all(p.requires_grad for p in ValueModel.from_reward_model(frozen).parameters())
 
 
 def test_parameters_lie_in_aligned_memory(tmp_path):
-    for model in (Policy.from_pretrained(save(tmp_path, "gpt2")), RewardModel.from_pretrained(tmp_path / "gpt2")):
+    for model in (Policy.from_pretrained(save(tmp_path, "gpt2")), new_reward_model(tmp_path / "gpt2")):
         assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
 
 

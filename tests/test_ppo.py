@@ -21,7 +21,7 @@ VOCAB = 300
 def folder(tmp_path):
     """A folder with a random 2-layer model, its tokenizer, a reward model and a prompt file."""
     model_folder(tmp_path / "model")
-    RewardModel.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "reward")
+    RewardModel.from_pretrained(tmp_path / "model", new_head=True).save_pretrained(tmp_path / "reward")
     tiny_tokenizer(VOCAB).save_pretrained(tmp_path / "reward")
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Say {n}", "want": n % 3} for n in range(40)])
     return tmp_path
@@ -140,11 +140,38 @@ def test_reward_functions_get_texts_ids_and_the_other_columns(folder):
     [
         (lambda prompts, responses, **_: [1.0], r"must return 8 scores, got \(1,\)"),
         (lambda prompts, responses, **_: [float("nan")] * len(prompts), "gave nan for response 0"),
+        (lambda prompts, responses, **_: None, "must return 8 numbers, got None"),
+        (lambda prompts, responses, **_: ["good"] * len(prompts), r"must return 8 numbers, got \['good', 'good'"),
     ],
 )
 def test_a_reward_function_that_returns_nonsense_is_named(folder, reward, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         next(PPO(config(folder, reward=reward)))
+
+
+def test_a_reward_function_gets_only_the_keywords_that_it_names(folder):
+    def reward(prompts, responses, want):
+        return [float(number) for number in want]
+
+    metrics = next(PPO(config(folder, reward=reward)))
+    assert 0 <= metrics["objective/scores"] <= 2
+
+
+@pytest.mark.parametrize(
+    ("reward", "text"),
+    [
+        (lambda prompts, responses, *, answer: [0.0], "missing a required argument: 'answer'"),
+        (lambda prompts: [0.0], "too many positional arguments"),
+    ],
+)
+def test_a_reward_function_that_needs_something_else_is_refused_at_the_start(folder, reward, text):
+    with pytest.raises(TypeError, match=rf"reward: .* here with finished, response_ids, want: {text}"):
+        PPO(config(folder, reward=reward))
+
+
+def test_a_model_without_a_score_head_is_no_reward_model(folder):
+    with pytest.raises(ValueError, match="has no trained score head; `fastrlhf reward` trains one"):
+        PPO(config(folder, reward=str(folder / "model")))
 
 
 def test_a_reward_model_that_scores_nan_is_named(folder):
@@ -192,14 +219,15 @@ def test_top_p_needs_to_be_told_which_logprobs_the_ratio_is_to(folder):
         ({"reward": "no_such_module:f"}, ValueError, "no module named 'no_such_module'"),
         ({"reward": "json:no_such_function"}, ValueError, "has no function 'no_such_function'"),
         ({"reward": "no/such/reward/model"}, FileNotFoundError, "no/such/reward/model"),
+        ({"reward": "my_rewards"}, FileNotFoundError, "a function is given as module:function"),
         ({"reward": ":f"}, ValueError, "':f' names no module"),
         ({"reward": "json:dumps=much"}, ValueError, "the weight in 'json:dumps=much' is no number"),
         ({"reward": "json:dumps=nan"}, ValueError, "the weight in 'json:dumps=nan' is no number"),
         ({"reward": ""}, ValueError, "give a reward model folder"),
-        ({"reward": "json:dumps", "max_new_tokens": 400}, ValueError, "context of 256"),
-        ({"reward": "json:dumps", "missing_eos": "drop"}, ValueError, "missing_eos: expected none, subtract:V"),
-        ({"reward": "json:dumps", "data": "missing.jsonl"}, ValueError, "no file 'missing.jsonl'"),
-        ({"reward": "json:dumps", "max_prompt_tokens": 3}, ValueError, "more than max_prompt_tokens = 3"),
+        ({"reward": "math:hypot", "max_new_tokens": 400}, ValueError, "context of 256"),
+        ({"reward": "math:hypot", "missing_eos": "drop"}, ValueError, "missing_eos: expected none, subtract:V"),
+        ({"reward": "math:hypot", "data": "missing.jsonl"}, ValueError, "no file 'missing.jsonl'"),
+        ({"reward": "math:hypot", "max_prompt_tokens": 3}, ValueError, "more than max_prompt_tokens = 3"),
     ],
 )
 def test_bad_settings_are_named_before_any_work(folder, changes, error, text):
@@ -219,7 +247,7 @@ def test_a_model_with_another_vocabulary_is_refused(folder, role):
 def test_a_reward_model_with_a_shorter_context_is_refused(folder):
     """Rotary models would score positions that they have never seen without a word."""
     short = folder / "short"
-    RewardModel.from_pretrained(model_folder(short, max_position_embeddings=16)).save_pretrained(short)
+    RewardModel.from_pretrained(model_folder(short, max_position_embeddings=16), new_head=True).save_pretrained(short)
     longest = max(len(prompt.tokens) for prompt in PPO(config(folder)).prompts)
     reward = {"reward": f"{short}=1,{folder / 'reward'}=1", "output": str(folder / "b")}
     assert next(PPO(config(folder, **reward, max_new_tokens=16 - longest)))

@@ -155,7 +155,10 @@ def test_an_earlier_run_survives_bad_input(settings, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"max_length": 1000}, r"max_length \(1000\) must not exceed the model's context of 256"),
+        (
+            {"model": {"max_position_embeddings": 8}},
+            r"longest_row \(\d+\) must not exceed the model's context of 8",
+        ),
         ({"eval_fraction": 0.001}, "eval_fraction 0.001 of 24 rows leaves none"),
         ({"template": "chat", "model": {"chat": False}}, "no chat template"),
         ({"model": {"vocab": 280}}, "the tokenizer has 300 tokens, but the model embeds only 280"),

@@ -22,7 +22,7 @@ class Reason(StrEnum):
     ASSISTANT_NOT_LAST = "the last turn is not the assistant's"
     USER_NOT_LAST = "the last turn of the prompt is not the user's"
     NOT_ONE_ANSWER = "a response is not one assistant message"
-    NO_PROMPT = "no prompt: neither a prompt column nor Human: and Assistant: turns"
+    NO_PROMPT = "no prompt: neither a prompt column nor Human: and Assistant: turns (plain texts: --template none)"
     TEXT_BEFORE_TURNS = "text before the first Human: turn"
     EMPTY_PROMPT = "empty prompt"
     EMPTY_RESPONSE = "empty response"

@@ -49,7 +49,7 @@ def has_shape(function: str, name: str, tensor: Tensor, shape: tuple[int | None,
         want is None or got == want for want, got in zip(shape, tensor.shape, strict=True)
     )
     if not fits:
-        expected = ", ".join("*" if size is None else str(size) for size in shape)
+        expected = ", ".join("*" if size is None else str(size) for size in shape) + "," * (len(shape) == 1)
         raise ValueError(f"{function}: {name} must be {letters} = ({expected}), got {tuple(tensor.shape)}")
 
 
