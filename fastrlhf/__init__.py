@@ -8,24 +8,27 @@ from fastrlhf.ops import __all__ as _ops
 
 if TYPE_CHECKING:
     from fastrlhf.config import PPOConfig, RewardConfig, SFTConfig
+    from fastrlhf.integrations import patch, unpatch
     from fastrlhf.ppo import PPO
     from fastrlhf.reward import RewardTrainer
     from fastrlhf.sft import SFT
 
 __version__ = "0.1.0"
 # imported when first asked for: the loops bring transformers, which takes seconds that a user of the ops need not wait
-_LOOPS = {
+_LATER = {
     "PPO": "ppo",
     "PPOConfig": "config",
     "RewardConfig": "config",
     "RewardTrainer": "reward",
     "SFT": "sft",
     "SFTConfig": "config",
+    "patch": "integrations",
+    "unpatch": "integrations",
 }
-__all__ = ["PPO", "SFT", "PPOConfig", "RewardConfig", "RewardTrainer", "SFTConfig", *_ops]
+__all__ = ["PPO", "SFT", "PPOConfig", "RewardConfig", "RewardTrainer", "SFTConfig", *_ops, "patch", "unpatch"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LOOPS:
-        return getattr(importlib.import_module(f"fastrlhf.{_LOOPS[name]}"), name)
+    if name in _LATER:
+        return getattr(importlib.import_module(f"fastrlhf.{_LATER[name]}"), name)
     raise AttributeError(f"module 'fastrlhf' has no attribute {name!r}")

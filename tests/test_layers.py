@@ -17,6 +17,7 @@ ROOMS = {
     "native": ({"_cpu", "_cuda"}, set(), set()),
     "kernels": ({"kernels"}, set(), {"torch", "triton"}),
     "ops": ({"ops"}, {"native", "kernels"}, {"torch"}),
+    "integrations": ({"integrations"}, {"ops"}, {"torch"}),
     "packing": ({"packing"}, set(), {"torch"}),
     "formulas": ({"rewards", "losses", "advantages"}, {"ops", "packing"}, {"torch"}),
     "models": (
@@ -51,7 +52,12 @@ NARROWER = {  # rules within a room: module -> modules of ours that it never imp
     "rollout": {"config", "scoring"},
     "scoring": {"config"},
 }
-READ_THE_ENVIRONMENT = {"ops/_registry.py", "ops/_check.py"}
+READ_THE_ENVIRONMENT = {
+    "ops/_registry.py",
+    "ops/_check.py",
+    "integrations/_replacing.py",
+    "integrations/startup/sitecustomize.py",
+}
 
 
 def sources():
@@ -146,7 +152,7 @@ def test_torch_library_is_met_in_the_registry_only():
     assert {name for name, path in SOURCES.items() if meets(path)} == {"ops/_registry.py"}
 
 
-def test_the_environment_is_read_in_two_places_only():
+def test_the_environment_is_read_in_few_places_only():
     def reads(path):
         names = attributes(path) | {name for name, _ in imports(path)}
         return any(starts_with(name, {"os.environ", "os.getenv"}) for name in names)
