@@ -10,6 +10,7 @@ from fastrlhf.ops.discounted_returns import discounted_returns
 from fastrlhf.ops.gae import gae
 from fastrlhf.ops.group_advantages import group_advantages
 from fastrlhf.ops.linear_cross_entropy import linear_cross_entropy
+from fastrlhf.ops.linear_dpo_loss import linear_dpo_loss
 from fastrlhf.ops.linear_ppo_loss import linear_ppo_loss
 from fastrlhf.ops.linear_token_logprobs import linear_token_logprobs
 from fastrlhf.ops.masked_whiten import masked_whiten
@@ -28,6 +29,7 @@ __all__ = [
     "gae",
     "group_advantages",
     "linear_cross_entropy",
+    "linear_dpo_loss",
     "linear_ppo_loss",
     "linear_token_logprobs",
     "masked_whiten",

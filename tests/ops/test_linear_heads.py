@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.profiler import profile
 
-from fastrlhf import linear_cross_entropy, linear_ppo_loss, linear_token_logprobs
+from fastrlhf import linear_cross_entropy, linear_dpo_loss, linear_ppo_loss, linear_token_logprobs
 
 D, V = 40, 900
 
@@ -30,7 +30,14 @@ def ppo(hidden, weight, targets, **options):
     return linear_ppo_loss(hidden, weight, targets, old, advantages, **options)[0], ()
 
 
-LOSSES = [logprobs, cross_entropy, ppo]
+def dpo(hidden, weight, targets, **options):
+    """Each row the chosen response of a pair, beside an empty one."""
+    cu_seqlens = (torch.arange(2 * len(targets) + 1) + 1).div(2, rounding_mode="floor").to(torch.int32)
+    ref = (-6 + targets / V).to(torch.promote_types(hidden.dtype, torch.float32))
+    return linear_dpo_loss(hidden, weight, targets, cu_seqlens, ref, denominator=1, **options)[0], ()
+
+
+LOSSES = [logprobs, cross_entropy, ppo, dpo]
 
 
 def inputs(num_rows, dtype=torch.float32):
