@@ -9,6 +9,7 @@ from fastrlhf.ops.decode_attention import decode_attention
 from fastrlhf.ops.discounted_returns import discounted_returns
 from fastrlhf.ops.gae import gae
 from fastrlhf.ops.group_advantages import group_advantages
+from fastrlhf.ops.kl_divergence import kl_divergence
 from fastrlhf.ops.linear_cross_entropy import linear_cross_entropy
 from fastrlhf.ops.linear_dpo_loss import linear_dpo_loss
 from fastrlhf.ops.linear_ppo_loss import linear_ppo_loss
@@ -28,6 +29,7 @@ __all__ = [
     "discounted_returns",
     "gae",
     "group_advantages",
+    "kl_divergence",
     "linear_cross_entropy",
     "linear_dpo_loss",
     "linear_ppo_loss",

@@ -43,6 +43,19 @@ def token_logprobs_backward(dtype):
         yield "token_logprobs_backward", (*upstream, x, targets, temperature, *statistics)
 
 
+def kl_divergence(dtype):
+    for jensen_shannon in (False, True):
+        yield "kl_divergence", (logits(dtype)[0], logits(dtype)[0], 0.8, jensen_shannon)
+
+
+def kl_divergence_backward(dtype):
+    wide = torch.promote_types(dtype, FP32)
+    saved = torch.ones(8, dtype=wide), logits(dtype)[0], logits(dtype)[0], torch.empty(8, 6, dtype=wide)
+    for jensen_shannon in (False, True):
+        for wanted in ([True, True], [True, False], [False, True]):
+            yield "kl_divergence_backward", (*saved, 0.8, jensen_shannon, wanted)
+
+
 def approx_kl(dtype):
     for estimator in (1, 2, 3):
         yield "approx_kl", (torch.empty(2**20, dtype=dtype), torch.empty(2**20, dtype=dtype), estimator)
@@ -84,6 +97,8 @@ LAUNCHES = {  # what calls the kernels at the sizes of training -> the dtypes it
     value_loss: (FP32, FP64),
     sample_tokens: (BF16, FP32, FP64),
     decode_attention: (BF16, FP32, FP64),
+    kl_divergence: (BF16, FP32, FP64),
+    kl_divergence_backward: (BF16, FP32, FP64),
     token_logprobs: (BF16, FP32, FP64),
     token_logprobs_backward: (BF16, FP32, FP64),
 }

@@ -268,7 +268,7 @@ def test_logits_that_cannot_be_overwritten_are_refused(logits, text):
             "logits must be float32, float64, bfloat16, float16, got int64",
         ),
         ({"targets": torch.zeros(3)}, TypeError, "targets must be int64, got float32"),
-        ({"targets": torch.zeros(4).long()}, ValueError, "targets must be (T,) = (3), got (4,)"),
+        ({"targets": torch.zeros(4).long()}, ValueError, "targets must be (T,) = (3,), got (4,)"),
         ({"targets": torch.tensor([0, 5, 1])}, ValueError, "targets must be in [0, 5), got values from 0 to 5"),
         ({"targets": torch.tensor([0, -100, 1])}, ValueError, "got values from -100 to 1"),
         ({"targets": torch.zeros(3, device="meta").long()}, ValueError, "must be on one device"),
