@@ -17,7 +17,7 @@ ROOMS = {
     "native": ({"_cpu", "_cuda"}, set(), set()),
     "kernels": ({"kernels"}, set(), {"torch", "triton"}),
     "ops": ({"ops"}, {"native", "kernels"}, {"torch"}),
-    "integrations": ({"integrations"}, {"ops"}, {"torch"}),
+    "integrations": ({"integrations"}, {"ops"}, {"torch", "numpy"}),
     "packing": ({"packing"}, set(), {"torch"}),
     "formulas": ({"rewards", "losses", "advantages"}, {"ops", "packing"}, {"torch"}),
     "models": (

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrlhf.integrations._cases import heads, logits_and_targets
 from fastrlhf.integrations._replacing import Known, Replacement
 from fastrlhf.integrations._rows import log_probs_and_entropy, plain
 from fastrlhf.ops import linear_token_logprobs
@@ -169,52 +170,34 @@ def _chunked_log_prob_1_10(original: Any) -> Any:
     return type(original.__name__, (), {"apply": staticmethod(apply), "__doc__": original.__doc__})
 
 
-def _logits(device: str, shape: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits with a gradient and an index below the vocabulary, in the dtypes that train on the device."""
-    generator = torch.Generator().manual_seed(0)
-    dtypes = (torch.float32, torch.float64) if device == "cpu" else (torch.float32, torch.bfloat16)
-    for dtype in dtypes:
-        logits = (4 * torch.randn(shape, generator=generator)).to(device, dtype).requires_grad_()
-        yield logits, torch.randint(shape[-1], shape[:-1], generator=generator).to(device)
-
-
 def _cases_logits_and_index(device: str) -> Iterator[tuple[Any, ...]]:
-    yield from _logits(device, (4, 16, 1000))
+    yield from logits_and_targets(device, 4, 16, 1000)
 
 
 def _cases_all_arguments(device: str) -> Iterator[tuple[Any, ...]]:
-    for logits, index in _logits(device, (4, 16, 1000)):
+    for logits, index in logits_and_targets(device, 4, 16, 1000):
         yield logits, index
         yield logits, index, 0.7, index % 5 > 0
 
 
 def _cases_logits(device: str) -> Iterator[tuple[Any, ...]]:
-    yield from ((logits,) for logits, _ in _logits(device, (4, 16, 1000)))
+    yield from ((logits,) for logits, _ in logits_and_targets(device, 4, 16, 1000))
 
 
 def _cases_both(device: str) -> Iterator[tuple[Any, ...]]:
-    for logits, index in _logits(device, (4, 16, 1000)):
+    for logits, index in logits_and_targets(device, 4, 16, 1000):
         for requires_grad, temperature in ((True, 0.7), (False, 1.0)):
             yield logits, index, requires_grad, temperature, index % 5 > 0
 
 
-def _heads(device: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    for dtype in (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16):
-        # logits of a few units, as models have: theirs are rounded to the dtype of the hidden states, ours are not
-        made = [torch.randn(shape, generator=generator) / 3 for shape in ((64, 32), (1000, 32), (1000,))]
-        hidden, weight, bias = (t.to(device, dtype).requires_grad_() for t in made)
-        yield hidden, weight, bias, torch.randint(1000, (64,), generator=generator).to(device)
-
-
 def _cases_head(device: str) -> Iterator[tuple[Any, ...]]:
-    for hidden, weight, bias, targets in _heads(device):
+    for hidden, weight, bias, targets in heads(device):
         yield hidden, weight, bias, targets, 0.7, 256, None, 1.3, ("log_probs", "entropy")
         yield hidden, weight, None, targets, 1.0, 256, 3.0, 0.5, ("log_probs",)
 
 
 def _cases_head_1_10(device: str) -> Iterator[tuple[Any, ...]]:
-    for hidden, weight, _, targets in _heads(device):
+    for hidden, weight, _, targets in heads(device):
         yield hidden, weight, targets, 0.7, 256, None, 1.3
         yield hidden, weight, targets, 1.0, 256, 3.0, 0.5
 
