@@ -84,6 +84,7 @@ def main() -> None:
     hidden.requires_grad_()
     add(report, f"fwd+bwd, frozen head, {shape} float32", plain, inputs)
     weight.requires_grad_()
+    plain["fastrlhf, logits kept"] = ours(memory_budget=NUM_ROWS * SIZE * 4)
     add(report, f"fwd+bwd, {shape} float32", plain | torch_losses(), inputs)
     add(report, f"fwd+bwd with entropy, {shape} float32", both, inputs)
     half = (hidden.detach()[:512].bfloat16(), weight.detach().bfloat16(), targets[:512])
