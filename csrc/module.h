@@ -26,11 +26,13 @@ static void call(const Kernel* kernel, const py::args& args) {
     throw py::type_error(std::string(kernel->name) + " takes " + std::to_string(n) +
                          " arguments, got " + std::to_string(args.size()));
   for (size_t i = 0; i < n; i++) {
+    PyObject* argument = PyTuple_GET_ITEM(args.ptr(), i);
     if (kernel->signature[i] == 'd')
-      values[i].d = args[i].cast<double>();
+      values[i].d = PyFloat_AsDouble(argument);
     else
-      values[i].i = args[i].cast<int64_t>();
+      values[i].i = PyLong_AsLongLong(argument);
   }
+  if (PyErr_Occurred()) throw py::error_already_set();
   py::gil_scoped_release release;
   kernel->call(values);
 }

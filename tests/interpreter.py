@@ -17,7 +17,7 @@ def replace_cpu_kernels() -> None:
     if "triton" in sys.modules:
         raise RuntimeError("Triton reads TRITON_INTERPRET when it is imported, which has happened")
     os.environ["TRITON_INTERPRET"] = "1"
-    from fastrlhf.ops._registry import BACKENDS
+    from fastrlhf.ops._registry import BACKENDS, SERVING
 
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for name, serves in BACKENDS.items():
@@ -25,3 +25,4 @@ def replace_cpu_kernels() -> None:
             launcher = functools.partial(getattr(torch.ops.fastrlhf, name).default.redispatch, keys)
             with warnings.catch_warnings(action="ignore"):  # the CPU's kernel is replaced on purpose
                 _library.impl(name, launcher, "CPU", allow_override=True)
+            SERVING[name]["cpu"] = launcher

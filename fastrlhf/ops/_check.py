@@ -83,6 +83,29 @@ def rows_of(function: str, name: str, rows: Tensor, bound: int) -> None:
         raise ValueError(f"{function}: {name} must name a row only once, got {rows.tolist()[:8]}")
 
 
+def alike(
+    function: str, dtypes: tuple[torch.dtype, ...], tensors: dict[str, Tensor], mask: Tensor | None = None
+) -> None:
+    """Raises unless all `tensors` have the device, shape and dtype of the first, one of `dtypes`, and `mask` fits."""
+    rest = iter(tensors.values())
+    first = next(rest)
+    device, dtype, shape = first.device, first.dtype, first.shape
+    fits = dtype in dtypes
+    for t in rest:
+        fits = fits and t.dtype is dtype and t.device == device and t.shape == shape
+    if mask is not None:
+        fits = fits and mask.dtype is torch.bool and mask.device == device and mask.shape == shape
+    if fits:  # ops are called on small tensors, too: what is wrong is only found out when something is
+        return
+    same_device(function, **tensors, mask=mask)
+    (name, _), *others = tensors.items()
+    dtype_in(function, name, first, dtypes)
+    for other, t in others:
+        dtype_in(function, other, t, (dtype,))
+        same_shape(function, **{name: first, other: t})
+    mask_of(function, mask, **{name: first})
+
+
 def mask_of(function: str, mask: Tensor | None, **like: Tensor) -> None:
     """Raises unless `mask` is None, or bool and of the shape of the tensor it is for."""
     if mask is not None:

@@ -3,7 +3,9 @@
 `leaf` defines an operator: its reference serves every device, native launchers replace it where there are some, and the
 fake makes it traceable. `op` adds the gradient (twice from one pair of functions: through torch.library for
 `torch.ops.fastrlhf.*`, opcheck and torch.compile; and as an autograd.Function, three times cheaper per call, for eager
-callers) and files the result in OPS, from which the contract tests and the benchmarks are derived.
+callers) and files the result in OPS, from which the contract tests and the benchmarks are derived. An eager call of
+plain tensors goes straight to the function that serves their device, past torch's dispatcher, which takes the time of
+a small kernel. So the first argument is a tensor.
 
 FASTRLHF_BACKEND=ref makes the references the implementation everywhere, for debugging.
 """
@@ -16,6 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+# what watches operators; torch has no public names for them
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+_trace, _profiled = torch._C._get_tracing_state, torch._C._autograd._profiler_enabled
 
 _lib = torch.library.Library("fastrlhf", "DEF")
 BACKEND = os.environ.get("FASTRLHF_BACKEND", "native")
@@ -24,6 +31,7 @@ if BACKEND not in ("native", "ref"):
 
 OPS: dict[str, "Op"] = {}
 BACKENDS: dict[str, dict[str, str]] = {}  # leaf -> device -> what serves it there, for `fastrlhf info`
+SERVING: dict[str, dict[str, Callable[..., Any]]] = {}  # leaf -> device -> the function that does
 
 
 def leaf(
@@ -33,20 +41,39 @@ def leaf(
     fake: Callable[..., Any],
     cpu: Callable[..., Any] | None = None,
     cuda: Callable[..., Any] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
     """Defines `fastrlhf::<schema>` and returns it: the reference on every device, a native kernel where there is one.
 
-    Outputs may not alias inputs (opcheck rejects it)."""
+    check: called with the arguments before either. Outputs may not alias inputs (opcheck rejects it)."""
     name = schema.split("(")[0]
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _lib.impl(name, ref, "CompositeExplicitAutograd")
+    _lib.impl(name, _after(check, ref), "CompositeExplicitAutograd")
     BACKENDS[name] = {"cpu": "reference", "cuda": "reference"}
+    SERVING[name] = dict.fromkeys(("cpu", "cuda"), _after(check, ref))
     for device, kernel in (("cpu", cpu), ("cuda", cuda)):
         if kernel is not None and BACKEND == "native":
-            _lib.impl(name, kernel, device.upper())
+            SERVING[name][device] = _after(check, kernel)
+            _lib.impl(name, SERVING[name][device], device.upper())
             BACKENDS[name][device] = "native"
     torch.library.register_fake(f"fastrlhf::{name}", fake, lib=_lib)
     return getattr(torch.ops.fastrlhf, name).default
+
+
+def _after(check: Callable[..., None] | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    if check is None:
+        return function
+
+    def checked(*args: Any) -> Any:
+        check(*args)
+        return function(*args)
+
+    return checked
+
+
+def _is_watched() -> bool:
+    """Whether a mode, a transform, a trace or a profile wants to see operators."""
+    return bool(_modes() or _profiled()) or _transforms() is not None or _trace() is not None
 
 
 @dataclass(frozen=True)
@@ -93,26 +120,40 @@ def op(
     name = forward._schema.name.split("::")[1]  # type: ignore[attr-defined]
     parameters = [a.name for a in forward._schema.arguments]  # type: ignore[attr-defined]
     constant = [i for i, parameter in enumerate(parameters) if parameter not in grads]
+    serving = SERVING[name]
     function: Any = None
     if backward is not None:
         torch.library.register_autograd(f"fastrlhf::{name}", backward, setup_context=setup_context, lib=_lib)
+        once = once_differentiable(backward)
 
         def function_forward(ctx: Any, *args: Any) -> Any:
-            output = forward(*args)
+            output = serving[args[0].device.type](*args)
             setup_context(ctx, args, output)  # type: ignore[misc]
             return output
 
+        def function_backward(ctx: Any, *grads: Any) -> Any:
+            # gradients are recorded when a second derivative is wanted: only then does `once` have something to forbid
+            return once(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
         # setup_context stays a plain call: as a staticmethod of the Function its argument binding costs 37 µs
-        methods = {"forward": staticmethod(function_forward), "backward": staticmethod(once_differentiable(backward))}
+        methods = {"forward": staticmethod(function_forward), "backward": staticmethod(function_backward)}
         function = type(name, (torch.autograd.Function,), methods)
 
     def apply(*args: Any) -> Any:
-        if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
+        straight, plain, wanted = serving.get(args[0].device.type), not torch.compiler.is_compiling(), False
+        for a in args:
+            if isinstance(a, Tensor):
+                wanted = wanted or a.requires_grad
+                # the memory of a subclass or of a negative view does not hold what it shows
+                plain = plain and type(a) in (Tensor, Parameter) and not a.is_neg()
+        wanted = wanted and torch.is_grad_enabled()
+        if wanted:
+            for i in constant:
+                if isinstance(args[i], Tensor) and args[i].requires_grad:
+                    raise ValueError(f"{name}: {parameters[i]} gets no gradient, so it must be detached")
+        if straight is None or not plain or _is_watched():
             return forward(*args)
-        for i in constant:
-            if isinstance(args[i], Tensor) and args[i].requires_grad:
-                raise ValueError(f"{name}: {parameters[i]} gets no gradient, so it must be detached")
-        return forward(*args) if torch.compiler.is_compiling() else function.apply(*args)
+        return function.apply(*args) if wanted else straight(*args)
 
     OPS[name] = Op(name, forward, reference, samples, grads, apply)
     return OPS[name]

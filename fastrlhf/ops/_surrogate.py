@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrlhf.ops._check import dtype_in, mask_of, same_device, same_shape
+from fastrlhf.ops._check import alike
 
 FLOATS = (torch.float32, torch.float64)
 STATS = ("clip_fraction", "approx_kl", "ratio", "ratio_max", "ratio_min")
@@ -43,25 +43,13 @@ def largest(x: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept.any(), padded.amax(), 0)
 
 
-def check(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None) -> None:
+def check(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None, *_: Any) -> None:
     """The checks of tensors that both forms make, in the name of the public function."""
-    name = "ppo_policy_loss"
-    same_device(name, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
-    dtype_in(name, "logprobs", logprobs, FLOATS)
-    dtype_in(name, "old_logprobs", old_logprobs, (logprobs.dtype,))
-    dtype_in(name, "advantages", advantages, (logprobs.dtype,))
-    same_shape(name, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    mask_of(name, mask, logprobs=logprobs)
+    tensors = {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages}
+    alike("ppo_policy_loss", FLOATS, tensors, mask)
 
 
 def fake(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised outputs: the loss, its statistics, its gradient with respect to logprobs."""
     grad = torch.empty_like(logprobs, memory_format=torch.contiguous_format)
     return logprobs.new_empty(()), logprobs.new_empty(len(STATS)), grad
-
-
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Keeps the gradient that the forward pass has made."""
-    _, stats, grad = output
-    ctx.mark_non_differentiable(stats, grad)
-    ctx.save_for_backward(grad)

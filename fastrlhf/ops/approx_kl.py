@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import dtype_in, dtype_name, same_device, same_shape, widen
+from fastrlhf.ops._check import alike, dtype_name, widen
 from fastrlhf.ops._registry import leaf, op
 
 try:
@@ -41,11 +41,8 @@ def kl_slope(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
     return logprobs - ref_logprobs if estimator == 2 else -(ref_logprobs - logprobs).expm1()
 
 
-def _check(logprobs: Tensor, ref_logprobs: Tensor) -> None:
-    same_device("approx_kl", logprobs=logprobs, ref_logprobs=ref_logprobs)
-    dtype_in("approx_kl", "logprobs", logprobs, FLOATS)
-    dtype_in("approx_kl", "ref_logprobs", ref_logprobs, (logprobs.dtype,))
-    same_shape("approx_kl", logprobs=logprobs, ref_logprobs=ref_logprobs)
+def _check(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> None:
+    alike("approx_kl", FLOATS, {"logprobs": logprobs, "ref_logprobs": ref_logprobs})
 
 
 def _fake(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
@@ -53,7 +50,6 @@ def _fake(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
 
 
 def _cpu_forward(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
-    _check(logprobs, ref_logprobs)
     logprobs, ref_logprobs = logprobs.contiguous(), ref_logprobs.contiguous()
     out = torch.empty_like(logprobs)
     kernel = getattr(_cpu, f"approx_kl_{dtype_name(logprobs)}")
@@ -69,7 +65,6 @@ def _cpu_forward(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tens
 
 
 def _cuda_forward(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
-    _check(logprobs, ref_logprobs)
     return triton_kernel.approx_kl(logprobs.contiguous(), ref_logprobs.contiguous(), estimator)
 
 
@@ -99,6 +94,7 @@ _forward = leaf(
     fake=_fake,
     cpu=_cpu_forward,
     cuda=None if triton_kernel is None else _cuda_forward,
+    check=_check,
 )
 _op = op(
     _forward,
@@ -128,7 +124,6 @@ def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") 
     Source: Schulman, "Approximating KL divergence" (2020).
     """
     logprobs, ref_logprobs = widen(logprobs), widen(ref_logprobs)
-    _check(logprobs, ref_logprobs)
     if estimator not in ESTIMATORS:
         raise ValueError(f"approx_kl: estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
     return _op(logprobs, ref_logprobs, ESTIMATORS[estimator])

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, dtype_in, dtype_name, has_shape, mask_of, same_device, widen
+from fastrlhf.ops._check import address, alike, dtype_in, dtype_name, has_shape, same_device, widen
 from fastrlhf.ops._launch import if_built, launch
 from fastrlhf.ops._registry import leaf, op
 
@@ -30,11 +30,10 @@ def masked_whiten_ref(x: Tensor, mask: Tensor | None, moments: Tensor | None, ce
     return white if mask is None else torch.where(mask, white, 0)
 
 
-def _check(x: Tensor, mask: Tensor | None, moments: Tensor | None = None) -> None:
-    same_device("masked_whiten", x=x, mask=mask, moments=moments)
-    dtype_in("masked_whiten", "x", x, FLOATS)
-    mask_of("masked_whiten", mask, x=x)
+def _check(x: Tensor, mask: Tensor | None, moments: Tensor | None = None, *_: Any) -> None:
+    alike("masked_whiten", FLOATS, {"x": x}, mask)
     if moments is not None:
+        same_device("masked_whiten", x=x, moments=moments)
         dtype_in("masked_whiten", "moments", moments, (torch.float64,))
         has_shape("masked_whiten", "moments", moments, (3,), "(3,)")
 
@@ -48,7 +47,6 @@ def _fake_moments(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _cpu_moments(x: Tensor, mask: Tensor | None) -> Tensor:
-    _check(x, mask)
     x, mask = _contiguous(x, mask)
     moments = _fake_moments(x, mask)
     kernel = getattr(_cpu, f"masked_moments_{dtype_name(x)}")
@@ -57,7 +55,6 @@ def _cpu_moments(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _cuda_moments(x: Tensor, mask: Tensor | None) -> Tensor:
-    _check(x, mask)
     x, mask = _contiguous(x, mask)
     moments, parts = _fake_moments(x, mask), x.new_empty(NUM_PARTS, 3, dtype=torch.float64)
     kernel = f"masked_moments_{dtype_name(x)}"
@@ -70,7 +67,6 @@ def _fake_whiten(x: Tensor, *_: Any) -> Tensor:
 
 
 def _cpu_whiten(x: Tensor, mask: Tensor | None, moments: Tensor | None, center: bool, eps: float) -> Tensor:
-    _check(x, mask, moments)
     x, mask, moments = _contiguous(x, mask, moments)
     out = torch.empty_like(x)
     kernel = getattr(_cpu, f"masked_whiten_{dtype_name(x)}")
@@ -88,7 +84,6 @@ def _cpu_whiten(x: Tensor, mask: Tensor | None, moments: Tensor | None, center: 
 
 
 def _cuda_whiten(x: Tensor, mask: Tensor | None, moments: Tensor | None, center: bool, eps: float) -> Tensor:
-    _check(x, mask, moments)
     x, mask, moments = _contiguous(x, mask, moments)
     out, parts = torch.empty_like(x), x.new_empty(NUM_PARTS, 3, dtype=torch.float64)
     launch(
@@ -126,6 +121,7 @@ _moments = op(
         "masked_moments(Tensor x, Tensor? mask) -> Tensor",
         ref=masked_moments_ref,
         fake=_fake_moments,
+        check=_check,
         cpu=_cpu_moments,
         cuda=if_built(_cuda_moments),
     ),
@@ -137,6 +133,7 @@ _whiten = op(
         "masked_whiten(Tensor x, Tensor? mask, Tensor? moments, bool center, float eps) -> Tensor",
         ref=masked_whiten_ref,
         fake=_fake_whiten,
+        check=_check,
         cpu=_cpu_whiten,
         cuda=if_built(_cuda_whiten),
     ),
@@ -179,7 +176,6 @@ def masked_whiten(
     Source: Ziegler et al., arXiv 1909.08593 (`whiten` in its code).
     """
     x = widen(x)
-    _check(x, mask)
     if not eps >= 0:
         raise ValueError(f"masked_whiten: eps must not be negative, got {eps}")
     moments = None if group is None else _over_group(_moments(x, mask), group)

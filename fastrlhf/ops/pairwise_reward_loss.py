@@ -10,6 +10,7 @@ from torch import Tensor
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
     address,
+    alike,
     denominator_of,
     dtype_in,
     dtype_name,
@@ -21,6 +22,7 @@ from fastrlhf.ops._check import (
     widen,
 )
 from fastrlhf.ops._launch import if_built, launch
+from fastrlhf.ops._loss import keep_gradients, named, scale_gradients
 from fastrlhf.ops._registry import leaf, op
 
 FLOATS = (torch.float32, torch.float64)
@@ -69,8 +71,13 @@ def _check(
     margin: Tensor | None,
     targets: Tensor | None,
     weights: Tensor | None,
+    *_: Any,
 ) -> None:
     name, options = "pairwise_reward_loss", {"margin": margin, "targets": targets, "weights": weights}
+    has_shape(name, "chosen", chosen, (None,), "(N,)")
+    if chosen_rows is None and rejected_rows is None:
+        given = {key: tensor for key, tensor in options.items() if tensor is not None}
+        return alike(name, FLOATS, {"chosen": chosen, "rejected": rejected, **given})
     rows = {"chosen_rows": chosen_rows, "rejected_rows": rejected_rows}
     same_device(name, chosen=chosen, rejected=rejected, **rows, **options)
     dtype_in(name, "chosen", chosen, FLOATS)
@@ -97,7 +104,7 @@ def _fake(
 ) -> Outputs:
     # the kernels write the gradients of the rows alone
     grads = [
-        (torch.empty if rows is None else torch.zeros)(scores.shape, dtype=scores.dtype, device=scores.device)
+        scores.new_empty(scores.shape[0]) if rows is None else scores.new_zeros(scores.shape[0])
         for scores, rows in ((chosen, chosen_rows), (rejected, rejected_rows))
     ]
     return chosen.new_empty(()), chosen.new_empty(len(STATS)), grads[0], grads[1]
@@ -109,7 +116,6 @@ def _num_pairs(chosen: Tensor, chosen_rows: Tensor | None) -> int:
 
 def _cpu_forward(*args: Any) -> Outputs:
     *tensors, label_smoothing, center_coef, denominator = args
-    _check(*tensors)
     inputs = [None if x is None else x.contiguous() for x in tensors]
     outputs = _fake(*tensors)
     getattr(_cpu, f"pairwise_reward_loss_{dtype_name(outputs[0])}")(
@@ -124,7 +130,6 @@ def _cpu_forward(*args: Any) -> Outputs:
 
 def _cuda_forward(*args: Any) -> Outputs:
     *tensors, label_smoothing, center_coef, denominator = args
-    _check(*tensors)
     inputs = [None if x is None else x.contiguous() for x in tensors]
     outputs = _fake(*tensors)
     launch(
@@ -139,17 +144,6 @@ def _cuda_forward(*args: Any) -> Outputs:
         denominator or 0.0,
     )
     return outputs
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, stats, grad_chosen, grad_rejected = output
-    ctx.mark_non_differentiable(stats, grad_chosen, grad_rejected)
-    ctx.save_for_backward(grad_chosen, grad_rejected)
-
-
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    grad_chosen, grad_rejected = ctx.saved_tensors
-    return grad_loss * grad_chosen, grad_loss * grad_rejected, *[None] * 8
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -174,14 +168,15 @@ _forward = leaf(
     fake=_fake,
     cpu=_cpu_forward,
     cuda=if_built(_cuda_forward),
+    check=_check,
 )
 _op = op(
     _forward,
     reference=pairwise_reward_loss_ref,
     samples=samples,
     grads=("chosen", "rejected"),
-    setup_context=_setup_context,
-    backward=_backward,
+    setup_context=keep_gradients,
+    backward=scale_gradients,
 )
 
 
@@ -226,7 +221,6 @@ def pairwise_reward_loss(
     """
     chosen, rejected = widen(chosen), widen(rejected)
     margin, weights, targets = (None if x is None else widen(x) for x in (margin, weights, targets))
-    _check(chosen, rejected, chosen_rows, rejected_rows, margin, targets, weights)
     denominator_of("pairwise_reward_loss", denominator)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"pairwise_reward_loss: label_smoothing must be in [0, 1], got {label_smoothing}")
@@ -235,4 +229,4 @@ def pairwise_reward_loss(
         raise ValueError(f"pairwise_reward_loss: targets must be in [0, 1], got values from {low} to {high}")
     tensors = chosen, rejected, chosen_rows, rejected_rows, margin, targets, weights
     loss, stats, *_ = _op(*tensors, label_smoothing, center_coef, denominator)
-    return loss, dict(zip(STATS, stats.unbind(), strict=True))
+    return loss, named(STATS, stats)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import address, denominator_of, dtype_name, widen
+from fastrlhf.ops._loss import keep_gradients, named, scale_gradients
 from fastrlhf.ops._registry import leaf, op
-from fastrlhf.ops._surrogate import STATS, check, clip_bounds, fake, largest, setup_context, surrogate
+from fastrlhf.ops._surrogate import STATS, check, clip_bounds, fake, largest, surrogate
 from fastrlhf.ops.approx_kl import exp_minus_linear
 from fastrlhf.ops.ppo_sequence_loss import sequence_loss
 
@@ -54,7 +55,6 @@ def _cpu_forward(
     dual_clip: float | None,
     denominator: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check(logprobs, old_logprobs, advantages, mask)
     logprobs, old_logprobs, advantages = logprobs.contiguous(), old_logprobs.contiguous(), advantages.contiguous()
     mask = None if mask is None else mask.contiguous()
     loss, stats, grad = fake(logprobs)
@@ -80,14 +80,8 @@ def _cpu_forward(
 def _cuda_forward(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check(logprobs, old_logprobs, advantages, mask)
     tensors: list[Any] = [None if t is None else t.contiguous() for t in (logprobs, old_logprobs, advantages, mask)]
     return triton_kernel.ppo_policy_loss(*tensors, *options)
-
-
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    (grad,) = ctx.saved_tensors
-    return grad_loss * grad, None, None, None, None, None, None, None
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -109,14 +103,15 @@ _forward = leaf(
     fake=fake,
     cpu=_cpu_forward,
     cuda=_cuda_forward if triton_kernel else None,
+    check=check,
 )
 _op = op(
     _forward,
     reference=ppo_policy_loss_ref,
     samples=samples,
     grads=("logprobs",),
-    setup_context=setup_context,
-    backward=_backward,
+    setup_context=keep_gradients,
+    backward=scale_gradients,
 )
 
 
@@ -165,7 +160,6 @@ def ppo_policy_loss(
     ratio: Zheng et al., arXiv 2507.18071, equations 5 to 7.
     """
     logprobs, old_logprobs, advantages = widen(logprobs), widen(old_logprobs), widen(advantages)
-    check(logprobs, old_logprobs, advantages, mask)
     bounds = clip_bounds("ppo_policy_loss", clip_range, dual_clip)
     denominator_of("ppo_policy_loss", denominator)
     if ratio not in ("token", "sequence"):
@@ -177,4 +171,4 @@ def ppo_policy_loss(
         loss, stats, _ = _op(logprobs, old_logprobs, advantages, mask, *bounds, denominator)
     else:
         loss, stats, _ = sequence_loss(logprobs, old_logprobs, advantages, cu_seqlens, mask, bounds, denominator)
-    return loss, dict(zip(STATS, stats.unbind(), strict=True))
+    return loss, named(STATS, stats)

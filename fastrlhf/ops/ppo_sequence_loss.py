@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import address, cu_seqlens_of, dtype_name, has_shape, same_device
+from fastrlhf.ops._loss import keep_gradients, scale_gradients
 from fastrlhf.ops._registry import leaf, op
-from fastrlhf.ops._surrogate import check, fake, largest, setup_context, surrogate
+from fastrlhf.ops._surrogate import check, fake, largest, surrogate
 from fastrlhf.ops.approx_kl import exp_minus_linear
 
 
@@ -47,7 +48,9 @@ def ppo_sequence_loss_ref(
     return loss, stats, grad.contiguous()
 
 
-def _check(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> None:
+def _check(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor, mask: Tensor | None, *_: Any
+) -> None:
     check(logprobs, old_logprobs, advantages, mask)
     same_device("ppo_policy_loss", logprobs=logprobs, cu_seqlens=cu_seqlens)
     has_shape("ppo_policy_loss", "logprobs", logprobs, (None,), "(R,)")
@@ -65,7 +68,6 @@ def _cpu_forward(
     dual_clip: float | None,
     denominator: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(logprobs, old_logprobs, advantages, cu_seqlens, mask)
     logprobs, old_logprobs, advantages = logprobs.contiguous(), old_logprobs.contiguous(), advantages.contiguous()
     cu_seqlens, mask = cu_seqlens.contiguous(), None if mask is None else mask.contiguous()
     loss, stats, grad = fake(logprobs)
@@ -88,11 +90,6 @@ def _cpu_forward(
     return loss, stats, grad
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    (grad,) = ctx.saved_tensors
-    return grad_loss * grad, None, None, None, None, None, None, None, None
-
-
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(0)
     for lengths in [(), (0,), (1,), (3, 0, 1, 9), (64,) * 3, (700, 2, 41) * 40]:
@@ -113,12 +110,13 @@ _op = op(
         ref=ppo_sequence_loss_ref,
         fake=fake,
         cpu=_cpu_forward,
+        check=_check,
     ),
     reference=ppo_sequence_loss_ref,
     samples=samples,
     grads=("logprobs",),
-    setup_context=setup_context,
-    backward=_backward,
+    setup_context=keep_gradients,
+    backward=scale_gradients,
 )
 
 
@@ -132,5 +130,4 @@ def sequence_loss(
     denominator: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, stats, gradient) for checked bounds (clip_low, clip_high, dual_clip)."""
-    _check(logprobs, old_logprobs, advantages, cu_seqlens, mask)
     return _op(logprobs, old_logprobs, advantages, cu_seqlens, mask, *bounds, denominator)

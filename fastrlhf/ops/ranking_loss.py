@@ -22,6 +22,7 @@ from fastrlhf.ops._check import (
     widen,
 )
 from fastrlhf.ops._launch import if_built, launch
+from fastrlhf.ops._loss import keep_gradients, named, scale_gradients
 from fastrlhf.ops._registry import leaf, op
 
 FLOATS = (torch.float32, torch.float64)
@@ -80,7 +81,7 @@ def ranking_loss_ref(
     return loss / count, stats / count, grad.contiguous() / count
 
 
-def _check(scores: Tensor, cu_groups: Tensor, rows: Tensor | None, ties: Tensor | None) -> None:
+def _check(scores: Tensor, cu_groups: Tensor, rows: Tensor | None, ties: Tensor | None, *_: Any) -> None:
     same_device("ranking_loss", scores=scores, cu_groups=cu_groups, rows=rows, ties=ties)
     dtype_in("ranking_loss", "scores", scores, FLOATS)
     has_shape("ranking_loss", "scores", scores, (None,), "(N,)")
@@ -120,7 +121,6 @@ def _cpu_forward(
     kind: str,
     denominator: float | None,
 ) -> Outputs:
-    _check(scores, cu_groups, rows, ties)
     addresses, outputs, _kept = _addresses(scores, cu_groups, rows, ties)
     kernel = getattr(_cpu, f"ranking_loss_{dtype_name(scores)}")
     kernel(*addresses, cu_groups.shape[0] - 1, KINDS.index(kind), denominator or 0.0)
@@ -135,22 +135,10 @@ def _cuda_forward(
     kind: str,
     denominator: float | None,
 ) -> Outputs:
-    _check(scores, cu_groups, rows, ties)
     addresses, outputs, _kept = _addresses(scores, cu_groups, rows, ties)
     sizes = scores.shape[0], _num_responses(scores, rows), cu_groups.shape[0] - 1
     launch(f"ranking_loss_{dtype_name(scores)}", scores, *addresses, *sizes, KINDS.index(kind), denominator or 0.0)
     return outputs
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, stats, grad = output
-    ctx.mark_non_differentiable(stats, grad)
-    ctx.save_for_backward(grad)
-
-
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    (grad,) = ctx.saved_tensors
-    return grad_loss * grad, None, None, None, None, None
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -175,14 +163,15 @@ _forward = leaf(
     fake=_fake,
     cpu=_cpu_forward,
     cuda=if_built(_cuda_forward),
+    check=_check,
 )
 _op = op(
     _forward,
     reference=ranking_loss_ref,
     samples=samples,
     grads=("scores",),
-    setup_context=_setup_context,
-    backward=_backward,
+    setup_context=keep_gradients,
+    backward=scale_gradients,
 )
 
 
@@ -223,9 +212,8 @@ def ranking_loss(
     2203.02155, equation 1.
     """
     scores = widen(scores)
-    _check(scores, cu_groups, rows, ties)
     denominator_of("ranking_loss", denominator)
     if kind not in KINDS:
         raise ValueError(f"ranking_loss: kind must be 'plackett_luce' or 'pairwise', got {kind!r}")
     loss, stats, _ = _op(scores, cu_groups, rows, ties, kind, denominator)
-    return loss, dict(zip(STATS, stats.unbind(), strict=True))
+    return loss, named(STATS, stats)

@@ -10,14 +10,12 @@ from torch import Tensor
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
     address,
+    alike,
     denominator_of,
-    dtype_in,
     dtype_name,
-    mask_of,
-    same_device,
-    same_shape,
     widen,
 )
+from fastrlhf.ops._loss import keep_gradients, named, scale_gradients
 from fastrlhf.ops._registry import leaf, op
 
 try:
@@ -50,13 +48,8 @@ def value_loss_ref(
     return loss, stats, grad.contiguous()
 
 
-def _check(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor | None) -> None:
-    same_device("value_loss", values=values, old_values=old_values, returns=returns, mask=mask)
-    dtype_in("value_loss", "values", values, FLOATS)
-    dtype_in("value_loss", "old_values", old_values, (values.dtype,))
-    dtype_in("value_loss", "returns", returns, (values.dtype,))
-    same_shape("value_loss", values=values, old_values=old_values, returns=returns)
-    mask_of("value_loss", mask, values=values)
+def _check(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor | None, *_: Any) -> None:
+    alike("value_loss", FLOATS, {"values": values, "old_values": old_values, "returns": returns}, mask)
 
 
 def _fake(values: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,7 +65,6 @@ def _cpu_forward(
     clip_range: float | None,
     denominator: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(values, old_values, returns, mask)
     values, old_values, returns = values.contiguous(), old_values.contiguous(), returns.contiguous()
     mask = None if mask is None else mask.contiguous()
     loss, stats, grad = _fake(values)
@@ -96,20 +88,8 @@ def _cpu_forward(
 def _cuda_forward(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(values, old_values, returns, mask)
     tensors: list[Any] = [None if t is None else t.contiguous() for t in (values, old_values, returns, mask)]
     return triton_kernel.value_loss(*tensors, *options)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, stats, grad = output
-    ctx.mark_non_differentiable(stats, grad)
-    ctx.save_for_backward(grad)
-
-
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    (grad,) = ctx.saved_tensors
-    return grad_loss * grad, None, None, None, None, None
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -131,14 +111,15 @@ _forward = leaf(
     fake=_fake,
     cpu=_cpu_forward,
     cuda=_cuda_forward if triton_kernel else None,
+    check=_check,
 )
 _op = op(
     _forward,
     reference=value_loss_ref,
     samples=samples,
     grads=("values",),
-    setup_context=_setup_context,
-    backward=_backward,
+    setup_context=keep_gradients,
+    backward=scale_gradients,
 )
 
 
@@ -171,9 +152,8 @@ def value_loss(
     Source: Schulman et al., arXiv 1506.02438 for the target; the clipping is that of OpenAI's `baselines`, ppo2.
     """
     values, old_values, returns = widen(values), widen(old_values), widen(returns)
-    _check(values, old_values, returns, mask)
     denominator_of("value_loss", denominator)
     if clip_range is not None and not 0 <= clip_range < math.inf:
         raise ValueError(f"value_loss: clip_range must be a number from 0 up, or None, got {clip_range}")
     loss, stats, _ = _op(values, old_values, returns, mask, clip_range, denominator)
-    return loss, dict(zip(STATS, stats.unbind(), strict=True))
+    return loss, named(STATS, stats)
