@@ -9,13 +9,15 @@ namespace {
 template <class T>
 void approx_kl(const T* logprobs, const T* ref_logprobs, T* out, int64_t n, int64_t estimator,
                int64_t num_threads) {
-  for_elements(n, num_threads, [&](int64_t i, int size, int64_t) FASTRLHF_LAMBDA {
-    const Vec r = load(ref_logprobs + i, size) - load(logprobs + i, size);
-    store(out + i,
-          estimator == 1   ? -r
-          : estimator == 2 ? 0.5 * r * r
-                           : exp_minus_linear(r, exp_lanes(r)),
-          size);
+  typedef Lanes<T> V;
+  for_elements<V>(n, num_threads, [=](int64_t i, int size) FASTRLHF_LAMBDA {
+    const V r = load<V>(ref_logprobs + i, size) - load<V>(logprobs + i, size);
+    if (estimator == 1)
+      store(out + i, -r, size);
+    else if (estimator == 2)
+      store(out + i, r * r / 2, size);
+    else
+      store(out + i, exp_minus_linear(r, exp_lanes(r)), size);
   });
 }
 

@@ -13,10 +13,15 @@ void masked_moments(const T* x, const bool* mask, double* moments, int64_t n, in
   double mean = 0;
   for (int order = 1; order <= 2; order++) {
     Slots sums(0);
-    for_elements(n, num_threads, [&](int64_t i, int size, int64_t chunk) FASTRLHF_LAMBDA {
-      const Vec d = load(x + i, size) - mean;
-      sums.of[chunk] += select(load_mask(mask, i, size), order == 1 ? d : d * d, all(0));
-    });
+    for_pieces(n, num_threads,
+               [=, &sums](int64_t begin, int64_t end, int64_t chunk) FASTRLHF_LAMBDA {
+                 Vec sum = {};
+                 for_lanes(begin, end, [&](int64_t i, int size) FASTRLHF_LAMBDA {
+                   const Vec d = load(x + i, size) - mean;
+                   sum += select(load_mask(mask, i, size), order == 1 ? d : d * d, all(0));
+                 });
+                 sums.of[chunk] += sum_lanes(sum);
+               });
     if (order == 1)
       mean = kept ? sums.sum() / kept : 0.0;
     else
@@ -39,7 +44,7 @@ void masked_whiten(const T* x, const bool* mask, const double* moments, T* y, in
   const double mean = moments[1],
                scale = 1 / sqrt(moments[2] / (moments[0] > 0 ? moments[0] : 1.0) + eps);
   const double offset = center ? 0.0 : mean;
-  for_elements(n, num_threads, [&](int64_t i, int size, int64_t) FASTRLHF_LAMBDA {
+  for_elements(n, num_threads, [=](int64_t i, int size) FASTRLHF_LAMBDA {
     const Vec white = (load(x + i, size) - mean) * scale + offset;
     store(y + i, select(load_mask(mask, i, size), white, all(0)), size);
   });

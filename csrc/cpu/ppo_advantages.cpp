@@ -31,25 +31,11 @@ static inline void merge(Row& a, const Row& b) {
   a.n = n;
 }
 
-static FASTRLHF_INLINE double sum_of(Vec v) {
-  double total = 0;
-  for (int i = 0; i < kLanes; i++) total += v[i];
-  return total;
-}
-
-// Calls body(i, size) for the elements i to i + size of [begin, end).
-template <class Body>
-static FASTRLHF_INLINE void for_range(int64_t begin, int64_t end, const Body& body) {
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) body(i, kLanes);
-  if (i < end) body(i, static_cast<int>(end - i));
-}
-
 template <class T>
 static Row row_of(const T* logprobs, const T* ref_logprobs, const T* values, const T* rewards,
                   const T* advantages, const T* returns, int64_t begin, int64_t end) {
   Vec advantage = {}, target = {}, kl = {}, reward = {}, value = {};
-  for_range(begin, end, [&](int64_t i, int size) FASTRLHF_LAMBDA {
+  for_lanes(begin, end, [&](int64_t i, int size) FASTRLHF_LAMBDA {
     advantage += load(advantages + i, size);
     target += load(returns + i, size);
     kl += load(logprobs + i, size) - load(ref_logprobs + i, size);
@@ -59,21 +45,21 @@ static Row row_of(const T* logprobs, const T* ref_logprobs, const T* values, con
   Row row = {};
   if (begin == end) return row;
   row.n = static_cast<double>(end - begin);
-  row.mean_advantage = sum_of(advantage) / row.n;
-  row.mean_return = sum_of(target) / row.n;
-  row.kl = sum_of(kl);
-  row.reward = sum_of(reward);
-  row.value = sum_of(value);
+  row.mean_advantage = sum_lanes(advantage) / row.n;
+  row.mean_return = sum_lanes(target) / row.n;
+  row.kl = sum_lanes(kl);
+  row.reward = sum_lanes(reward);
+  row.value = sum_lanes(value);
   Vec squared_advantage = {}, squared_return = {};
-  for_range(begin, end, [&](int64_t i, int size) FASTRLHF_LAMBDA {
+  for_lanes(begin, end, [&](int64_t i, int size) FASTRLHF_LAMBDA {
     const Bits inside = load_mask(nullptr, i, size);
     const Vec d = select(inside, load(advantages + i, size) - row.mean_advantage, all(0));
     const Vec e = select(inside, load(returns + i, size) - row.mean_return, all(0));
     squared_advantage += d * d;
     squared_return += e * e;
   });
-  row.squared_advantage = sum_of(squared_advantage);
-  row.squared_return = sum_of(squared_return);
+  row.squared_advantage = sum_lanes(squared_advantage);
+  row.squared_return = sum_lanes(squared_return);
   return row;
 }
 
@@ -140,7 +126,7 @@ void ppo_advantages(const T* scores, const T* logprobs, const T* ref_logprobs, c
   for (int64_t i = 0; i < kNumStats; i++) stats[i] = static_cast<T>(found[i]);
   if (!whitens) return;
   const double scale = 1 / sqrt(variance + eps);
-  for_elements(num_tokens, num_threads, [&](int64_t i, int count, int64_t) FASTRLHF_LAMBDA {
+  for_elements(num_tokens, num_threads, [&](int64_t i, int count) FASTRLHF_LAMBDA {
     store(advantages + i, (load(advantages + i, count) - mean) * scale, count);
   });
 }

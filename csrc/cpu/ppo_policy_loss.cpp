@@ -5,36 +5,60 @@
 namespace FASTRLHF_ISA {
 namespace {
 
+template <class V>
 struct Term {
-  Vec loss, plain;  // plain is without any bound: minus the advantage times the ratio
-  Bits held;        // by a bound, so that it gets no gradient
+  V loss, plain;   // plain is without any bound: minus the advantage times the ratio
+  BitsOf<V> held;  // by a bound, so that it gets no gradient
 };
 
-// max(-A rho, -A clip(rho, lowest, highest)), at most -A dual where A < 0; an infinite dual is none.
-static FASTRLHF_INLINE Term surrogate(Vec ratio, Vec advantage, double lowest, double highest,
-                                      double dual) {
-  const Vec bounded =
-      select(ratio < lowest, all(lowest), select(ratio > highest, all(highest), ratio));
-  const Vec plain = -advantage * ratio, clipped = -advantage * bounded, limit = -advantage * dual;
-  const Bits far = clipped > plain;
-  const Vec loss = select(far, clipped, plain);
-  const Bits over = (advantage < 0) & (loss > limit);
+struct Bounds {
+  double lowest, highest, dual;
+};
+
+// max(-A rho, -A clip(rho, lowest, highest)), at most -A dual where A < 0; an infinite dual is
+// none.
+template <class V>
+static FASTRLHF_INLINE Term<V> surrogate(V ratio, V advantage, Bounds bounds) {
+  const V lowest = all<V>(bounds.lowest), highest = all<V>(bounds.highest);
+  const V bounded = select(ratio < lowest, lowest, select(ratio > highest, highest, ratio));
+  const V plain = -advantage * ratio, clipped = -advantage * bounded;
+  const V limit = -advantage * all<V>(bounds.dual);
+  const BitsOf<V> far = clipped > plain;
+  const V loss = select(far, clipped, plain);
+  const BitsOf<V> over = (advantage < 0) & (loss > limit);
   return {select(over, limit, loss), plain, far | over};
 }
 
-// What all tokens give to the loss and its statistics.
+// What some tokens give to the loss and its statistics.
+template <class V>
 struct Sums {
-  Slots losses{0}, held{0}, kls{0}, ratios{0}, highs{-INFINITY}, lows{-INFINITY};
+  V losses = {}, held = {}, kls = {}, ratios = {};
+  V high = all<V>(-INFINITY), low = all<V>(INFINITY);
 
   // share: what a token weighs; 0 where it does not count
-  FASTRLHF_INLINE void add(int64_t chunk, const Term& term, Vec log_ratio, Vec exp_log_ratio,
-                           Vec ratio, Bits counts, Vec share) {
-    losses.of[chunk] += share * term.loss;
-    held.of[chunk] += select(term.held, share, all(0));
-    kls.of[chunk] += share * exp_minus_linear(log_ratio, exp_log_ratio);
-    ratios.of[chunk] += share * ratio;
-    highs.of[chunk] = larger(highs.of[chunk], select(counts, ratio, all(-INFINITY)));
-    lows.of[chunk] = larger(lows.of[chunk], select(counts, -ratio, all(-INFINITY)));
+  FASTRLHF_INLINE void add(const Term<V>& term, V log_ratio, V exp_log_ratio, V ratio,
+                           BitsOf<V> counts, V share) {
+    losses += share * term.loss;
+    held += select(term.held, share, all<V>(0));
+    kls += share * exp_minus_linear(log_ratio, exp_log_ratio);
+    ratios += share * ratio;
+    high = larger(high, select(counts, ratio, all<V>(-INFINITY)));
+    low = smaller(low, select(counts, ratio, all<V>(INFINITY)));
+  }
+};
+
+// What all of them give.
+struct Totals {
+  Slots losses{0}, held{0}, kls{0}, ratios{0}, highs{-INFINITY}, lows{-INFINITY};
+
+  template <class V>
+  FASTRLHF_INLINE void add(int64_t chunk, const Sums<V>& sums) {
+    losses.of[chunk] += sum_lanes(sums.losses);
+    held.of[chunk] += sum_lanes(sums.held);
+    kls.of[chunk] += sum_lanes(sums.kls);
+    ratios.of[chunk] += sum_lanes(sums.ratios);
+    highs.of[chunk] = larger(highs.of[chunk], max_lanes(sums.high));
+    lows.of[chunk] = larger(lows.of[chunk], max_lanes(-sums.low));
   }
 
   template <class T>
@@ -59,32 +83,25 @@ void ppo_policy_loss(const T* logprobs, const T* old_logprobs, const T* advantag
                      double clip_high, double dual, double denominator, int64_t num_threads) {
   const int64_t kept = count(mask, n);
   const double scale = mean_scale(denominator, kept);
-  const double lowest = 1 - clip_low, highest = 1 + clip_high;
-  Sums sums;
-  for_elements(n, num_threads, [&](int64_t i, int size, int64_t chunk) FASTRLHF_LAMBDA {
-    const Bits counts = load_mask(mask, i, size);
-    const Vec log_ratio =
-        select(counts, load(logprobs + i, size) - load(old_logprobs + i, size), all(0));
-    const Vec advantage = select(counts, load(advantages + i, size), all(0));
-    const Vec ratio = exp_lanes(log_ratio), share = select(counts, all(1), all(0));
-    const Term term = surrogate(ratio, advantage, lowest, highest, dual);
-    store(grad + i, select(term.held, all(0), term.plain * scale), size);
-    sums.add(chunk, term, log_ratio, ratio, ratio, counts, share);
-  });
-  sums.write(loss, stats, scale, kept > 0);
-}
-
-template <class Body>
-static FASTRLHF_INLINE void for_lanes(int64_t start, int64_t end, const Body& body) {
-  int64_t i = start;
-  for (; i + kLanes <= end; i += kLanes) body(i, kLanes);
-  if (i < end) body(i, static_cast<int>(end - i));
-}
-
-static FASTRLHF_INLINE double sum_lanes(Vec v) {
-  double total = 0;
-  for (int k = 0; k < kLanes; k++) total += v[k];
-  return total;
+  const Bounds bounds = {1 - clip_low, 1 + clip_high, dual};
+  typedef Lanes<T> V;
+  Totals totals;
+  for_pieces(
+      n, num_threads, [=, &totals](int64_t begin, int64_t end, int64_t chunk) FASTRLHF_LAMBDA {
+        Sums<V> sums;
+        for_lanes<V>(begin, end, [&](int64_t i, int size) FASTRLHF_LAMBDA {
+          const BitsOf<V> counts = load_mask<V>(mask, i, size);
+          const V log_ratio = select(
+              counts, load<V>(logprobs + i, size) - load<V>(old_logprobs + i, size), all<V>(0));
+          const V advantage = select(counts, load<V>(advantages + i, size), all<V>(0));
+          const V ratio = exp_lanes(log_ratio), share = select(counts, all<V>(1), all<V>(0));
+          const Term<V> term = surrogate(ratio, advantage, bounds);
+          store(grad + i, select(term.held, all<V>(0), term.plain * all<V>(scale)), size);
+          sums.add(term, log_ratio, ratio, ratio, counts, share);
+        });
+        totals.add(chunk, sums);
+      });
+  totals.write(loss, stats, scale, kept > 0);
 }
 
 // The same with one rho a sequence, exp(mean of logprob - old over its tokens that count). A token
@@ -101,8 +118,8 @@ void ppo_sequence_loss(const T* logprobs, const T* old_logprobs, const T* advant
   int64_t kept = 0;
   for (int64_t n = 0; n < num_sequences; n++) kept += kept_in(n) > 0;
   const double scale = mean_scale(denominator, kept);
-  const double lowest = 1 - clip_low, highest = 1 + clip_high;
-  Sums sums;
+  const Bounds bounds = {1 - clip_low, 1 + clip_high, dual};
+  Totals totals;
   const int64_t size = num_sequences / kChunks + 1;
 #pragma omp parallel for num_threads(num_threads) if (cu_seqlens[num_sequences] > kWorthThreads)
   for (int64_t chunk = 0; chunk < kChunks; chunk++) {
@@ -119,23 +136,25 @@ void ppo_sequence_loss(const T* logprobs, const T* old_logprobs, const T* advant
       });
       const double ratio = exp(sum_lanes(total) * weight);
       Vec slope = {};
+      Sums<Vec> sums;
       for_lanes(start, end, [&](int64_t i, int lanes) FASTRLHF_LAMBDA {
         const Bits counts = load_mask(mask, i, lanes);
         const Vec log_ratio = log_ratios(i, lanes, counts);
         const Vec advantage = select(counts, load(advantages + i, lanes), all(0));
         const Vec here = select(counts, all(ratio), all(1));
-        const Term term = surrogate(here, advantage, lowest, highest, dual);
+        const Term<Vec> term = surrogate(here, advantage, bounds);
         slope += select(term.held, all(0), term.plain);
-        sums.add(chunk, term, log_ratio, exp_lanes(log_ratio), here, counts,
+        sums.add(term, log_ratio, exp_lanes(log_ratio), here, counts,
                  select(counts, all(weight), all(0)));
       });
+      totals.add(chunk, sums);
       const Vec each = all(sum_lanes(slope) * weight * weight * scale);
       for_lanes(start, end, [&](int64_t i, int lanes) FASTRLHF_LAMBDA {
         store(grad + i, select(load_mask(mask, i, lanes), each, all(0)), lanes);
       });
     }
   }
-  sums.write(loss, stats, scale, kept > 0);
+  totals.write(loss, stats, scale, kept > 0);
 }
 
 FASTRLHF_KERNEL(ppo_policy_loss_float32, ppo_policy_loss<float>)
