@@ -52,7 +52,7 @@ def test_half_precision_is_computed_in_float32():
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"rewards": torch.zeros(2, 2)}, ValueError, "rewards must be (T,) = (*), got (2, 2)"),
+        ({"rewards": torch.zeros(2, 2)}, ValueError, "rewards must be (T,) = (*,), got (2, 2)"),
         ({"rewards": torch.zeros(4, dtype=torch.int64)}, TypeError, "rewards must be float32, float64, got int64"),
         ({"rewards": torch.zeros(4, requires_grad=True)}, ValueError, "rewards gets no gradient"),
         ({"rewards": torch.zeros(4, device="meta")}, ValueError, "must be on one device"),

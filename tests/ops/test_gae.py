@@ -99,7 +99,7 @@ def test_nan_stays_in_its_segment():
         ({"cu_seqlens": torch.tensor([0, 3], dtype=torch.int32)}, ValueError, "must rise from 0 to 4"),
         ({"cu_seqlens": torch.tensor([0, 4])}, TypeError, "cu_seqlens must be int32, got int64"),
         ({"mask": torch.ones(4)}, TypeError, "mask must be bool"),
-        ({"bootstrap": torch.zeros(2)}, ValueError, "bootstrap must be (N,) = (1), got (2,)"),
+        ({"bootstrap": torch.zeros(2)}, ValueError, "bootstrap must be (N,) = (1,), got (2,)"),
         ({"values": torch.zeros(4, device="meta")}, ValueError, "must be on one device"),
         ({"gamma": 1.5}, ValueError, "gamma=1.5"),
         ({"gaps": "skip"}, ValueError, "gaps must be one of carry, zero, got 'skip'"),

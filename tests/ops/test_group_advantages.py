@@ -64,7 +64,7 @@ def test_a_large_mean_does_not_eat_the_differences():
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"scores": torch.zeros(2, 2)}, ValueError, "scores must be (N,) = (*), got (2, 2)"),
+        ({"scores": torch.zeros(2, 2)}, ValueError, "scores must be (N,) = (*,), got (2, 2)"),
         ({"scores": torch.zeros(4, dtype=torch.int64)}, TypeError, "scores must be float32, float64, got int64"),
         ({"scores": torch.zeros(4, requires_grad=True)}, ValueError, "scores gets no gradient"),
         ({"cu_groups": torch.tensor([0, 3], dtype=torch.int32)}, ValueError, "cu_groups must rise from 0 to 4"),

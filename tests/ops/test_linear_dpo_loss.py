@@ -209,7 +209,7 @@ GOOD = {
         ({"cu_seqlens": torch.tensor([0, 3]).int()}, ValueError, "cu_seqlens must be (2N + 1,), got (2,)"),
         ({"cu_seqlens": torch.tensor([0, 2, 1]).int()}, ValueError, "cu_seqlens must rise from 0 to 3, got [0, 2, 1]"),
         ({"cu_seqlens": torch.tensor([0, 2, 3])}, TypeError, "cu_seqlens must be int32, got int64"),
-        ({"ref_logprobs": torch.zeros(2)}, ValueError, "ref_logprobs must be (T,) = (3), got (2,)"),
+        ({"ref_logprobs": torch.zeros(2)}, ValueError, "ref_logprobs must be (T,) = (3,), got (2,)"),
         ({"ref_logprobs": torch.zeros(3).double()}, TypeError, "ref_logprobs must be float32, got float64"),
         ({"ref_logprobs": torch.zeros(3, requires_grad=True)}, ValueError, "ref_logprobs gets no gradient"),
         ({"ref_logprobs": torch.zeros(3, device="meta")}, ValueError, "must be on one device"),

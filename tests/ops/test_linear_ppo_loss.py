@@ -231,9 +231,9 @@ GOOD = {
     [
         ({"weight": torch.zeros(4, 5)}, ValueError, "weight must be (V, D) = (*, 4), got (4, 5)"),
         ({"targets": torch.tensor([0, 5, 1])}, ValueError, "targets must be in [0, 5), got values from 0 to 5"),
-        ({"old_logprobs": torch.zeros(2)}, ValueError, "old_logprobs must be (T,) = (3), got (2,)"),
+        ({"old_logprobs": torch.zeros(2)}, ValueError, "old_logprobs must be (T,) = (3,), got (2,)"),
         ({"advantages": torch.zeros(3).double()}, TypeError, "advantages must be float32, got float64"),
-        ({"ref_logprobs": torch.zeros(3, 1)}, ValueError, "ref_logprobs must be (T,) = (3), got (3, 1)"),
+        ({"ref_logprobs": torch.zeros(3, 1)}, ValueError, "ref_logprobs must be (T,) = (3,), got (3, 1)"),
         ({"advantages": torch.zeros(3, requires_grad=True)}, ValueError, "advantages gets no gradient"),
         ({"advantages": torch.zeros(3, device="meta")}, ValueError, "must be on one device"),
         ({"mask": torch.ones(3)}, TypeError, "mask must be bool, got float32"),

@@ -221,7 +221,7 @@ GOOD = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4), "targets": tor
         ({"weight": torch.zeros(5, 4).bfloat16()}, TypeError, "weight must be float32, got bfloat16"),
         ({"targets": torch.tensor([0, 5, 1])}, ValueError, "targets must be in [0, 5), got values from 0 to 5"),
         ({"targets": torch.zeros(3).int()}, TypeError, "targets must be int64, got int32"),
-        ({"bias": torch.zeros(4)}, ValueError, "bias must be (V,) = (5), got (4,)"),
+        ({"bias": torch.zeros(4)}, ValueError, "bias must be (V,) = (5,), got (4,)"),
         ({"bias": torch.zeros(5).double()}, TypeError, "bias must be float32, got float64"),
         ({"weight": torch.zeros(5, 4, device="meta")}, ValueError, "must be on one device"),
         ({"temperature": -1.0}, ValueError, "temperature must be above 0 and finite, got -1.0"),

@@ -154,7 +154,7 @@ def test_processes_of_a_group_whiten_as_one(tmp_path):
     ("change", "error", "text"),
     [
         ({"values": torch.zeros(3)}, ValueError, "values (3,) must have the same shape"),
-        ({"scores": torch.zeros(3)}, ValueError, "scores must be (N,) = (2), got (3,)"),
+        ({"scores": torch.zeros(3)}, ValueError, "scores must be (N,) = (2,), got (3,)"),
         ({"ref_logprobs": torch.zeros(4).double()}, TypeError, "ref_logprobs must be float32, got float64"),
         ({"scores": torch.zeros(2, dtype=torch.int64)}, TypeError, "scores must be float32, float64, got int64"),
         ({"logprobs": torch.zeros(4, requires_grad=True)}, ValueError, "logprobs gets no gradient"),

@@ -172,7 +172,7 @@ def test_the_op_gives_nan_for_a_bad_row_and_only_there(backend, bad):
         ({"top_p": 0.0}, ValueError, "top_p=0.0"),
         ({"top_k": -1}, ValueError, "top_k=-1"),
         ({"min_p": 1.5}, ValueError, "min_p=1.5"),
-        ({"seeds": torch.zeros(3, dtype=torch.int64)}, ValueError, "seeds must be (N,) = (2), got (3,)"),
+        ({"seeds": torch.zeros(3, dtype=torch.int64)}, ValueError, "seeds must be (N,) = (2,), got (3,)"),
         ({"seeds": torch.zeros(2)}, TypeError, "seeds must be int64, got float32"),
         ({"positions": torch.zeros(2, dtype=torch.int32)}, TypeError, "positions must be int64, got int32"),
         ({"positions": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "must be on one device"),
