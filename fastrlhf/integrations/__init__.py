@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-from fastrlhf.integrations import trl, verl
+from fastrlhf.integrations import openrlhf, trl, verl
 from fastrlhf.integrations._replacing import Patch, Replacement, replace
 
-PEERS: dict[str, tuple[Replacement, ...]] = {"trl": trl.REPLACEMENTS, "verl": verl.REPLACEMENTS}
+PEERS: dict[str, tuple[Replacement, ...]] = {
+    "trl": trl.REPLACEMENTS,
+    "openrlhf": openrlhf.REPLACEMENTS,
+    "verl": verl.REPLACEMENTS,
+}
 _active: list[Patch] = []
 
 
 def patch(peer: str = "auto") -> Patch:
     """Replaces functions of a trainer by ours, everywhere they are bound, and returns what was replaced.
 
-    peer: "trl", "verl", or "auto": every trainer that we know and that is imported already
+    peer: "trl", "openrlhf", "verl", or "auto": every trainer that we know and that is imported already
 
     A function is replaced only if its parameters are those of a version that we know, and if ours gives what it gives,
     with gradients, on small inputs on the CPU and on the GPU where there is one. Otherwise it is left alone with a

@@ -30,6 +30,8 @@ DEFAULTS = {
         + ["tests/models/test_fused_kernels_ulysses_sp_on_cpu.py"],
         ["peer_verl"],
     ),
+    # these load OpenRLHF's files by path, so no replacement is called: they show that a patched process still works
+    "openrlhf": ([f"tests/test_{name}.py" for name in ("experience", "loss_aggregation")], ["peer_openrlhf"]),
 }
 
 

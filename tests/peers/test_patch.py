@@ -125,7 +125,7 @@ def test_auto_patches_what_is_imported_already(offer, monkeypatch):
 
 
 def test_unknown_and_missing_peers_are_named(monkeypatch):
-    with pytest.raises(ValueError, match="must be one of trl, verl, auto, got 'trll'"):
+    with pytest.raises(ValueError, match="must be one of trl, openrlhf, verl, auto, got 'trll'"):
         fastrlhf.patch("trll")
     monkeypatch.setattr(integrations, "PEERS", {"no_such_peer": ()})
     with pytest.raises(ImportError, match="no_such_peer is not installed"):

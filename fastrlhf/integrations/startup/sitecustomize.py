@@ -1,6 +1,6 @@
 """Patches a trainer when it is imported, in every Python process that has this folder on PYTHONPATH.
 
-FASTRLHF_PATCH names what to patch: trl, verl, both with a comma between, or auto for either. Python
+FASTRLHF_PATCH names what to patch: trl, openrlhf, verl, several with commas between, or auto for any. Python
 imports the first `sitecustomize` that it finds at its start; one that this shadows is run too. Nothing else is imported
 before a trainer is, so that other programs start as fast as before.
 """
@@ -13,7 +13,7 @@ import os
 import sys
 from typing import Any
 
-PEERS = ("trl", "verl")
+PEERS = ("trl", "openrlhf", "verl")
 
 
 class Watch(importlib.abc.MetaPathFinder):
