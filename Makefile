@@ -4,13 +4,16 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test sanitize lint bench build clean
+.PHONY: demo test fuzz sanitize lint bench build clean
 
 demo: $(VENV)/demo
 	$(BIN)/fastrlhf run --output demo --resume
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/dev
+	$(BIN)/python -m pytest --hypothesis-profile=thorough tests/ops/test_fuzz.py
 
 # The ops' tests on C++ kernels that stop at a wild read or write, an overflow, or anything else undefined. Sums that the
 # instrumentation keeps from being vectorised round differently, so accuracy is not asked for.

@@ -8,6 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach a model hub
 import interpreter
 import pytest
 import torch
+from hypothesis import settings
+
+# chosen by --hypothesis-profile: the suite repeats itself, `make fuzz` looks further each time
+settings.register_profile("suite", max_examples=30, derandomize=True, deadline=None)
+settings.register_profile("thorough", max_examples=500, deadline=None)
+settings.load_profile("suite")
 
 
 def pytest_addoption(parser):

@@ -88,7 +88,7 @@ def gradients_ref(
     with torch.enable_grad():
         loss = loss_of(*leaves)
     chosen = [t for t, want in zip(leaves, wanted, strict=True) if want and t is not None]
-    grads = iter(torch.autograd.grad(loss, chosen))
+    grads = iter(torch.autograd.grad(loss, chosen) if chosen else ())
     return Gradients(*(next(grads) if want else hidden.new_zeros(0, dtype=wide) for want in wanted))
 
 

@@ -51,7 +51,7 @@ def linear_dpo_loss_ref(
         chosen, rejected = beta * total[::2], beta * total[1::2]
         h = chosen - rejected
         loss = -((1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)).sum() / count
-        accuracy = (h.sign() + 1) / 2
+        accuracy = torch.where(h.isnan(), h, (h.sign() + 1) / 2)
         return loss, torch.stack([x.sum() / count for x in (accuracy, h, chosen, rejected, sums[::2], sums[1::2])])
 
     grads = gradients_ref(lambda *leaves: terms(*leaves)[0], hidden, weight, bias, wanted)

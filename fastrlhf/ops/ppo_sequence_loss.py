@@ -44,7 +44,8 @@ def ppo_sequence_loss_ref(
         means = (share * x for x in (held.to(ratio.dtype), exp_minus_linear(log_ratio), ratio))
         extremes = largest(ratio, kept), -largest(-ratio, kept)
         stats = torch.stack([*(x.sum() / count for x in means), *extremes])
-        grad = total(share * torch.where(held, 0, -advantages * ratio))[owner] * share / count
+        slopes = total(share * torch.where(held, 0, -advantages * ratio))
+        grad = torch.where(kept, slopes[owner] * share / count, 0)  # not 0 NaN outside the mask
     return loss, stats, grad.contiguous()
 
 

@@ -70,7 +70,7 @@ def ranking_loss_ref(
     bounds = list(itertools.pairwise(cu_groups.tolist()))
     count = max(sum(end - start > 1 for start, end in bounds), 1) if denominator is None else denominator
     new_rank = torch.ones_like(scores, dtype=torch.bool) if ties is None else ~ties
-    loss, stats, grad = scores.sum() * 0, scores.new_zeros(len(STATS)), torch.zeros_like(scores)
+    loss, stats, grad = scores[:0].sum(), scores.new_zeros(len(STATS)), torch.zeros_like(scores)
     for start, end in bounds:
         if end - start > 1:
             group, ranks = scores[start:end], new_rank[start:end].clone()

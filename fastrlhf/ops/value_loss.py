@@ -42,7 +42,7 @@ def value_loss_ref(
     plain, clipped = (values - returns).square(), (bounded - returns).square()
     loss = torch.maximum(plain, clipped).sum() / (2 * count)
     with torch.no_grad():
-        clips = clipped > plain
+        clips = (clipped > plain) | (clipped.isnan() & ~plain.isnan())  # by a NaN of old_values alone
         stats = torch.stack([clips.sum(dtype=plain.dtype) / count, plain.sum() / count])
         grad = torch.where(clips, 0, (values - returns) / count)
     return loss, stats, grad.contiguous()
