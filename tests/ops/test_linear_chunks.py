@@ -30,6 +30,10 @@ class Case:
         self.hidden, self.weight = torch.randn(num_rows, width, **draw), torch.randn(size, width, **draw)
         self.targets = torch.randint(size, (num_rows,), generator=generator)
         self.old, self.advantages = -torch.rand(num_rows, **draw), torch.randn(num_rows, **draw)
+        self.advantages *= (
+            torch.rand(num_rows, **draw) < 0.6
+        )  # the rest get no gradient where entropy counts for nothing
+        self.entropy_coef = 0.1 * (seed % 2)
         self.mask = torch.rand(num_rows, **draw) < kept
         self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         self.lengths, self.chunk_size, self.budget = lengths, chunk_size, budget
@@ -63,7 +67,7 @@ def cross_entropy_whole(case, hidden, weight):
 
 
 def ppo(case, hidden, weight):
-    options = {"mask": case.mask, "entropy_coef": 0.1, "chunk_size": case.chunk_size}
+    options = {"mask": case.mask, "entropy_coef": case.entropy_coef, "chunk_size": case.chunk_size}
     return linear_ppo_loss(hidden, weight, case.targets, case.old, case.advantages, **options)[0]
 
 
@@ -71,7 +75,7 @@ def ppo_whole(case, hidden, weight):
     table, chosen = case.log_probs(hidden, weight)
     ratio = (chosen - case.old).exp()
     surrogate = torch.minimum(ratio * case.advantages, ratio.clip(0.8, 1.2) * case.advantages)
-    return -case.mean(surrogate) + 0.1 * case.mean((table.exp() * table).sum(1))
+    return -case.mean(surrogate) + case.entropy_coef * case.mean((table.exp() * table).sum(1))
 
 
 def dpo(case, hidden, weight):
