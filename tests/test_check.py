@@ -1,0 +1,44 @@
+"""`fastrlhf check`: its table is complete and shows an op that is wrong."""
+
+import pytest
+import torch
+
+from fastrlhf import check
+from fastrlhf.__main__ import main
+from fastrlhf.ops._registry import BACKENDS, OPS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_the_matrix_has_every_op_backend_and_dtype_and_nothing_fails(capsys):
+    assert main(["check", "--device", "cpu", "--matrix"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()][1:]
+    assert [row[:2] for row in rows] == [[name, backend] for name in OPS for backend in ("reference", "native")]
+    served = {name for name in OPS if BACKENDS[name]["cpu"] == "native"}
+    assert {row[0] for row in rows if row[1] == "native" and row[2] == "ok"} == served
+
+
+def test_a_wrong_kernel_fails_and_sets_the_exit_status(monkeypatch, capsys):
+    right = OPS["gae"].apply
+    wrong = check.Op(**{**vars(OPS["gae"]), "apply": lambda *args: [x + 1e-3 for x in right(*args)]})
+    monkeypatch.setattr(check, "OPS", {"gae": wrong, "approx_kl": OPS["approx_kl"]})
+    assert main(["check", "--device=cpu", "--matrix"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "FAIL" in line] == ["gae"]
+
+
+def test_an_output_that_is_not_finite_fails():
+    exact = torch.ones(3, dtype=torch.float64)
+    error, allowed = check._error(torch.tensor([1.0, torch.nan, 1.0]), exact, exact.float(), None)
+    assert error > allowed
+
+
+def test_every_op_is_timed():
+    assert {name for name, *_ in check._workloads("cpu", torch.float32)} == set(OPS)
+
+
+def test_help_fits_a_screen_and_unknown_options_are_refused(capsys):
+    assert main(["check", "--help"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) <= 24
+    assert main(["check", "--devise", "cpu"]) == 2
+    assert "unknown option --devise" in capsys.readouterr().err
