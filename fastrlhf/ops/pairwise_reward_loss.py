@@ -124,6 +124,7 @@ def _cpu_forward(*args: Any) -> Outputs:
         label_smoothing,
         center_coef,
         denominator or 0.0,
+        torch.get_num_threads(),
     )
     return outputs
 
