@@ -5,7 +5,17 @@
 namespace FASTRLHF_ISA {
 namespace {
 
-constexpr int64_t kWorthThreads = 32768;  // tokens; below, waking threads costs more than it saves
+// Advantages and returns of one segment [begin, end).
+template <class T>
+static FASTRLHF_INLINE void gae_plain(const T* rewards, const T* values, T last_value,
+                                      T* advantages, T* returns, int64_t begin, int64_t end,
+                                      T gamma, const Decay<T>& decay) {
+  scan_deltas(rewards, values, last_value, begin, end, gamma, decay,
+              [&](int64_t t, Lanes<T> sums, int size) FASTRLHF_LAMBDA {
+                store(advantages + t, sums, size);
+                store(returns + t, sums + load<Lanes<T>>(values + t, size), size);
+              });
+}
 
 // One segment [begin, end) with a mask: next means the next token whose mask is set, unless
 // zero_gaps makes the others tokens of reward and value 0.
@@ -30,23 +40,6 @@ void gae_masked(const T* rewards, const T* values, const bool* mask, T next_valu
   }
 }
 
-// `num` <= kGroup segments without a mask: the deltas, the recurrence and the returns, each in a
-// loop of its own.
-template <class T>
-void gae_group(const T* rewards, const T* values, const int32_t* cu_seqlens, const T* bootstrap,
-               T* __restrict__ advantages, T* __restrict__ returns, int num, T gamma, T decay) {
-  const int64_t begin = cu_seqlens[0], end = cu_seqlens[num];
-  for (int64_t t = begin; t < end - 1; t++)
-    advantages[t] = rewards[t] + gamma * values[t + 1] - values[t];
-  for (int j = 0; j < num; j++)
-    if (cu_seqlens[j] < cu_seqlens[j + 1]) {
-      const int64_t t = static_cast<int64_t>(cu_seqlens[j + 1]) - 1;
-      advantages[t] = rewards[t] + gamma * (bootstrap ? bootstrap[j] : T(0)) - values[t];
-    }
-  scan_group(advantages, cu_seqlens, num, decay);
-  for (int64_t t = begin; t < end; t++) returns[t] = advantages[t] + values[t];
-}
-
 // A_t = delta_t + gamma lam A_next with delta_t = r_t + gamma V_next - V_t, next being the next
 // token of the segment whose mask is set; where the mask is not set, both outputs are 0.
 template <class T>
@@ -54,18 +47,17 @@ void gae(const T* rewards, const T* values, const int32_t* cu_seqlens, const boo
          const T* bootstrap, T* advantages, T* returns, int64_t num_segments, double gamma,
          double lam, bool zero_gaps, int64_t num_threads) {
   const T g = static_cast<T>(gamma), gl = static_cast<T>(gamma * lam);
+  const Decay<T> decay(gamma * lam);
 #pragma omp parallel for num_threads(num_threads) \
-    schedule(dynamic, 4) if (cu_seqlens[num_segments] > kWorthThreads)
-  for (int64_t first = 0; first < num_segments; first += kGroup) {
-    const int num = num_segments - first < kGroup ? static_cast<int>(num_segments - first) : kGroup;
-    if (mask) {
-      for (int64_t n = first; n < first + num; n++)
-        gae_masked(rewards, values, mask, bootstrap ? bootstrap[n] : T(0), advantages, returns,
-                   cu_seqlens[n], cu_seqlens[n + 1], g, gl, zero_gaps);
-    } else {
-      gae_group(rewards, values, cu_seqlens + first, bootstrap ? bootstrap + first : nullptr,
-                advantages, returns, num, g, gl);
-    }
+    schedule(dynamic, 16) if (cu_seqlens[num_segments] > kWorthThreads)
+  for (int64_t n = 0; n < num_segments; n++) {
+    const int64_t begin = cu_seqlens[n], end = cu_seqlens[n + 1];
+    const T last_value = bootstrap ? bootstrap[n] : T(0);
+    if (mask)
+      gae_masked(rewards, values, mask, last_value, advantages, returns, begin, end, g, gl,
+                 zero_gaps);
+    else
+      gae_plain(rewards, values, last_value, advantages, returns, begin, end, g, decay);
   }
 }
 

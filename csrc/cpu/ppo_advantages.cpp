@@ -9,6 +9,7 @@ namespace FASTRLHF_ISA {
 namespace {
 
 constexpr int64_t kNumStats = 7;
+constexpr int64_t kGroup = 4;  // sequences whose tensors stay in cache from one pass to the next
 
 // What the statistics are made of: sums, and for advantages and returns mean and sum of squared
 // differences to it.
@@ -63,26 +64,20 @@ static Row row_of(const T* logprobs, const T* ref_logprobs, const T* values, con
   return row;
 }
 
-// `num` <= kGroup sequences: the rewards, the deltas, the recurrence, the returns.
+// One sequence [begin, end).
 template <class T>
-static Row shape_group(const T* scores, const T* logprobs, const T* ref_logprobs, const T* values,
-                       const int32_t* cu_seqlens, T* __restrict__ rewards,
-                       T* __restrict__ advantages, T* __restrict__ returns, int num, T kl_coef,
-                       T gamma, T decay) {
-  const int64_t begin = cu_seqlens[0], end = cu_seqlens[num];
+static FASTRLHF_INLINE void shape(T score, const T* logprobs, const T* ref_logprobs,
+                                  const T* values, T* rewards, T* advantages, T* returns,
+                                  int64_t begin, int64_t end, T kl_coef, T gamma,
+                                  const Decay<T>& decay) {
+  if (begin == end) return;
   for (int64_t t = begin; t < end; t++) rewards[t] = -kl_coef * (logprobs[t] - ref_logprobs[t]);
-  for (int j = 0; j < num; j++)
-    if (cu_seqlens[j] < cu_seqlens[j + 1]) rewards[cu_seqlens[j + 1] - 1] += scores[j];
-  for (int64_t t = begin; t < end - 1; t++)
-    advantages[t] = rewards[t] + gamma * values[t + 1] - values[t];
-  for (int j = 0; j < num; j++)
-    if (cu_seqlens[j] < cu_seqlens[j + 1]) {
-      const int64_t t = static_cast<int64_t>(cu_seqlens[j + 1]) - 1;
-      advantages[t] = rewards[t] - values[t];
-    }
-  scan_group(advantages, cu_seqlens, num, decay);
-  for (int64_t t = begin; t < end; t++) returns[t] = advantages[t] + values[t];
-  return row_of(logprobs, ref_logprobs, values, rewards, advantages, returns, begin, end);
+  rewards[end - 1] += score;
+  scan_deltas<T>(rewards, values, T(0), begin, end, gamma, decay,
+                 [&](int64_t t, Lanes<T> sums, int size) FASTRLHF_LAMBDA {
+                   store(advantages + t, sums, size);
+                   store(returns + t, sums + load<Lanes<T>>(values + t, size), size);
+                 });
 }
 
 // r_t = -kl_coef (logprob - ref_logprob), plus the score at the last token of a sequence; from
@@ -98,16 +93,20 @@ void ppo_advantages(const T* scores, const T* logprobs, const T* ref_logprobs, c
   // whole groups to a chunk, and a cut that depends on the number of sequences alone
   const int64_t num_groups = (num_sequences + kGroup - 1) / kGroup;
   const int64_t size = (num_groups + kChunks - 1) / kChunks * kGroup;
+  const Decay<T> decay(gamma * lam);
   Row rows[kChunks] = {};
 #pragma omp parallel for num_threads(num_threads) \
     schedule(dynamic, 1) if (num_tokens > kWorthThreads)
   for (int64_t c = 0; c < kChunks; c++) {
     const int64_t stop = (c + 1) * size < num_sequences ? (c + 1) * size : num_sequences;
     for (int64_t first = c * size; first < stop; first += kGroup) {
-      const int num = stop - first < kGroup ? static_cast<int>(stop - first) : kGroup;
-      merge(rows[c], shape_group(scores + first, logprobs, ref_logprobs, values, cu_seqlens + first,
-                                 rewards, advantages, returns, num, static_cast<T>(kl_coef),
-                                 static_cast<T>(gamma), static_cast<T>(gamma * lam)));
+      const int64_t last = stop - first < kGroup ? stop : first + kGroup;
+      for (int64_t n = first; n < last; n++)
+        shape(scores[n], logprobs, ref_logprobs, values, rewards, advantages, returns,
+              cu_seqlens[n], cu_seqlens[n + 1], static_cast<T>(kl_coef), static_cast<T>(gamma),
+              decay);
+      merge(rows[c], row_of(logprobs, ref_logprobs, values, rewards, advantages, returns,
+                            cu_seqlens[first], cu_seqlens[last]));
     }
   }
   Row all_rows = {};
