@@ -179,6 +179,7 @@ def _workloads(device: str, head: torch.dtype) -> Iterator[tuple[str, Callable[.
     product = 2 * rows * width * size
     yield "linear_token_logprobs", fastrlhf.linear_token_logprobs, args, product
     yield "linear_cross_entropy", fastrlhf.linear_cross_entropy, args, product
+    yield "linear_kl_divergence", fastrlhf.linear_kl_divergence, (*args[:2], hidden.flip(0), args[1]), 2 * product
     yield "linear_ppo_loss", fastrlhf.linear_ppo_loss, (*args, a[:rows] - 9, b[:rows]), product
     ends = torch.tensor([0, rows // 2, rows], dtype=torch.int32, device=device)
     yield "linear_dpo_loss", fastrlhf.linear_dpo_loss, (*args, ends, a[:rows] - 9), product

@@ -141,7 +141,8 @@ void kl_divergence(const In* logits_p, const In* logits_q, Wide<In>* divergence,
                              {q, T(at.highest_q), T(at.log_sum_q), factor}, size, &at);
       result = (at.of_p + at.of_q) / 2;
     } else {
-      result = at.of_p = sums.crossed / sums.exps_p - at.log_sum_p + at.log_sum_q;
+      // the difference of the two logarithms would lose digits
+      result = at.of_p = sums.crossed / sums.exps_p + log(sums.exps_q / sums.exps_p);
     }
     divergence[r] = static_cast<T>(result < 0 ? 0 : result);
     T* out = statistics + 6 * r;

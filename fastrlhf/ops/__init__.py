@@ -12,6 +12,7 @@ from fastrlhf.ops.group_advantages import group_advantages
 from fastrlhf.ops.kl_divergence import kl_divergence
 from fastrlhf.ops.linear_cross_entropy import linear_cross_entropy
 from fastrlhf.ops.linear_dpo_loss import linear_dpo_loss
+from fastrlhf.ops.linear_kl_divergence import linear_kl_divergence
 from fastrlhf.ops.linear_ppo_loss import linear_ppo_loss
 from fastrlhf.ops.linear_token_logprobs import linear_token_logprobs
 from fastrlhf.ops.masked_whiten import masked_whiten
@@ -32,6 +33,7 @@ __all__ = [
     "kl_divergence",
     "linear_cross_entropy",
     "linear_dpo_loss",
+    "linear_kl_divergence",
     "linear_ppo_loss",
     "linear_token_logprobs",
     "masked_whiten",

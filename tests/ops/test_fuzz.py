@@ -22,7 +22,12 @@ CALLS = {  # ops without a public function of their name
     "masked_moments": OPS["masked_moments"],
     "ppo_sequence_loss": functools.partial(fastrlhf.ppo_policy_loss, ratio="sequence"),
 }
-FOR_CALLERS = {"token_logprobs": 2, "linear_token_logprobs": 2, "kl_divergence": 1}  # the rest is for the backward
+FOR_CALLERS = {  # outputs; the rest is for the backward
+    "token_logprobs": 2,
+    "linear_token_logprobs": 2,
+    "kl_divergence": 1,
+    "linear_kl_divergence": 1,
+}
 BEFORE_GRADIENTS = {"linear_cross_entropy": 1, "linear_dpo_loss": 2, "linear_ppo_loss": 2}  # which are 0 inf somewhere
 SPEAKS_AS = {"masked_moments": "masked_whiten", "ppo_sequence_loss": "ppo_policy_loss"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64, torch.bool)
