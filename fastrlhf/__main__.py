@@ -61,11 +61,14 @@ def _check(arguments: list[str]) -> int:
         print(help_of_check)
         return 0
     try:
-        lines, good = check(arguments)
+        lines = check(arguments)
     except ValueError as error:
         return _fail("check", f"{error}\nfastrlhf check --help lists the options", 2)
-    print("\n".join(lines))
-    return 0 if good else 1
+    status = 0
+    for line in lines:
+        print(line, flush=True)
+        status |= "FAIL" in line
+    return status
 
 
 def _train(command: str, arguments: list[str]) -> int:

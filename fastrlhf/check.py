@@ -1,8 +1,12 @@
-"""`fastrlhf check`: every op against its float64 reference on this machine, and how near it comes to its limits."""
+"""`fastrlhf check`: every op against its float64 reference on this machine, and how near it comes to its limits.
+
+An op needs nothing here: small arguments are its samples, large ones are made from the names in its schema.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastrlhf
 from fastrlhf.ops._registry import BACKENDS, OPS, Op
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -29,8 +32,8 @@ op widens, "-" where the reference serves. A kernel may err by twice what plain 
 roundings; the reference itself by 10000 roundings, at most 5 %. Exit status 1 if anything fails."""
 
 
-def check(arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """Returns the lines of the command and whether all is well; raises ValueError for unknown options."""
+def check(arguments: Sequence[str]) -> Iterator[str]:
+    """Yields the lines of the command, FAIL in those that are not well; raises ValueError for unknown options."""
     device, matrix_only, rest = "cuda" if torch.cuda.is_available() else "cpu", False, list(arguments)
     while rest:
         option = rest.pop(0)
@@ -43,21 +46,26 @@ def check(arguments: Sequence[str]) -> tuple[list[str], bool]:
     kind = device.partition(":")[0]
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device must be cpu, or cuda where there is a GPU, got {device}")
-    with torch.no_grad():
-        lines, good = matrix(device)
-        return (lines if matrix_only else [*lines, "", *speeds(device)]), good
+    return _lines(device, matrix_only)
 
 
-def matrix(device: str) -> tuple[list[str], bool]:
-    """The table of op x backend x dtype, and whether nothing failed."""
+@torch.no_grad()
+def _lines(device: str, matrix_only: bool) -> Iterator[str]:
+    yield from matrix(device)
+    if not matrix_only:
+        yield ""
+        yield from speeds(device)
+
+
+def matrix(device: str) -> Iterator[str]:
+    """The table of op x backend x dtype."""
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    lines = [f"{'op on ' + device:<24} {'backend':<10}" + "".join(f" {name:<14}" for name in names)]
+    yield f"{'op on ' + device:<24} {'backend':<10}" + "".join(f" {name:<14}" for name in names)
     for name, op in OPS.items():
         native = BACKENDS[name][device.partition(":")[0]] == "native"
         for backend, function in (("reference", op.reference), ("native", op if native else None)):
             cells = ["-" if function is None else _cell(op, function, device, dtype) for dtype in DTYPES]
-            lines.append(f"{name:<24} {backend:<10}" + "".join(f" {cell:<14}" for cell in cells))
-    return lines, not any("FAIL" in line for line in lines)
+            yield f"{name:<24} {backend:<10}" + "".join(f" {cell:<14}" for cell in cells)
 
 
 def _cell(op: Op, function: Callable[..., Any], device: str, dtype: torch.dtype) -> str:
@@ -114,23 +122,6 @@ def _limits(device: str, head: torch.dtype) -> tuple[float, float]:
     return 2 * source.nbytes / min(copies) / 1e9, 2 * side**3 / min(products) / 1e9
 
 
-def speeds(device: str) -> list[str]:
-    """The lines of the timings."""
-    head = torch.float32 if device == "cpu" else torch.bfloat16
-    copy, product = _limits(device, head)
-    lines = [f"this machine copies {copy:.1f} GB/s (read + write) and multiplies {product:.0f} GFLOP/s ({head})", ""]
-    lines += [f"{'op':<24} {'ms':>9} {'rate':>17} {'of limit':>9}"]
-    for name, function, args, flops in _workloads(device, head):
-        seconds = statistics.median(_times(functools.partial(function, *args), device))
-        if flops:
-            rate, limit, unit = flops / seconds / 1e9, product, "GFLOP/s"
-        else:
-            moved = [*(a for a in args if isinstance(a, Tensor)), *_flat(function(*args))]
-            rate, limit, unit = sum(t.nbytes for t in moved) / seconds / 1e9, copy, "GB/s"
-        lines.append(f"{name:<24} {seconds * 1e3:>9.3f} {rate:>9.1f} {unit:<7} {100 * rate / limit:>7.1f} %")
-    return lines
-
-
 def _times(function: Callable[[], Any], device: str) -> list[float]:
     """Seconds of each call, over a third of a second and at least five calls after the first."""
     times: list[float] = []
@@ -144,50 +135,72 @@ def _times(function: Callable[[], Any], device: str) -> list[float]:
     return times[1:]
 
 
-def _workloads(device: str, head: torch.dtype) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...], int]]:
-    """(op, function, arguments, floating-point operations, or 0 for an op that waits for memory)."""
-    on_gpu = device != "cpu"
-    n, rows, size = (2**24, 8192, 32000) if on_gpu else (2**23, 512, 32000)
-    a, b, c = (0.1 * torch.randn(n, device=device) for _ in range(3))
-    cu_seqlens = torch.arange(0, n + 1, 1024, dtype=torch.int32, device=device)
-    scores = a[: n // 32]
-    of_groups = torch.arange(0, len(scores) + 1, 8, dtype=torch.int32, device=device)
-    yield "approx_kl", fastrlhf.approx_kl, (a, b), 0
-    yield "discounted_returns", fastrlhf.discounted_returns, (a, cu_seqlens), 0
-    yield "gae", fastrlhf.gae, (a, b, cu_seqlens), 0
-    yield "group_advantages", fastrlhf.group_advantages, (scores, of_groups), 0
-    yield "masked_moments", OPS["masked_moments"], (a, None), 0
-    yield "masked_whiten", fastrlhf.masked_whiten, (a,), 0
-    yield "pairwise_reward_loss", fastrlhf.pairwise_reward_loss, (scores, b[: len(scores)]), 0
-    yield "ppo_advantages", _ppo_advantages, (a[: n // 1024], a, b, c, cu_seqlens), 0
-    yield "ppo_policy_loss", fastrlhf.ppo_policy_loss, (a, b, c), 0
-    yield "ppo_sequence_loss", _ppo_sequence_loss, (a, b, c, cu_seqlens), 0
-    yield "ranking_loss", fastrlhf.ranking_loss, (scores, of_groups), 0
-    yield "value_loss", fastrlhf.value_loss, (a, b, c), 0
-    logits, targets = torch.randn(rows, size, device=device), torch.randint(size, (rows,), device=device)
-    yield "token_logprobs", fastrlhf.token_logprobs, (logits, targets), 0
-    yield "sample_tokens", fastrlhf.sample_tokens, (logits,), 0
-    yield "kl_divergence", fastrlhf.kl_divergence, (logits, logits.flip(0)), 0
-    del logits
-    query, caches = torch.randn(16, 16, 64, device=device), torch.randn(2, 16, 4, 1024, 64, device=device)
-    lengths = torch.full((16,), 1024, dtype=torch.int32, device=device)
-    yield "decode_attention", fastrlhf.decode_attention, (query, *caches, lengths), 0
-    width = 4096 if on_gpu else 512
-    rows, size = (8192, 32000) if on_gpu else (256, 8192)
-    hidden, weight = torch.randn(rows, width, device=device, dtype=head), torch.randn(size, width, device=device)
-    args = hidden, (weight * width**-0.5).to(head), targets[:rows] % size
-    product = 2 * rows * width * size
-    yield "linear_token_logprobs", fastrlhf.linear_token_logprobs, args, product
-    yield "linear_cross_entropy", fastrlhf.linear_cross_entropy, args, product
-    yield "linear_kl_divergence", fastrlhf.linear_kl_divergence, (*args[:2], hidden.flip(0), args[1]), 2 * product
-    yield "linear_ppo_loss", fastrlhf.linear_ppo_loss, (*args, a[:rows] - 9, b[:rows]), product
-    ends = torch.tensor([0, rows // 2, rows], dtype=torch.int32, device=device)
-    yield "linear_dpo_loss", fastrlhf.linear_dpo_loss, (*args, ends, a[:rows] - 9), product
+def speeds(device: str) -> Iterator[str]:
+    """The lines of the timings, each with its error."""
+    head = torch.float32 if device == "cpu" else torch.bfloat16
+    copy, product = _limits(device, head)
+    yield f"this machine copies {copy:.1f} GB/s (read + write) and multiplies {product:.0f} GFLOP/s ({head})"
+    yield f"\n{'op':<24} {'error':>8} {'ms':>10} {'rate':>17} {'of limit':>9}"
+    for name, op in OPS.items():
+        args = large_case(op, device, head if "weight" in " ".join(op.parameters) else torch.float32)
+        outputs = [output.clone() for output in _flat(op(*args))]
+        exact, plain = _flat(op.reference(*_double(args))), _flat(op.reference(*args))
+        errors = [_error(a, e, p, None) for a, e, p in zip(outputs, exact, plain, strict=True)]
+        failed = "" if all(error <= allowed for error, allowed in errors) else " FAIL"
+        del exact, plain
+        seconds = statistics.median(_times(functools.partial(op, *args), device))
+        work, unit = _work(op, args, outputs)
+        rate, limit = work / seconds / 1e9, copy if unit == "GB/s" else product
+        shown = f"{rate:>9.1f} {unit:<7} {100 * rate / limit:>7.1f} %{failed}"
+        yield (f"{name:<24} {max(error for error, _ in errors):>8.1e} {seconds * 1e3:>10.3f} {shown}")
 
 
-def _ppo_advantages(*args: Tensor) -> Any:
-    return fastrlhf.ppo_advantages(*args, kl_coef=0.05)
+def _work(op: Op, args: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[int, str]:
+    """What an op must do at least: the operations of its matrix products, or each byte read or written once."""
+    named = {name: a for name, a in zip(op.parameters, args, strict=True) if isinstance(a, Tensor)}
+    heads = [a for name, a in named.items() if name.startswith("weight")]
+    if not heads:
+        return sum(t.nbytes for t in (*named.values(), *outputs)), "GB/s"
+    hidden = args[0]
+    gradients = sum(output.shape in (hidden.shape, heads[0].shape) for output in outputs)
+    return 2 * hidden.shape[0] * heads[0].numel() * (len(heads) + gradients), "GFLOP/s"
 
 
-def _ppo_sequence_loss(*args: Tensor) -> Any:
-    return fastrlhf.ppo_policy_loss(*args[:3], ratio="sequence", cu_seqlens=args[3])
+def large_case(op: Op, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments of a training size: tensors made by their names in the schema, the rest as in the op's first sample."""
+    generator = torch.Generator(device).manual_seed(0)
+    random = functools.partial(torch.randn, generator=generator, device=device)
+    names, (rows, size, width) = set(op.parameters), (512, 32000, 512) if device == "cpu" else (8192, 32000, 4096)
+    of_rows, of_groups = any(n.startswith(("logits", "hidden")) for n in names), bool(names & {"cu_groups", "chosen"})
+    length = rows if of_rows else 2**13 if of_groups else 2**22
+    bounds = torch.arange(0, length + 1, 8 if of_groups else 256, dtype=torch.int32, device=device)
+    makers: dict[str, Callable[[], Tensor]] = {
+        "logits": lambda: 3 * random(rows, size),
+        "hidden": lambda: random(rows, width).to(dtype),
+        "weight": lambda: (random(size, width) / 1000).to(dtype),
+        "targets": lambda: torch.randint(size, (rows,), generator=generator, device=device),
+        "cu": lambda: bounds,
+        "temperature": lambda: torch.ones(1, device=device),
+        "query": lambda: random(64, 8, 64),
+        "key": lambda: random(64, 4, 512, 64),
+        "value": lambda: random(64, 4, 512, 64),
+        "lengths": lambda: torch.full((64,), 512, dtype=torch.int32, device=device),
+        "seeds": lambda: torch.arange(rows, device=device),
+        "positions": lambda: torch.arange(rows, device=device),
+        "scores": lambda: random(len(bounds) - 1 if "cu_seqlens" in names else length),
+        # near each other, and with the small weights above near those of the head, so that ratios are about 1
+        "logprobs": lambda: random(length) / 20 - math.log(size),
+    }
+
+    def make(argument: Any, given: Any) -> Any:
+        if not isinstance(given, Tensor):
+            return {"chunk_size": 512}.get(argument.name, given)
+        if argument.type.kind() == "OptionalType":
+            return None
+        kind = "logprobs" if argument.name.endswith("logprobs") else argument.name
+        first = kind.partition("_")[0]
+        return makers.get(kind, makers.get(first, lambda: random(length)))()
+
+    arguments = op.forward._schema.arguments  # type: ignore[attr-defined]
+    first = next(iter(op.samples(device, torch.float32)))
+    return tuple(make(argument, given) for argument, given in zip(arguments, first, strict=True))

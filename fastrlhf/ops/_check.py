@@ -4,7 +4,6 @@ Metadata checks always run. Value checks read the data, so they run on the CPU o
 device; kernels clamp their indices there) unless FASTRLHF_DEBUG=1.
 """
 
-import itertools
 import os
 
 import torch
@@ -60,8 +59,9 @@ def cu_seqlens_of(function: str, name: str, cu_seqlens: Tensor, num_tokens: int)
         raise ValueError(f"{function}: {name} must be (N + 1,), got {tuple(cu_seqlens.shape)}")
     if not readable(cu_seqlens):
         return
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != num_tokens or any(b < a for a, b in itertools.pairwise(bounds)):
+    values = cu_seqlens.detach().cpu().numpy()
+    if values[0] != 0 or values[-1] != num_tokens or (values[1:] < values[:-1]).any():
+        bounds = values.tolist()
         shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
         raise ValueError(f"{function}: {name} must rise from 0 to {num_tokens}, got {shown}")
 

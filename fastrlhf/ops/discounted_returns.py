@@ -1,6 +1,5 @@
 """Discounted sums of the rewards that follow each token of a packed batch."""
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +15,11 @@ FLOATS = (torch.float32, torch.float64)
 
 
 def discounted_returns_ref(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
-    returns = torch.zeros_like(rewards)
-    for start, end in itertools.pairwise(cu_seqlens.tolist()):
-        following = rewards.new_zeros(())
-        for t in reversed(range(start, end)):
-            returns[t] = following = rewards[t] + gamma * following
+    returns = rewards.clone()
+    lengths, last = cu_seqlens.diff().long(), cu_seqlens[1:].long() - 1
+    for back in range(1, int(lengths.max()) if len(lengths) else 0):
+        t = last[lengths > back] - back
+        returns[t] += gamma * returns[t + 1]
     return returns
 
 

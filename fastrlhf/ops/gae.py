@@ -1,6 +1,5 @@
 """Generalised advantage estimation over a packed batch."""
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,19 +36,20 @@ def gae_ref(
     zero_gaps: bool,
 ) -> tuple[Tensor, Tensor]:
     advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
-    bounds = cu_seqlens.tolist()
-    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
-        next_advantage = rewards.new_zeros(())
-        next_value = rewards.new_zeros(()) if bootstrap is None else bootstrap[n]
-        for t in reversed(range(start, end)):
-            if mask is None or bool(mask[t]):
-                delta = rewards[t] + gamma * next_value - values[t]
-                advantages[t] = next_advantage = delta + gamma * lam * next_advantage
-                next_value = values[t]
-                returns[t] = next_advantage + next_value
-            elif zero_gaps:
-                next_advantage = gamma * next_value + gamma * lam * next_advantage
-                next_value = rewards.new_zeros(())
+    lengths, last = cu_seqlens.diff().long(), cu_seqlens[1:].long() - 1
+    after = rewards.new_zeros(len(lengths))  # the advantage and the value of what follows, of each sequence
+    value_after = after.clone() if bootstrap is None else bootstrap.clone()
+    for back in range(int(lengths.max()) if len(lengths) else 0):
+        long_enough = lengths > back
+        t = last[long_enough] - back
+        advantage, value = after[long_enough], value_after[long_enough]
+        here = rewards[t] + gamma * value - values[t] + gamma * lam * advantage
+        value_here, counts = values[t], torch.ones_like(t, dtype=torch.bool) if mask is None else mask[t]
+        if zero_gaps:
+            advantage, value = gamma * value + gamma * lam * advantage, torch.zeros_like(value)
+        advantages[t], returns[t] = torch.where(counts, here, 0), torch.where(counts, here + value_here, 0)
+        after[long_enough] = torch.where(counts, here, advantage)
+        value_after[long_enough] = torch.where(counts, value_here, value)
     return advantages, returns
 
 
