@@ -7,6 +7,7 @@ from torch import Tensor
 from fastrlhf import (
     linear_cross_entropy,
     linear_dpo_loss,
+    linear_kl_divergence,
     linear_ppo_loss,
     linear_token_logprobs,
     sample_tokens,
@@ -17,6 +18,7 @@ from fastrlhf.ops._registry import OPS
 LINEAR = {
     linear_cross_entropy: ("hidden", "weight", "targets"),
     linear_dpo_loss: ("hidden", "weight", "targets", "cu_seqlens", "ref_logprobs"),
+    linear_kl_divergence: ("hidden_p", "weight_p", "hidden_q", "weight_q"),
     linear_ppo_loss: ("hidden", "weight", "targets", "old_logprobs", "advantages"),
     linear_token_logprobs: ("hidden", "weight", "targets"),
 }
@@ -42,8 +44,8 @@ def test_a_tensor_elsewhere_is_refused(name, device, elsewhere):
 @pytest.mark.parametrize("function", LINEAR, ids=lambda function: function.__name__)
 def test_a_tensor_elsewhere_is_refused_by_ops_on_a_head(function, device, elsewhere):
     good = {
-        "hidden": torch.randn(4, 8, device=device),
-        "weight": torch.randn(5, 8, device=device),
+        **{name: torch.randn(4, 8, device=device) for name in ("hidden", "hidden_p", "hidden_q")},
+        **{name: torch.randn(5, 8, device=device) for name in ("weight", "weight_p", "weight_q")},
         "targets": torch.tensor([0, 4, 1, 2], device=device),
         "cu_seqlens": torch.tensor([0, 2, 4], device=device, dtype=torch.int32),
         **{name: torch.randn(4, device=device) for name in ("ref_logprobs", "old_logprobs", "advantages")},
