@@ -51,6 +51,7 @@ def leaf(
     _lib.impl(name, _after(check, ref), "CompositeExplicitAutograd")
     BACKENDS[name] = {"cpu": "reference", "cuda": "reference"}
     SERVING[name] = dict.fromkeys(("cpu", "cuda"), _after(check, ref))
+    SERVING[name]["meta"] = _after(check, fake)  # the dispatcher would call the fake alone
     for device, kernel in (("cpu", cpu), ("cuda", cuda)):
         if kernel is not None and BACKEND == "native":
             SERVING[name][device] = _after(check, kernel)

@@ -64,3 +64,10 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(value_loss(leaf, B, A + 1)[0] ** 2, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_a_meta_tensor_beside_a_real_one_is_refused(wants_gradient):
+    with pytest.raises(ValueError, match="approx_kl: all tensors must be on one device"):
+        approx_kl(A.to("meta").requires_grad_(wants_gradient), B)
+    assert approx_kl(A.to("meta").requires_grad_(wants_gradient), B.to("meta")).shape == (3,)
