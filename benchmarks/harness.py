@@ -29,6 +29,7 @@ from fastrlhf import _cpu
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 FIRST = ("benchmark", "when", "case", "name", "median", "p20", "p80", "rounds", "ratio")  # columns of every CSV
+CODE = ("--", "*.py", "csrc", "setup.py")  # what must be committed for a result to be that of its commit
 SHORTEST_MS = 2.0  # quick functions are called this long for one measurement
 
 
@@ -138,6 +139,12 @@ def _processor() -> str:
     return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
 
 
+def _commit() -> str:
+    """The commit measured; with a + where the code was changed since."""
+    changed = _git("status", "--porcelain", "-uno", *CODE)
+    return _git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+
+
 def machine() -> dict[str, Any]:
     """What the numbers depend on, and two measured limits."""
     return {
@@ -147,7 +154,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "fastrlhf": fastrlhf.__version__,
-        "commit": _git("rev-parse", "--short=12", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _commit(),
         "copy_gb_s": round(copy_bandwidth(), 1),
         "matrix_gflop_s": round(matrix_rate(), 1),
     }

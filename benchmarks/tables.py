@@ -137,7 +137,7 @@ def plot(files: dict[str, list[Row]]) -> None:
     from matplotlib.figure import Figure
 
     results = [(line, ratio) for line, ratio in headlines(files)[::-1] if ratio is not None]
-    with rc_context({"svg.hashsalt": "fastrlhf"}):  # the same file from the same figures
+    with rc_context({"svg.hashsalt": "fastrlhf", "svg.fonttype": "none"}):  # the same file from the same figures
         figure = Figure(figsize=(8, 0.42 * len(results) + 0.8), layout="constrained")
         axis = figure.add_subplot()
         labels = [f"{line.what.replace('`', '')}\nbeside {line.beside.replace('`', '')}" for line, _ in results]

@@ -159,7 +159,7 @@ def _outcome(function: Any, case: tuple[Any, ...]) -> tuple[list[Any], list[Any]
     leaves = [a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in case]
     # copies, since some peers write over their arguments
     passed = [a.clone() if isinstance(a, Tensor) else a for a in leaves]
-    call: Any = getattr(function, "apply") if isinstance(function, type) else function  # noqa: B009
+    call = function.apply if hasattr(function, "apply") else function
     # what a peer wraps in torch.compile is run as it is, since compiling takes longer than all self-tests
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         output = call(*passed)
