@@ -10,9 +10,7 @@ import argparse
 import csv
 import gc
 import itertools
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,13 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastrlhf
-from fastrlhf import _cpu
+from benchmarks.machine import machine, synchronize
 
 RESULTS = Path(__file__).parent / "results"
-ROOT = Path(__file__).parents[1]
 FIRST = ("benchmark", "when", "case", "name", "median", "p20", "p80", "rounds", "ratio")  # columns of every CSV
-CODE = ("--", "*.py", "csrc", "setup.py")  # what must be committed for a result to be that of its commit
 SHORTEST_MS = 2.0  # quick functions are called this long for one measurement
 
 
@@ -55,13 +50,12 @@ def _once(function: Callable[[], Any] | Prepared, calls: int) -> float:
     """Milliseconds of one call, the average of `calls`; what a call returns is freed outside the timed region."""
     prepare, run = (function.prepare, function.run) if isinstance(function, Prepared) else (tuple, function)
     arguments, results = [prepare() for _ in range(calls)], []
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    device = torch.get_default_device().type
+    synchronize(device)
     start = time.perf_counter()
     for args in arguments:
         results.append(run(*args))
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize(device)
     return (time.perf_counter() - start) * 1e3 / calls
 
 
@@ -104,60 +98,19 @@ def expect_close(what: str, actual: Tensor, expected: Tensor, *, rtol: float = 1
 
 
 def peak_mib(function: Callable[[], Any] | Prepared) -> float:
-    """The most memory in MiB that torch held at a time during one call, beyond what it held before. CPU only."""
+    """The most memory in MiB that torch held at a time during one call, beyond what it held before."""
     prepare, run = (function.prepare, function.run) if isinstance(function, Prepared) else (tuple, function)
     arguments = prepare()
+    if torch.get_default_device().type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(*arguments)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with torch.autograd.profiler.profile(profile_memory=True) as recorded:
         result = run(*arguments)
     changes = [event.nbytes() for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     del result
     return max(itertools.accumulate(changes), default=0) / 2**20
-
-
-def copy_bandwidth() -> float:
-    """GB/s of a copy of 256 MiB into memory already touched, read and written bytes together."""
-    source = torch.ones(64 * 2**20)
-    target = source.clone()
-    best = min(_once(lambda: target.copy_(source), 1) for _ in range(7))
-    return 2 * source.nbytes / best / 1e6
-
-
-def matrix_rate() -> float:
-    """GFLOP/s of a float32 product of two 2048 x 2048 matrices."""
-    a = torch.ones(2048, 2048)
-    best = min(_once(lambda: a @ a, 1) for _ in range(7))
-    return 2 * 2048**3 / best / 1e6
-
-
-def _git(*args: str) -> str:
-    return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """The commit measured; with a + where the code was changed since."""
-    changed = _git("status", "--porcelain", "-uno", *CODE)
-    return _git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on, and two measured limits."""
-    return {
-        "processor": _processor(),
-        "isa": _cpu.isa,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "fastrlhf": fastrlhf.__version__,
-        "commit": _commit(),
-        "copy_gb_s": round(copy_bandwidth(), 1),
-        "matrix_gflop_s": round(matrix_rate(), 1),
-    }
 
 
 class Report:
@@ -170,12 +123,17 @@ class Report:
         parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/<name>.csv")
         parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch and ours")
         parser.add_argument("--seconds", type=float, default=5.0, help="how long each case is timed")
+        parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to time")
         for flag, arguments in (more or {}).items():
             parser.add_argument(flag, **arguments)
         self.options, self.name, self.rows = parser.parse_args(), name, list[dict[str, Any]]()
         torch.set_num_threads(self.options.threads)
+        if self.options.device != "cpu":
+            if not torch.cuda.is_available():
+                parser.error("--device cuda, but torch sees no GPU")
+            torch.set_default_device(self.options.device)
         torch.manual_seed(0)
-        self.machine = machine()
+        self.machine = machine(self.options.device)
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in self.machine.items()), flush=True)
 
     def add(self, case: str, timings: dict[str, Timing], **figures: dict[str, float]) -> None:
@@ -198,7 +156,7 @@ class Report:
             return
         when = datetime.now(UTC).isoformat(timespec="seconds")
         rows = [{"benchmark": self.name, "when": when, **row, **self.machine} for row in self.rows]
-        path = RESULTS / "cpu" / f"{self.name}.csv"
+        path = RESULTS / self.options.device / f"{self.name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         figures = sorted(set().union(*rows) - set(FIRST) - set(self.machine))
         with path.open("w", newline="") as file:

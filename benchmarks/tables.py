@@ -101,6 +101,8 @@ def machine(row: Row) -> str:
     """What a table was measured on, and the limits of that machine."""
     versions = f"torch {row['torch']}, commit {row['commit']}, {row['when'][:10]}"
     limits = f"copy {row['copy_gb_s']} GB/s, matrix product {row['matrix_gflop_s']} GFLOP/s"
+    if "matrix_bf16_gflop_s" in row:
+        limits += f" (bf16: {row['matrix_bf16_gflop_s']})"
     return f"{row['processor']} ({row['isa']}), {row['threads']} threads, {versions}; {limits}"
 
 
