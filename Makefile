@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test fuzz sanitize lint bench build clean
+.PHONY: demo test fuzz sanitize lint bench gpu-dry-run build clean
 
 demo: $(VENV)/demo
 	$(BIN)/fastrlhf run --output demo --resume
@@ -34,6 +34,9 @@ lint: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks --save
+
+gpu-dry-run: $(VENV)/dev
+	PYTHON=$(BIN)/python benchmarks/gpu.sh all --dry-run
 
 build: $(VENV)/dev
 	$(BIN)/python -m build

@@ -77,7 +77,9 @@ def packed(policy: Policy, sequences: list[list[int]], num_targets: int) -> torc
 
 
 def main() -> None:
-    report = Report("packing", {"--data": {"help": "JSON lines, .gz or not, whose `chosen` texts give the lengths"}})
+    report = Report(
+        "packing", more={"--data": {"help": "JSON lines, .gz or not, whose `chosen` texts give the lengths"}}
+    )
     lengths = lengths_of(report.options.data)
     sequences = [torch.randint(3, VOCAB, (n,)).tolist() for n in lengths]
     theirs = make_model().train()

@@ -1,9 +1,10 @@
 """Timing of several functions against each other in one process, with the machine's own limits beside them.
 
-report = Report("token_logprobs")
-expect_close("torch", theirs(), exact)                               # correct first,
-report.add("T=2048", compare({"fastrlhf": ours, "torch": theirs}))   # then timed
-report.finish()                                                      # writes results/<device>/<name>.csv with --save
+report = Report("token_logprobs", {"cpu": [(2048, 32000)], "cuda": [(8192, 128256)], "tiny": [(8, 64)]})
+for rows, size in report.sizes:
+    expect_close("torch", theirs(), exact)                               # correct first,
+    report.add("T=2048", compare({"fastrlhf": ours, "torch": theirs}))   # then timed; with --save on disk at once
+report.finish()
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import machine, synchronize
+from benchmarks.tables import rows_in
 
 RESULTS = Path(__file__).parent / "results"
 FIRST = ("benchmark", "when", "case", "name", "median", "p20", "p80", "rounds", "ratio")  # columns of every CSV
@@ -113,27 +115,55 @@ def peak_mib(function: Callable[[], Any] | Prepared) -> float:
     return max(itertools.accumulate(changes), default=0) / 2**20
 
 
-class Report:
-    """Collects timings, prints them as they come, and saves them when the user asks for it with --save.
+def captured(function: Callable[[], Any]) -> Callable[[], Any]:
+    """On a GPU, what repeats the kernels of a call without the time that Python takes to start each of them."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
+
+class Report:
+    """Collects timings, prints them as they come, and saves them when the user asks for it with --save or --into.
+
+    sizes: what there is to time on each device, and with --tiny, which shows in seconds whether it runs; `report.sizes`
+        is that, or what --sizes says
     more: further command-line options, by flag the arguments of `add_argument`"""
 
-    def __init__(self, name: str, more: dict[str, dict[str, Any]] | None = None) -> None:
-        parser = argparse.ArgumentParser(prog=f"python -m benchmarks.ops.bench_{name}")
+    def __init__(
+        self,
+        name: str,
+        sizes: dict[str, list[tuple[int, ...]]] | None = None,
+        more: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
+        parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}")
         parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/<name>.csv")
+        parser.add_argument(
+            "--into", type=Path, help="write to this CSV file, beside what is there of other benchmarks"
+        )
         parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch and ours")
         parser.add_argument("--seconds", type=float, default=5.0, help="how long each case is timed")
         parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to time")
+        parser.add_argument("--tiny", action="store_true", help="in sizes that take no time, to see that it runs")
+        if sizes:
+            parser.add_argument("--sizes", nargs="+", type=_size, help="such as 2048x512x32000, in place of the usual")
         for flag, arguments in (more or {}).items():
             parser.add_argument(flag, **arguments)
         self.options, self.name, self.rows = parser.parse_args(), name, list[dict[str, Any]]()
+        device, tiny = self.options.device, self.options.tiny
+        if tiny and self.options.save:
+            parser.error("--save keeps what was measured, which --tiny does not")
+        self.sizes = (self.options.sizes or sizes["tiny" if tiny else device]) if sizes else []
+        self.path = self.options.into or (RESULTS / device / f"{name}.csv" if self.options.save else None)
         torch.set_num_threads(self.options.threads)
-        if self.options.device != "cpu":
+        if device != "cpu":
             if not torch.cuda.is_available():
                 parser.error("--device cuda, but torch sees no GPU")
-            torch.set_default_device(self.options.device)
+            torch.set_default_device(device)
         torch.manual_seed(0)
-        self.machine = machine(self.options.device)
+        self.machine = machine(device, tiny)
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in self.machine.items()), flush=True)
 
     def add(self, case: str, timings: dict[str, Timing], **figures: dict[str, float]) -> None:
@@ -150,16 +180,27 @@ class Report:
             numbers = f"{timing.median:>12.3f}{timing.p20:>10.3f}{timing.p80:>10.3f}{row['ratio']:>8.2f}"
             print(f"  {name:<42}{numbers}{extra}", flush=True)
 
+        if self.path:
+            self._write(self.path)
+
     def finish(self) -> None:
-        """Writes a line for each row, in place of the last run's, when --save was given."""
-        if not self.options.save:
-            return
+        """Says where the rows are."""
+        if self.path:
+            print(f"{self.name}: {len(self.rows)} rows are in {self.path}")
+
+    def _write(self, path: Path) -> None:
+        """Writes all rows so far, in place of those of the last run: what stops a run leaves the cases it finished."""
         when = datetime.now(UTC).isoformat(timespec="seconds")
-        rows = [{"benchmark": self.name, "when": when, **row, **self.machine} for row in self.rows]
-        path = RESULTS / self.options.device / f"{self.name}.csv"
+        rows = [row for row in rows_in(path) if row["benchmark"] != self.name] if path.exists() else []
+        rows += [{"benchmark": self.name, "when": when, **row, **self.machine} for row in self.rows]
         path.parent.mkdir(parents=True, exist_ok=True)
         figures = sorted(set().union(*rows) - set(FIRST) - set(self.machine))
-        with path.open("w", newline="") as file:
+        with path.with_suffix(".new").open("w", newline="") as file:
             writer = csv.DictWriter(file, [*FIRST, *figures, *self.machine], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+        path.with_suffix(".new").replace(path)
+
+
+def _size(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split("x")))

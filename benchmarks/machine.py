@@ -1,5 +1,6 @@
 """What figures depend on: processor or GPU, versions, commit, and the machine's limits, measured."""
 
+import os
 import platform
 import subprocess
 import time
@@ -22,9 +23,10 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def machine(device: str) -> dict[str, Any]:
-    """What the numbers depend on, and the measured limits of the device."""
+def machine(device: str, tiny: bool = False) -> dict[str, Any]:
+    """What the numbers depend on, and the measured limits of the device; with `tiny` of no significance, at once."""
     on_gpu = device != "cpu"
+    elements, side = (2**20, 128) if tiny else (2**29, 8192) if on_gpu else (2**26, 2048)
     return {
         "processor": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "isa": "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if on_gpu else _cpu.isa,
@@ -33,23 +35,23 @@ def machine(device: str) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "fastrlhf": fastrlhf.__version__,
         "commit": _commit(),
-        "copy_gb_s": round(copy_bandwidth(device), 1),
-        "matrix_gflop_s": round(matrix_rate(device, torch.float32), 1),
-        "matrix_bf16_gflop_s": round(matrix_rate(device, torch.bfloat16), 1),
+        "copy_gb_s": round(copy_bandwidth(device, elements), 1),
+        "matrix_gflop_s": round(matrix_rate(device, torch.float32, side), 1),
+        "matrix_bf16_gflop_s": round(matrix_rate(device, torch.bfloat16, side), 1),
     }
 
 
-def copy_bandwidth(device: str) -> float:
-    """GB/s of a copy into memory already touched, of 256 MiB or on a GPU 2 GiB; read and written bytes together."""
-    source = torch.ones(2**26 if device == "cpu" else 2**29, device=device)
+def copy_bandwidth(device: str, elements: int) -> float:
+    """GB/s of a copy of float32 into memory already touched; read and written bytes together."""
+    source = torch.ones(elements, device=device)
     target = source.clone()
     return 2 * source.nbytes / _best(lambda: target.copy_(source), device) / 1e9
 
 
-def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """GFLOP/s of a product of two square matrices, of 2048 rows or on a GPU 8192."""
-    a = torch.ones(2 * (2048 if device == "cpu" else 8192,), dtype=dtype, device=device)
-    return 2 * len(a) ** 3 / _best(lambda: a @ a, device) / 1e9
+def matrix_rate(device: str, dtype: torch.dtype, side: int) -> float:
+    """GFLOP/s of a product of two square matrices of random numbers: a GPU multiplies equal ones faster."""
+    a = torch.randn(side, side, dtype=dtype, device=device)
+    return 2 * side**3 / _best(lambda: a @ a, device) / 1e9
 
 
 def _best(function: Callable[[], Any], device: str) -> float:
@@ -65,7 +67,13 @@ def _best(function: Callable[[], Any], device: str) -> float:
 
 
 def _git(*args: str) -> str:
-    return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False).stdout.strip()
+    """What git says, or nothing: on a machine that has a copy of the tree without its history."""
+    try:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _processor() -> str:
@@ -75,6 +83,8 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit measured; with a + where the code was changed since."""
+    """The commit measured, with a + where the code was changed since; without git, what FASTRLHF_COMMIT says."""
+    if not _git("rev-parse", "HEAD"):
+        return os.environ.get("FASTRLHF_COMMIT", "unknown")
     changed = _git("status", "--porcelain", "-uno", *CODE)
     return _git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")

@@ -1,6 +1,7 @@
 """The tables and the plot of README.md and benchmarks/README.md, from the CSV files: python -m benchmarks.tables
 
-With --check nothing is written, and the exit status says whether the texts are those of the files.
+With --check nothing is written, and the exit status says whether the texts are those of the files. With the paths of
+CSV files it prints their tables.
 """
 
 import csv
@@ -72,13 +73,17 @@ HEADLINES = [
 ]
 
 
-def read(device: str) -> dict[str, list[Row]]:
-    """The rows of each benchmark."""
-    files = {}
-    for path in sorted((RESULTS / device).glob("*.csv")):
-        with path.open(newline="") as file:
-            files[path.stem] = list(csv.DictReader(file))
-    return files
+def rows_in(path: Path) -> list[Row]:
+    """The rows of a CSV file, which may be of several benchmarks."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read(*paths: Path) -> dict[str, list[Row]]:
+    """The rows of each benchmark; of all that were run on a CPU if no file is named."""
+    rows = [row for path in paths or sorted((RESULTS / "cpu").glob("*.csv")) for row in rows_in(path)]
+    names = sorted({row["benchmark"] for row in rows})
+    return {name: [row for row in rows if row["benchmark"] == name] for name in names}
 
 
 def headlines(files: dict[str, list[Row]]) -> list[tuple[Headline, float | None]]:
@@ -120,7 +125,7 @@ def whole(files: dict[str, list[Row]]) -> str:
     blocks = []
     for name, rows in files.items():
         first = list(rows[0])
-        figures = first[first.index("ratio") + 1 : first.index("processor")]
+        figures = [f for f in first[first.index("ratio") + 1 : first.index("processor")] if any(row[f] for row in rows)]
         lines = [f"### {name}", machine(rows[0]), ""]
         lines.append("| " + " | ".join(["case", "", "ms", "20 to 80 %", "ratio", *figures]) + " |")
         lines.append("|---|---" + "|---:" * (3 + len(figures)) + "|")
@@ -165,7 +170,7 @@ def between(text: str, name: str, table: str) -> str:
 
 def texts() -> Iterable[tuple[Path, str]]:
     """The two pages as they should be."""
-    files = read("cpu")
+    files = read()
     for path, name, table in (
         (HERE.parent / "README.md", "speed", front(files)),
         (HERE / "README.md", "results", whole(files)),
@@ -176,11 +181,13 @@ def texts() -> Iterable[tuple[Path, str]]:
 def write() -> None:
     for path, text in texts():
         path.write_text(text)
-    plot(read("cpu"))
+    plot(read())
 
 
 def main() -> None:
-    if "--check" not in sys.argv[1:]:
+    if paths := [Path(argument) for argument in sys.argv[1:] if argument != "--check"]:
+        print(whole(read(*paths)))
+    elif "--check" not in sys.argv[1:]:
         write()
     elif stale := [str(path) for path, text in texts() if path.read_text() != text]:
         sys.exit(f"tables: not what the CSV files say: {', '.join(stale)}")

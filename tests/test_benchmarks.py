@@ -11,7 +11,7 @@ def test_the_tables_of_both_pages_are_what_the_csv_files_say():
 
 
 def test_every_headline_was_measured():
-    assert [line.what for line, ratio in tables.headlines(tables.read("cpu")) if ratio is None] == []
+    assert [line.what for line, ratio in tables.headlines(tables.read()) if ratio is None] == []
 
 
 def test_a_page_without_marks_is_not_overwritten():

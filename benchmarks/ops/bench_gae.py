@@ -1,6 +1,7 @@
 """gae against the loop over time that PPO trainers run: python -m benchmarks.ops.bench_gae
 
-A million tokens, then 256 sequences of 1024, as the loop likes it, then ragged responses, which it pads to the longest.
+Sequences of one length, as the loop likes them, with and without a mask; then ragged responses, which it pads to the
+longest. On a GPU also as a graph replays it: the kernel without what Python takes to start it.
 """
 
 from collections.abc import Callable
@@ -9,10 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Report, compare, expect_close
+from benchmarks.harness import Report, captured, compare, expect_close
 from fastrlhf import gae
 
 GAMMA, LAM = 1.0, 0.95
+SIZES = {
+    "cpu": [(1024, 1024), (256, 1024)],
+    "cuda": [(64, 1024), (512, 1024), (4096, 1024), (512, 4096), (8192, 4096)],
+    "tiny": [(3, 8)],
+}
 
 
 def loop_over_time(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,32 +63,39 @@ def table(
     for actual, padded_exact in zip(ours(), exact, strict=True):
         error = expect_close("fastrlhf", actual, padded_exact[inside], atol=1e-4)
     functions = {"fastrlhf": ours, "loop over time": lambda: loop(*padded)}
+    if rewards.is_cuda:
+        functions["fastrlhf, as a graph"] = captured(ours)
     timings = compare(functions, seconds=report.options.seconds)
-    rate = len(rewards) * (16 if mask is None else 17) / timings["fastrlhf"].median / 1e6
-    report.add(case, timings, error={"fastrlhf": error}, gb_s={"fastrlhf": rate})
+    moved = len(rewards) * (16 if mask is None else 17)
+    rates = {name: moved / timing.median / 1e6 for name, timing in timings.items() if "fastrlhf" in name}
+    report.add(case, timings, error={"fastrlhf": error}, gb_s=rates)
 
 
-def main() -> None:
-    report = Report("gae")
-    rewards, values = torch.randn(2, 1024, 1024)
-    cu_seqlens = torch.arange(0, rewards.numel() + 1, 1024, dtype=torch.int32)
-    million = rewards.flatten(), values.flatten(), cu_seqlens, None
-    table(report, "1024 x 1024", million, loop_over_time, (rewards, values), torch.ones_like(rewards, dtype=torch.bool))
-
-    rewards, values, mask = torch.randn(256, 1024), torch.randn(256, 1024), torch.rand(256, 1024) < 0.9
-    cu_seqlens = torch.arange(0, rewards.numel() + 1, 1024, dtype=torch.int32)
+def same_length(report: Report, num: int, length: int) -> None:
+    rewards, values, mask = torch.randn(num, length), torch.randn(num, length), torch.rand(num, length) < 0.9
+    cu_seqlens = torch.arange(0, num * length + 1, length, dtype=torch.int32)
     flat, everything = (rewards.flatten(), values.flatten(), cu_seqlens), torch.ones_like(mask)
-    table(report, "256 x 1024", (*flat, None), loop_over_time, (rewards, values), everything)
+    case = f"{num} x {length}"
+    table(report, case, (*flat, None), loop_over_time, (rewards, values), everything)
     masked = (*flat, mask.flatten())
-    table(report, "256 x 1024, mask", masked, masked_loop_over_time, (rewards, values, mask), everything)
+    table(report, f"{case}, mask", masked, masked_loop_over_time, (rewards, values, mask), everything)
 
-    lengths = torch.distributions.LogNormal(4.5, 0.8).sample((256,)).clamp(4, 1024).int()
+
+def ragged(report: Report, num: int, length: int) -> None:
+    lengths = (torch.randn(num) * 0.8 + 4.5).exp().clamp(4, length).int()
     inside = torch.arange(int(lengths.max())) < lengths[:, None]
     rewards, values = torch.randn(inside.shape) * inside, torch.randn(inside.shape) * inside
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     packed = rewards[inside], values[inside], cu_seqlens, None
-    case = f"256 responses, {int(lengths.min())} to {int(lengths.max())} tokens"
+    case = f"{num} responses, {int(lengths.min())} to {int(lengths.max())} tokens"
     table(report, case, packed, loop_over_time, (rewards, values), inside)
+
+
+def main() -> None:
+    report = Report("gae", SIZES)
+    for num, length in report.sizes:
+        same_length(report, num, length)
+    ragged(report, 4 if report.options.tiny else 256, 1024)
     report.finish()
 
 

@@ -179,7 +179,7 @@ def pairs(report: Report) -> None:
 def main() -> None:
     shapes = ["16", "4096", "64x1024", "1048576", "pairs"]
     options = {"nargs": "*", "default": shapes, "choices": shapes, "help": "shapes of the tokens to time, or pairs"}
-    report = Report("losses", {"--cases": options})
+    report = Report("losses", more={"--cases": options})
     for case in report.options.cases:
         if case == "pairs":
             pairs(report)
