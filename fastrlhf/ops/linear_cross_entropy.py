@@ -7,109 +7,65 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops._check import denominator_of
-from fastrlhf.ops._linear import Gradients, Head, check_head, check_options, even_cuts, gathered, wanted_gradients
-from fastrlhf.ops._linear_loss import (
-    gradients_ref,
-    kept_rows,
-    loss_in_chunks,
-    save_gradients,
-    scaled_gradients,
-)
+from fastrlhf.ops._linear import SCHEMA, Gradients, Head, even_cuts
+from fastrlhf.ops._linear_inputs import check_targets, checked, wanted_gradients
+from fastrlhf.ops._linear_inputs import samples as head_samples
+from fastrlhf.ops._linear_loss import fake, gradients_ref, kept_rows, loss_in_chunks, save_gradients, scale_gradients
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops.linear_token_logprobs import linear_token_logprobs_ref
-from fastrlhf.ops.linear_token_logprobs import samples as linear_samples
 from fastrlhf.ops.token_logprobs import computed_in
 
 
-def linear_cross_entropy_ref(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    denominator: float | None,
-    logit_scale: float,
-    logit_softcap: float | None,
-    chunk_size: int,
-    batch_invariant: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, ...]:
-    def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        one = hidden.new_ones(1, dtype=computed_in(hidden))
-        kept = kept_rows(mask, hidden)
-        logprobs, *_ = linear_token_logprobs_ref(
-            hidden[kept], weight, targets[kept], bias, one, logit_scale, logit_softcap
-        )
+def linear_cross_entropy_ref(*args: Any) -> tuple[Tensor, ...]:
+    head, (targets, mask, denominator, wanted) = Head.split(args)
+    kept = kept_rows(mask, targets)
+
+    def loss_of(head: Head) -> Tensor:
+        one = head.hidden.new_ones(1, dtype=computed_in(head.hidden))
+        logprobs, *_ = linear_token_logprobs_ref(*head.rows(kept), targets[kept], one, 0)
         return -logprobs.sum() / (denominator or max(1, kept.shape[0]))
 
-    return loss_of(hidden, weight, bias), *gradients_ref(loss_of, hidden, weight, bias, wanted)
+    return loss_of(head), *gradients_ref(loss_of, head, wanted)
 
 
-def _fake(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    loss = hidden.new_empty((), dtype=computed_in(hidden))
-    return loss, *Gradients.zeros(hidden, weight, args[-1], computed_in(hidden))
-
-
-def _forward_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    denominator: float | None,
-    logit_scale: float,
-    logit_softcap: float | None,
-    chunk_size: int,
-    batch_invariant: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, ...]:
-    kept = kept_rows(mask, hidden)
+def _forward_chunks(*args: Any) -> tuple[Tensor, ...]:
+    head, (targets, mask, denominator, wanted) = Head.split(args)
+    kept = kept_rows(mask, targets)
     scale = 1 / (denominator or max(1, kept.shape[0]))
-    one = hidden.new_ones(1, dtype=computed_in(hidden))
-    logprobs, _, grads = loss_in_chunks(
-        Head.of(weight, bias, logit_scale, logit_softcap, chunk_size, batch_invariant),
-        hidden,
-        targets,
-        one,
-        kept,
-        wanted,
-        even_cuts(0, kept.shape[0], chunk_size),
-        chunk_size,
-        lambda rows, logprobs, entropy: [torch.full_like(logprobs, -scale), None],
-    )
+
+    def upstream(rows: slice, logprobs: Tensor, entropy: Tensor) -> list[Tensor | None]:
+        return [torch.full_like(logprobs, -scale), None]
+
+    one = head.hidden.new_ones(1, dtype=computed_in(head.hidden))
+    cuts = even_cuts(0, kept.shape[0], head.chunk_size)
+    logprobs, _, grads = loss_in_chunks(head, targets, one, kept, wanted, cuts, upstream)
     return -scale * logprobs.sum(), *grads
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    hidden, weight, bias = scaled_gradients(ctx, grad_loss, [ctx.needs_input_grad[i] for i in (0, 1, 3)])
-    return hidden, weight, None, bias, *(None,) * 7
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(0)
-    for hidden, weight, targets, bias, _, *options, _ in linear_samples(device, dtype):
-        wanted = [True, True, bias is not None]
+    for head, targets, _ in head_samples(device, dtype):
+        wanted = [t is not None for t in head.tensors]
         mask = (torch.rand(targets.shape, generator=generator) < 0.6).to(device)
-        yield hidden, weight, targets, bias, None, None, *options, wanted
-        yield hidden, weight, targets, bias, mask, 7.0, *options, wanted
-    yield hidden, weight, targets, bias, torch.zeros_like(mask), None, *options, wanted
+        yield *head, targets, None, None, wanted
+        yield *head, targets, mask, 7.0, wanted
+    yield *head, targets, torch.zeros_like(mask), None, wanted
 
 
 _forward = leaf(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? mask, float? denominator,"
-    " float logit_scale, float? logit_softcap, int chunk_size, bool batch_invariant, bool[] wanted)"
+    f"linear_cross_entropy({SCHEMA}, Tensor targets, Tensor? mask, float? denominator, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     ref=_forward_chunks,
-    fake=_fake,
+    fake=fake(num_stats=0),
     cpu=_forward_chunks,  # native in that the logits of a chunk go through the kernels of token_logprobs
 )
 _op = op(
     _forward,
     reference=linear_cross_entropy_ref,
     samples=samples,
-    grads=("hidden", "weight", "bias"),
+    grads=Gradients._fields,
     setup_context=save_gradients,
-    backward=_backward,
+    backward=scale_gradients,
 )
 
 
@@ -150,11 +106,9 @@ def linear_cross_entropy(
     Source: the gradient made in the forward is that of Liger Kernel, arXiv 2410.10989.
     """
     name = "linear_cross_entropy"
-    weight, bias = gathered(weight), None if bias is None else gathered(bias)
-    check_head(name, hidden, weight, targets, bias, mask)
+    options = logit_scale, logit_softcap, chunk_size, batch_invariant
+    head = checked(name, Head(hidden, weight, bias, *options))
+    check_targets(name, head, targets, mask)
     denominator_of(name, denominator)
-    check_options(name, logit_scale, logit_softcap, chunk_size, batch_invariant)
-    wanted = wanted_gradients(hidden, weight, bias)
-    options = denominator, logit_scale, logit_softcap, chunk_size, batch_invariant
-    loss, *_ = _op(hidden, weight, targets, bias, mask, *options, wanted)
+    loss, *_ = _op(*head, targets, mask, denominator, wanted_gradients(*head.tensors))
     return loss

@@ -10,42 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrlhf.ops._check import cu_seqlens_of, denominator_of, dtype_in, has_shape, same_device, widen
-from fastrlhf.ops._linear import Gradients, Head, check_head, check_options, gathered, wanted_gradients
-from fastrlhf.ops._linear_loss import gradients_ref, kept_rows, loss_in_chunks, save_gradients, scaled_gradients
+from fastrlhf.ops._linear import SCHEMA, Gradients, Head
+from fastrlhf.ops._linear_inputs import check_targets, checked, wanted_gradients
+from fastrlhf.ops._linear_inputs import samples as head_samples
+from fastrlhf.ops._linear_loss import fake, gradients_ref, kept_rows, loss_in_chunks, save_gradients, scale_gradients
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops.linear_token_logprobs import linear_token_logprobs_ref
-from fastrlhf.ops.linear_token_logprobs import samples as linear_samples
 from fastrlhf.ops.token_logprobs import computed_in
 
 STATS = ("accuracy", "margin", "chosen", "rejected", "chosen_logprobs", "rejected_logprobs")
 
 
-def linear_dpo_loss_ref(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    cu_seqlens: Tensor,
-    ref_logprobs: Tensor,
-    mask: Tensor | None,
-    beta: float,
-    label_smoothing: float,
-    denominator: float | None,
-    logit_scale: float,
-    logit_softcap: float | None,
-    chunk_size: int,
-    batch_invariant: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, ...]:
-    kept, num_sequences = kept_rows(mask, hidden), cu_seqlens.shape[0] - 1
+def linear_dpo_loss_ref(*args: Any) -> tuple[Tensor, ...]:
+    head, (targets, cu_seqlens, ref_logprobs, mask, beta, label_smoothing, denominator, wanted) = Head.split(args)
+    kept, num_sequences = kept_rows(mask, targets), cu_seqlens.shape[0] - 1
     owner = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=targets.shape[0])[kept]
-    one = hidden.new_ones(1, dtype=computed_in(hidden))
     count = denominator or max(1, num_sequences // 2)
 
-    def terms(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        logprobs, *_ = linear_token_logprobs_ref(
-            hidden[kept], weight, targets[kept], bias, one, logit_scale, logit_softcap
-        )
+    def terms(head: Head) -> tuple[Tensor, Tensor]:
+        one = head.hidden.new_ones(1, dtype=computed_in(head.hidden))
+        logprobs, *_ = linear_token_logprobs_ref(*head.rows(kept), targets[kept], one, 0)
         log_ratios = logprobs - ref_logprobs[kept]
         sums, total = (x.new_zeros(num_sequences).index_add(0, owner, x) for x in (logprobs, log_ratios))
         chosen, rejected = beta * total[::2], beta * total[1::2]
@@ -54,15 +38,8 @@ def linear_dpo_loss_ref(
         accuracy = torch.where(h.isnan(), h, (h.sign() + 1) / 2)
         return loss, torch.stack([x.sum() / count for x in (accuracy, h, chosen, rejected, sums[::2], sums[1::2])])
 
-    grads = gradients_ref(lambda *leaves: terms(*leaves)[0], hidden, weight, bias, wanted)
-    loss, stats = terms(hidden, weight, bias)
-    return loss, stats.detach(), *grads
-
-
-def _fake(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    wide = computed_in(hidden)
-    loss, stats = hidden.new_empty((), dtype=wide), hidden.new_empty(len(STATS), dtype=wide)
-    return loss, stats, *Gradients.zeros(hidden, weight, args[-1], wide)
+    loss, stats = terms(head)
+    return loss, stats.detach(), *gradients_ref(lambda head: terms(head)[0], head, wanted)
 
 
 def _groups_of_pairs(bounds: list[int], chunk_size: int) -> tuple[list[slice], list[slice]]:
@@ -81,28 +58,13 @@ def _groups_of_pairs(bounds: list[int], chunk_size: int) -> tuple[list[slice], l
     return rows, pairs
 
 
-def _forward_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    cu_seqlens: Tensor,
-    ref_logprobs: Tensor,
-    mask: Tensor | None,
-    beta: float,
-    label_smoothing: float,
-    denominator: float | None,
-    logit_scale: float,
-    logit_softcap: float | None,
-    chunk_size: int,
-    batch_invariant: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, ...]:
-    kept = kept_rows(mask, hidden)
+def _forward_chunks(*args: Any) -> tuple[Tensor, ...]:
+    head, (targets, cu_seqlens, ref_logprobs, mask, beta, label_smoothing, denominator, wanted) = Head.split(args)
+    kept = kept_rows(mask, targets)
     bounds = cu_seqlens.long() if mask is None else F.pad(mask.cumsum(0), (1, 0))[cu_seqlens.long()]
     lengths, ref = bounds.diff().view(-1, 2), ref_logprobs[kept]
     count = denominator or max(1, lengths.shape[0])
-    groups, pairs = _groups_of_pairs(bounds[::2].tolist(), chunk_size)
+    groups, pairs = _groups_of_pairs(bounds[::2].tolist(), head.chunk_size)
     pairs_of = {rows.start: group for rows, group in zip(groups, pairs, strict=True)}
 
     def sums(x: Tensor, pairs: slice) -> Tensor:
@@ -121,50 +83,41 @@ def _forward_chunks(
         of_sequences = beta * torch.stack([chosen, rejected], 1).flatten()
         return [of_sequences.repeat_interleave(lengths[pairs].flatten()), None]
 
-    head = Head.of(weight, bias, logit_scale, logit_softcap, chunk_size, batch_invariant)
-    one = hidden.new_ones(1, dtype=computed_in(hidden))
-    logprobs, _, grads = loss_in_chunks(head, hidden, targets, one, kept, wanted, groups, chunk_size, upstream)
+    one = head.hidden.new_ones(1, dtype=computed_in(head.hidden))
+    logprobs, _, grads = loss_in_chunks(head, targets, one, kept, wanted, groups, upstream)
     loss, stats, *_ = loss_of(logprobs, ref, slice(None))
     return loss, torch.cat([stats, sums(logprobs, slice(None)).sum(0) / count]), *grads
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    hidden, weight, bias = scaled_gradients(ctx, grad_loss, [ctx.needs_input_grad[i] for i in (0, 1, 3)])
-    return hidden, weight, None, bias, *(None,) * 11
-
-
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(0)
-    for hidden, weight, targets, bias, temperature, *options, _ in linear_samples(device, dtype):
-        wanted, num_rows = [True, True, bias is not None], targets.shape[0]
-        logprobs, *_ = linear_token_logprobs_ref(hidden, weight, targets, bias, temperature, *options[:2])
+    for head, targets, temperature in head_samples(device, dtype):
+        wanted, num_rows = [t is not None for t in head.tensors], targets.shape[0]
+        logprobs, *_ = linear_token_logprobs_ref(*head, targets, temperature, 0)
         ref = logprobs + 0.3 * torch.randn(num_rows, generator=generator).to(logprobs)
         mask = (torch.rand(num_rows, generator=generator) < 0.6).to(device)
-        common = hidden, weight, targets, bias
         for ends in ([num_rows], [num_rows // 3, num_rows // 2, num_rows // 2]):  # the second: an empty sequence
             cu_seqlens = torch.tensor([0, *ends, num_rows], dtype=torch.int32, device=device)
-            yield *common, cu_seqlens, ref, None, 0.1, 0.0, None, *options, wanted
-            yield *common, cu_seqlens, ref, mask, 0.5, 0.1, 3.0, *options, wanted
+            yield *head, targets, cu_seqlens, ref, None, 0.1, 0.0, None, wanted
+            yield *head, targets, cu_seqlens, ref, mask, 0.5, 0.1, 3.0, wanted
         if num_rows == 0:
-            yield *common, cu_seqlens[:1], ref, None, 0.1, 0.0, None, *options, wanted
+            yield *head, targets, cu_seqlens[:1], ref, None, 0.1, 0.0, None, wanted
 
 
 _forward = leaf(
-    "linear_dpo_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor cu_seqlens,"
-    " Tensor ref_logprobs, Tensor? mask, float beta, float label_smoothing, float? denominator, float logit_scale,"
-    " float? logit_softcap, int chunk_size, bool batch_invariant, bool[] wanted)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_dpo_loss({SCHEMA}, Tensor targets, Tensor cu_seqlens, Tensor ref_logprobs, Tensor? mask, float beta,"
+    " float label_smoothing, float? denominator, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     ref=_forward_chunks,
-    fake=_fake,
+    fake=fake(len(STATS)),
     cpu=_forward_chunks,  # native in that a chunk goes through the kernels of token_logprobs and pairwise_reward_loss
 )
 _op = op(
     _forward,
     reference=linear_dpo_loss_ref,
     samples=samples,
-    grads=("hidden", "weight", "bias"),
+    grads=Gradients._fields,
     setup_context=save_gradients,
-    backward=_backward,
+    backward=scale_gradients,
 )
 
 
@@ -214,8 +167,8 @@ def linear_dpo_loss(
     preferences", 2023.
     """
     name, num_rows = "linear_dpo_loss", targets.shape[:1]
-    weight, bias = gathered(weight), None if bias is None else gathered(bias)
-    check_head(name, hidden, weight, targets, bias, mask)
+    head = checked(name, Head(hidden, weight, bias, logit_scale, logit_softcap, chunk_size, batch_invariant))
+    check_targets(name, head, targets, mask)
     ref_logprobs = widen(ref_logprobs)
     same_device(name, hidden=hidden, cu_seqlens=cu_seqlens, ref_logprobs=ref_logprobs)
     dtype_in(name, "ref_logprobs", ref_logprobs, (computed_in(hidden),))
@@ -228,8 +181,6 @@ def linear_dpo_loss(
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
     denominator_of(name, denominator)
-    check_options(name, logit_scale, logit_softcap, chunk_size, batch_invariant)
-    inputs = hidden, weight, targets, bias, cu_seqlens, ref_logprobs, mask
-    options = beta, label_smoothing, denominator, logit_scale, logit_softcap, chunk_size, batch_invariant
-    loss, stats, *_ = _op(*inputs, *options, wanted_gradients(hidden, weight, bias))
+    inputs = *head, targets, cu_seqlens, ref_logprobs, mask, beta, label_smoothing, denominator
+    loss, stats, *_ = _op(*inputs, wanted_gradients(*head.tensors))
     return loss, dict(zip(STATS, stats.unbind(), strict=True))

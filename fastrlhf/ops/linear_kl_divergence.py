@@ -1,30 +1,28 @@
 """Divergence of the distributions under two linear heads, from hidden states: no (T, V) logits exist at once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrlhf.ops._check import dtype_in, has_shape, same_device
-from fastrlhf.ops._linear import Gradients, Head, check_options, even_cuts, gathered, used_rows, wanted_gradients
+from fastrlhf.ops._linear import Gradients, Head, even_cuts, used_rows
+from fastrlhf.ops._linear_inputs import checked, gathered, rows_within, wanted_gradients
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops.kl_divergence import check_divergence, kl_divergence_ref
 from fastrlhf.ops.token_logprobs import FLOATS, computed_in
 
 
-def linear_kl_divergence_ref(
-    hidden_p: Tensor,
-    weight_p: Tensor,
-    hidden_q: Tensor,
-    weight_q: Tensor,
-    temperature: float,
-    jensen_shannon: bool,
-    chunk_size: int = 0,
-    num_saved: int = 0,
-) -> tuple[Tensor, ...]:
-    wide = computed_in(hidden_p)
-    first, second = (h.to(wide) @ w.to(wide).t() for h, w in ((hidden_p, weight_p), (hidden_q, weight_q)))
+def _heads(tensors: Sequence[Tensor], chunk_size: int) -> list[Head]:
+    """The two heads, plain ones."""
+    pairs = zip(tensors[::2], tensors[1::2], strict=True)
+    return [Head.split((*pair, None, 1.0, None, chunk_size, False))[0] for pair in pairs]
+
+
+def linear_kl_divergence_ref(*args: Any) -> tuple[Tensor, ...]:
+    *tensors, temperature, jensen_shannon, chunk_size, num_saved = args
+    first, second = (head.logits_ref() for head in _heads(tensors, chunk_size))
     saved = torch.stack([first[:num_saved], second[:num_saved]]).detach()
     return *kl_divergence_ref(first, second, temperature, jensen_shannon), saved
 
@@ -36,67 +34,43 @@ def _fake(hidden_p: Tensor, weight_p: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(hidden_p.new_empty(shape, dtype=wide) for shape in shapes)
 
 
-def _forward_chunks(
-    hidden_p: Tensor,
-    weight_p: Tensor,
-    hidden_q: Tensor,
-    weight_q: Tensor,
-    temperature: float,
-    jensen_shannon: bool,
-    chunk_size: int,
-    num_saved: int,
-) -> tuple[Tensor, ...]:
-    divergence, statistics, saved = _fake(hidden_p, weight_p, num_saved)
-    sides = [(Head.of(weight_p, None), hidden_p), (Head.of(weight_q, None), hidden_q)]
-    cuts = even_cuts(0, hidden_p.shape[0], chunk_size)
-    buffers = [head.buffer(hidden, cuts) for head, hidden in sides]
-    with torch.autocast(hidden_p.device.type, enabled=False):
+def _forward_chunks(*args: Any) -> tuple[Tensor, ...]:
+    *tensors, temperature, jensen_shannon, chunk_size, num_saved = args
+    divergence, statistics, saved = _fake(*tensors, num_saved)
+    heads, cuts = _heads(tensors, chunk_size), even_cuts(0, divergence.shape[0], chunk_size)
+    buffers = [head.buffer(cuts) for head in heads]
+    with torch.autocast(divergence.device.type, enabled=False):
         for rows in cuts:
-            logits = [head.logits(hidden[rows], buffer) for (head, hidden), buffer in zip(sides, buffers, strict=True)]
+            logits = [head.rows(rows).logits(buffer) for head, buffer in zip(heads, buffers, strict=True)]
             divergence[rows], statistics[rows] = torch.ops.fastrlhf.kl_divergence(*logits, temperature, jensen_shannon)
             for kept, made in zip(saved, logits, strict=True):
                 kept[rows].copy_(made[: kept[rows].shape[0]])
     return divergence, statistics, saved
 
 
-def _backward_chunks(
-    grad: Tensor,
-    hidden_p: Tensor,
-    weight_p: Tensor,
-    hidden_q: Tensor,
-    weight_q: Tensor,
-    statistics: Tensor,
-    saved: Tensor,
-    temperature: float,
-    jensen_shannon: bool,
-    chunk_size: int,
-    wanted: list[bool],
-) -> tuple[Tensor, ...]:
+def _backward_chunks(*args: Any) -> tuple[Tensor, ...]:
+    grad, *tensors, statistics, saved, temperature, jensen_shannon, chunk_size, wanted = args
     used = used_rows(grad)
     num_used, num_saved = used.shape[0], int((used < saved.shape[1]).sum())
-    heads, hiddens = [Head.of(weight_p, None), Head.of(weight_q, None)], [hidden_p, hidden_q]
-    sides = [wanted[:2], wanted[2:]]
-    grads = [
-        Gradients.zeros(hidden, head.weight, [*want, False], hidden.dtype)
-        for head, hidden, want in zip(heads, hiddens, sides, strict=True)
-    ]
+    heads, sides = _heads(tensors, chunk_size), [[*wanted[:2], False], [*wanted[2:], False]]
+    grads = [Gradients.zeros(head, side, head.hidden.dtype) for head, side in zip(heads, sides, strict=True)]
     if num_used < grad.shape[0]:
-        grad, statistics, *hiddens = (t.index_select(0, used) for t in (grad, statistics, *hiddens))
+        grad, statistics, heads = grad[used], statistics[used], [head.rows(used) for head in heads]
     cuts = even_cuts(0, num_saved, chunk_size) + even_cuts(num_saved, num_used, chunk_size)
-    buffers = [head.buffer(hidden, cuts) for head, hidden in zip(heads, hiddens, strict=True)]
-    with torch.autocast(hidden_p.device.type, enabled=False):
+    buffers = [head.buffer(cuts) for head in heads]
+    with torch.autocast(grad.device.type, enabled=False):
         for rows in cuts:
+            chunks = [head.rows(rows) for head in heads]
             if rows.start < num_saved:
                 made = zip(saved, (buffer[: rows.stop - rows.start] for buffer in buffers), strict=True)
                 logits = [torch.index_select(kept, 0, used[rows], out=out) for kept, out in made]
             else:
-                triples = zip(heads, hiddens, buffers, strict=True)
-                logits = [head.logits(hidden[rows], buffer) for head, hidden, buffer in triples]
-            options = statistics[rows], temperature, jensen_shannon, [any(want) for want in sides]
+                logits = [chunk.logits(buffer) for chunk, buffer in zip(chunks, buffers, strict=True)]
+            options = statistics[rows], temperature, jensen_shannon, [any(side) for side in sides]
             torch.ops.fastrlhf.kl_divergence_backward_(grad[rows], *logits, *options)
-            for sums, head, hidden, of_logits in zip(grads, heads, hiddens, logits, strict=True):
-                sums.add(head, hidden[rows], of_logits, used[rows])
-    return tuple(g.to(hidden_p.dtype) for sums in grads for g in (sums.hidden, sums.weight))
+            for sums, chunk, of_logits in zip(grads, chunks, logits, strict=True):
+                sums.add(chunk, of_logits, used[rows])
+    return tuple(g.to(tensors[0].dtype) for sums in grads for g in (sums.hidden, sums.weight))
 
 
 def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -199,13 +173,12 @@ def linear_kl_divergence(
     weight_p, weight_q = gathered(weight_p), gathered(weight_q)
     check_divergence(name, kind, temperature)
     _check(hidden_p, weight_p, hidden_q, weight_q)
-    check_options(name, 1.0, None, chunk_size, False)
-    if memory_budget < 0:
-        raise ValueError(f"{name}: memory_budget must be a number of bytes, got {memory_budget}")
+    checked(name, Head(hidden_p, weight_p, None, 1.0, None, chunk_size, False))
     tensors = hidden_p, weight_p, hidden_q, weight_q
-    num_saved = 0
-    if any(wanted_gradients(*tensors)):
-        num_saved = min(hidden_p.shape[0], memory_budget // (2 * weight_p.shape[0] * computed_in(hidden_p).itemsize))
+    row = 2 * weight_p.shape[0] * computed_in(hidden_p).itemsize
+    num_saved = rows_within(name, memory_budget, hidden_p.shape[0], row)
+    if not any(wanted_gradients(*tensors)):
+        num_saved = 0
     if kind == "reverse":
         tensors = hidden_q, weight_q, hidden_p, weight_p
     divergence, *_ = _op(*tensors, temperature, kind == "js", chunk_size, num_saved)

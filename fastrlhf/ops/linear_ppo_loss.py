@@ -8,57 +8,30 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops._check import denominator_of, dtype_in, has_shape, same_device, widen
-from fastrlhf.ops._linear import Gradients, Head, check_head, check_options, even_cuts, gathered, wanted_gradients
-from fastrlhf.ops._linear_loss import (
-    gradients_ref,
-    kept_rows,
-    loss_in_chunks,
-    save_gradients,
-    scaled_gradients,
-)
+from fastrlhf.ops._linear import SCHEMA, Gradients, Head, even_cuts
+from fastrlhf.ops._linear_inputs import check_targets, checked, wanted_gradients
+from fastrlhf.ops._linear_inputs import samples as head_samples
+from fastrlhf.ops._linear_loss import fake, gradients_ref, kept_rows, loss_in_chunks, save_gradients, scale_gradients
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops._surrogate import STATS as CLIP_STATS
 from fastrlhf.ops._surrogate import clip_bounds
 from fastrlhf.ops.approx_kl import ESTIMATORS, approx_kl_ref, kl_slope
 from fastrlhf.ops.linear_token_logprobs import linear_token_logprobs_ref
-from fastrlhf.ops.linear_token_logprobs import samples as linear_samples
 from fastrlhf.ops.ppo_policy_loss import ppo_policy_loss_ref
 from fastrlhf.ops.token_logprobs import computed_in, one_or_all, temperature_of
 
 STATS = ("policy_loss", "entropy", "kl", *CLIP_STATS)
 
 
-def linear_ppo_loss_ref(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    mask: Tensor | None,
-    temperature: Tensor,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
-    kl_coef: float,
-    kl_estimator: int,
-    denominator: float | None,
-    logit_scale: float,
-    logit_softcap: float | None,
-    chunk_size: int,
-    batch_invariant: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, ...]:
-    kept, temperature = kept_rows(mask, hidden), temperature.expand(targets.shape[0])
+def linear_ppo_loss_ref(*args: Any) -> tuple[Tensor, ...]:
+    head, (targets, old_logprobs, advantages, ref_logprobs, mask, temperature, *options, wanted) = Head.split(args)
+    clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, denominator = options
+    kept, temperature = kept_rows(mask, targets), temperature.expand(targets.shape[0])
     count = denominator or max(1, kept.shape[0])
     old, advantages = old_logprobs[kept], advantages[kept]
 
-    def terms(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        logprobs, entropies, *_ = linear_token_logprobs_ref(
-            hidden[kept], weight, targets[kept], bias, temperature[kept], logit_scale, logit_softcap
-        )
+    def terms(head: Head) -> tuple[Tensor, Tensor]:
+        logprobs, entropies, *_ = linear_token_logprobs_ref(*head.rows(kept), targets[kept], temperature[kept], 0)
         clipped, stats, _ = ppo_policy_loss_ref(logprobs, old, advantages, None, clip_low, clip_high, dual_clip, count)
         kl, entropy = torch.zeros_like(clipped), entropies.sum() / count
         if ref_logprobs is not None:
@@ -66,47 +39,19 @@ def linear_ppo_loss_ref(
         loss = clipped + kl_coef * kl - entropy_coef * entropy
         return loss, torch.cat([torch.stack([clipped, entropy, kl]), stats]).detach()
 
-    grads = gradients_ref(lambda *leaves: terms(*leaves)[0], hidden, weight, bias, wanted)
-    return *terms(hidden, weight, bias), *grads
+    return *terms(head), *gradients_ref(lambda head: terms(head)[0], head, wanted)
 
 
-def _fake(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    wide = computed_in(hidden)
-    loss, stats = hidden.new_empty((), dtype=wide), hidden.new_empty(len(STATS), dtype=wide)
-    return loss, stats, *Gradients.zeros(hidden, weight, args[-1], wide)
-
-
-def _forward_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    mask: Tensor | None,
-    temperature: Tensor,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
-    kl_coef: float,
-    kl_estimator: int,
-    denominator: float | None,
-    logit_scale: float,
-    logit_softcap: float | None,
-    chunk_size: int,
-    batch_invariant: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, ...]:
-    kept = kept_rows(mask, hidden)
+def _forward_chunks(*args: Any) -> tuple[Tensor, ...]:
+    head, (targets, old_logprobs, advantages, ref_logprobs, mask, temperature, *options, wanted) = Head.split(args)
+    *clip, entropy_coef, kl_coef, kl_estimator, denominator = options
+    kept = kept_rows(mask, targets)
     count = denominator or max(1, kept.shape[0])
     old, advantages = old_logprobs[kept], advantages[kept]
     ref = None if ref_logprobs is None else ref_logprobs[kept]
 
     def clipped(rows: slice, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        args = logprobs, old[rows], advantages[rows], None, clip_low, clip_high, dual_clip, count
-        return torch.ops.fastrlhf.ppo_policy_loss(*args)
+        return torch.ops.fastrlhf.ppo_policy_loss(logprobs, old[rows], advantages[rows], None, *clip, count)
 
     def upstream(rows: slice, logprobs: Tensor, entropy: Tensor) -> list[Tensor | None]:
         *_, grad = clipped(rows, logprobs)
@@ -114,11 +59,8 @@ def _forward_chunks(
             grad = grad + kl_coef / count * kl_slope(logprobs, ref[rows], kl_estimator)
         return [grad, torch.full_like(entropy, -entropy_coef / count) if entropy_coef else None]
 
-    head = Head.of(weight, bias, logit_scale, logit_softcap, chunk_size, batch_invariant)
-    cuts = even_cuts(0, kept.shape[0], chunk_size)
-    logprobs, entropies, grads = loss_in_chunks(
-        head, hidden, targets, temperature, kept, wanted, cuts, chunk_size, upstream
-    )
+    cuts = even_cuts(0, kept.shape[0], head.chunk_size)
+    logprobs, entropies, grads = loss_in_chunks(head, targets, temperature, kept, wanted, cuts, upstream)
     policy_loss, stats, _ = clipped(slice(None), logprobs)
     kl, entropy = torch.zeros_like(policy_loss), entropies.sum() / count
     if ref is not None:
@@ -131,45 +73,37 @@ def _forward_chunks(
     return loss, torch.cat([torch.stack([policy_loss, entropy, kl]), stats]), *grads
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    hidden, weight, bias = scaled_gradients(ctx, grad_loss, [ctx.needs_input_grad[i] for i in (0, 1, 3)])
-    return hidden, weight, None, bias, *(None,) * 17
-
-
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(0)
-    for hidden, weight, targets, bias, temperature, *options, _ in linear_samples(device, dtype):
-        wanted = [True, True, bias is not None]
-        logprobs, *_ = linear_token_logprobs_ref(hidden, weight, targets, bias, temperature, *options[:2])
+    for head, targets, temperature in head_samples(device, dtype):
+        wanted = [t is not None for t in head.tensors]
+        logprobs, *_ = linear_token_logprobs_ref(*head, targets, temperature, 0)
         noise = torch.randn(3, *targets.shape, generator=generator).to(logprobs)
         old, advantages, ref = logprobs + 0.3 * noise[0], noise[1], logprobs + 0.3 * noise[2]
         mask = (torch.rand(targets.shape, generator=generator) < 0.6).to(device)
-        common = hidden, weight, targets, bias, old, advantages
-        yield *common, None, None, temperature, 0.2, 0.2, None, 0.0, 0.0, 2, None, *options, wanted
-        yield *common, None, mask, temperature, 0.2, 0.28, 1.4, 0.05, 0.0, 2, None, *options, wanted
+        common = *head, targets, old, advantages
+        yield *common, None, None, temperature, 0.2, 0.2, None, 0.0, 0.0, 2, None, wanted
+        yield *common, None, mask, temperature, 0.2, 0.28, 1.4, 0.05, 0.0, 2, None, wanted
         for estimator in (1, 2, 3):
-            yield *common, ref, mask, temperature, 0.2, 0.2, None, 0.01, 0.1, estimator, 7.0, *options, wanted
-    none = torch.zeros_like(mask)
-    yield *common, ref, none, temperature, 0.2, 0.2, None, 0.01, 0.1, 2, None, *options, wanted
+            yield *common, ref, mask, temperature, 0.2, 0.2, None, 0.01, 0.1, estimator, 7.0, wanted
+    yield *common, ref, torch.zeros_like(mask), temperature, 0.2, 0.2, None, 0.01, 0.1, 2, None, wanted
 
 
 _forward = leaf(
-    "linear_ppo_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor old_logprobs,"
-    " Tensor advantages, Tensor? ref_logprobs, Tensor? mask, Tensor temperature, float clip_low, float clip_high,"
-    " float? dual_clip, float entropy_coef, float kl_coef, int kl_estimator, float? denominator, float logit_scale,"
-    " float? logit_softcap, int chunk_size, bool batch_invariant, bool[] wanted)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_ppo_loss({SCHEMA}, Tensor targets, Tensor old_logprobs, Tensor advantages, Tensor? ref_logprobs,"
+    " Tensor? mask, Tensor temperature, float clip_low, float clip_high, float? dual_clip, float entropy_coef,"
+    " float kl_coef, int kl_estimator, float? denominator, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     ref=_forward_chunks,
-    fake=_fake,
+    fake=fake(len(STATS)),
     cpu=_forward_chunks,  # native in that a chunk goes through the kernels of token_logprobs and ppo_policy_loss
 )
 _op = op(
     _forward,
     reference=linear_ppo_loss_ref,
     samples=samples,
-    grads=("hidden", "weight", "bias"),
+    grads=Gradients._fields,
     setup_context=save_gradients,
-    backward=_backward,
+    backward=scale_gradients,
 )
 
 
@@ -224,14 +158,14 @@ def linear_ppo_loss(
     Source: Schulman et al., arXiv 1707.06347, equations 7 and 9.
     """
     name = "linear_ppo_loss"
-    weight, bias = gathered(weight), None if bias is None else gathered(bias)
-    check_head(name, hidden, weight, targets, bias, mask)
-    scale = temperature_of(name, temperature, hidden)
-    one_or_all(name, scale, targets.shape[0])
+    head = checked(name, Head(hidden, weight, bias, logit_scale, logit_softcap, chunk_size, batch_invariant))
+    check_targets(name, head, targets, mask)
+    temperature = temperature_of(name, temperature, hidden)
+    one_or_all(name, temperature, targets.shape[0])
     old_logprobs, advantages = widen(old_logprobs), widen(advantages)
     ref_logprobs = None if ref_logprobs is None else widen(ref_logprobs)
     rows = {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}
-    same_device(name, hidden=hidden, temperature=scale, **rows)
+    same_device(name, hidden=hidden, temperature=temperature, **rows)
     for row_name, row in rows.items():
         if row is not None:
             dtype_in(name, row_name, row, (computed_in(hidden),))
@@ -245,10 +179,9 @@ def linear_ppo_loss(
     if kl_estimator not in ESTIMATORS:
         raise ValueError(f"{name}: kl_estimator must be {', '.join(ESTIMATORS)}, got {kl_estimator!r}")
     denominator_of(name, denominator)
-    check_options(name, logit_scale, logit_softcap, chunk_size, batch_invariant)
-    options = *bounds, entropy_coef, kl_coef, ESTIMATORS[kl_estimator], denominator, logit_scale, logit_softcap
-    inputs = hidden, weight, targets, bias, *rows.values(), mask, scale, *options, chunk_size, batch_invariant
-    loss, values, *_ = _op(*inputs, wanted_gradients(hidden, weight, bias))
+    options = *bounds, entropy_coef, kl_coef, ESTIMATORS[kl_estimator], denominator
+    inputs = *head, targets, *rows.values(), mask, temperature, *options
+    loss, values, *_ = _op(*inputs, wanted_gradients(*head.tensors))
     stats = dict(zip(STATS, values.unbind(), strict=True))
     if ref_logprobs is None:
         del stats["kl"]

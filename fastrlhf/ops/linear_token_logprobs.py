@@ -7,68 +7,37 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops._check import same_device
-from fastrlhf.ops._linear import (
-    Gradients,
-    Head,
-    check_head,
-    check_options,
-    even_cuts,
-    gathered,
-    used_rows,
-    wanted_gradients,
-)
+from fastrlhf.ops._linear import SCHEMA, Gradients, Head, even_cuts, used_rows
+from fastrlhf.ops._linear_inputs import check_targets, checked, rows_within, wanted_gradients
+from fastrlhf.ops._linear_inputs import samples as head_samples
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops.token_logprobs import computed_in, one_or_all, temperature_of, token_logprobs_ref
 
-
-def linear_token_logprobs_ref(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor,
-    logit_scale: float,
-    logit_softcap: float | None,
-    chunk_size: int = 0,
-    batch_invariant: bool = False,
-    num_saved: int = 0,
-) -> tuple[Tensor, ...]:
-    logits = hidden.to(computed_in(hidden)) @ weight.to(computed_in(hidden)).t()
-    logits = logits if bias is None else logits + bias
-    if logit_softcap is None:
-        temperature = temperature / logit_scale
-    else:
-        logits = logit_softcap * (logit_scale * logits / logit_softcap).tanh()
-    return *token_logprobs_ref(logits, targets, temperature), logits[:num_saved].detach()
+NUM_TENSORS = len(Gradients._fields)
 
 
-def _fake(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def linear_token_logprobs_ref(*args: Any) -> tuple[Tensor, ...]:
+    head, (targets, temperature, num_saved) = Head.split(args)
+    logits = head.logits_ref()
+    return *token_logprobs_ref(logits, targets, head.temperatures(temperature)), logits[:num_saved].detach()
+
+
+def _fake(*args: Any) -> tuple[Tensor, ...]:
     """New tensors for logprobs, entropy, highest and log_sum of the chunks' logits, each (T,), and logits to keep."""
-    num_rows, num_saved, wide = hidden.shape[0], args[-1], computed_in(hidden)
-    of_rows = (hidden.new_empty(num_rows, dtype=wide) for _ in range(4))
-    return *of_rows, hidden.new_empty((num_saved, weight.shape[0]), dtype=wide)
+    head, (*_, num_saved) = Head.split(args)
+    shapes = *[head.hidden.shape[:1]] * 4, (num_saved, head.weight.shape[0])
+    return tuple(head.hidden.new_empty(shape, dtype=computed_in(head.hidden)) for shape in shapes)
 
 
-def _forward_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor,
-    logit_scale: float,
-    logit_softcap: float | None,
-    chunk_size: int,
-    batch_invariant: bool,
-    num_saved: int,
-) -> tuple[Tensor, ...]:
-    head = Head.of(weight, bias, logit_scale, logit_softcap, chunk_size, batch_invariant)
-    *outputs, saved = _fake(hidden, weight, num_saved)
-    temperature = head.temperatures(temperature, hidden.shape[0])
-    cuts = even_cuts(0, hidden.shape[0], chunk_size)
-    buffer = head.buffer(hidden, cuts)
-    with torch.autocast(hidden.device.type, enabled=False):
+def _forward_chunks(*args: Any) -> tuple[Tensor, ...]:
+    head, (targets, temperature, _) = Head.split(args)
+    *outputs, saved = _fake(*args)
+    temperature = head.temperatures(temperature)
+    cuts = even_cuts(0, targets.shape[0], head.chunk_size)
+    buffer = head.buffer(cuts)
+    with torch.autocast(targets.device.type, enabled=False):
         for rows in cuts:
-            logits = head.logits(hidden[rows], buffer)
+            logits = head.rows(rows).logits(buffer)
             results = torch.ops.fastrlhf.token_logprobs(logits, targets[rows], temperature[rows])
             for output, result in zip(outputs, results, strict=True):
                 output[rows] = result
@@ -77,95 +46,71 @@ def _forward_chunks(
     return *outputs, saved
 
 
-def _backward_chunks(
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor,
-    entropy: Tensor,
-    highest: Tensor,
-    log_sum: Tensor,
-    saved: Tensor,
-    logit_scale: float,
-    logit_softcap: float | None,
-    chunk_size: int,
-    batch_invariant: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, ...]:
-    head = Head.of(weight, bias, logit_scale, logit_softcap, chunk_size, batch_invariant)
-    used = used_rows(grad_logprobs, grad_entropy)
+def _backward_chunks(*args: Any) -> tuple[Tensor, ...]:
+    head, (targets, temperature, *upstream, entropy, highest, log_sum, saved, wanted) = Head.split(args)
+    used = used_rows(*upstream)
     num_used, num_saved = used.shape[0], int((used < saved.shape[0]).sum())
-    grads = Gradients.zeros(hidden, weight, wanted, hidden.dtype)
-    temperature = head.temperatures(temperature, hidden.shape[0])
-    g, h, rest = grad_logprobs, grad_entropy, [targets, temperature, entropy, highest, log_sum]
-    if num_used < hidden.shape[0]:
-        hidden, *rest = (t.index_select(0, used) for t in (hidden, *rest))
-        g, h = (None if t is None else t.index_select(0, used) for t in (g, h))
-    cuts = even_cuts(0, num_saved, chunk_size) + even_cuts(num_saved, num_used, chunk_size)
-    buffer = head.buffer(hidden, cuts)
-    with torch.autocast(hidden.device.type, enabled=False):
+    grads = Gradients.zeros(head, wanted, head.hidden.dtype)
+    rest = [targets, head.temperatures(temperature), entropy, highest, log_sum]
+    used_head = head
+    if num_used < targets.shape[0]:
+        used_head, rest = head.rows(used), [t.index_select(0, used) for t in rest]
+        upstream = [None if t is None else t.index_select(0, used) for t in upstream]
+    cuts = even_cuts(0, num_saved, head.chunk_size) + even_cuts(num_saved, num_used, head.chunk_size)
+    buffer = head.buffer(cuts)
+    with torch.autocast(targets.device.type, enabled=False):
         for rows in cuts:
+            chunk = used_head.rows(rows)
             if rows.start < num_saved:
                 logits = torch.index_select(saved, 0, used[rows], out=buffer[: rows.stop - rows.start])
             else:
-                logits = head.logits(hidden[rows], buffer)
-            upstream = [None if t is None else t[rows] for t in (g, h)]
-            head.turn_into_gradient(logits, upstream, [t[rows] for t in rest])
-            grads.add(head, hidden[rows], logits, used[rows])
-    return grads.hidden, grads.weight.to(hidden.dtype), grads.bias.to(hidden.dtype)
+                logits = chunk.logits(buffer)
+            of_rows = [None if t is None else t[rows] for t in upstream]
+            chunk.turn_into_gradient(logits, of_rows, [t[rows] for t in rest])
+            grads.add(chunk, logits, used[rows])
+    return grads.rounded(head)
 
 
-def _fake_backward(g: Any, h: Any, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(grad.to(hidden.dtype) for grad in Gradients.zeros(hidden, weight, args[-1], hidden.dtype))
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    head, (*_, wanted) = Head.split(args)
+    return Gradients.zeros(head, wanted, head.hidden.dtype).rounded(head)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    head, (targets, temperature, _) = Head(*inputs[: len(Head._fields)]), inputs[len(Head._fields) :]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:5], *output[1:])
-    ctx.options = inputs[5:-1]
+    ctx.save_for_backward(*head.tensors, targets, temperature, *output[1:])
+    ctx.options = head[NUM_TENSORS:]
 
 
 def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    tensors, (targets, temperature, *saved) = ctx.saved_tensors[:NUM_TENSORS], ctx.saved_tensors[NUM_TENSORS:]
+    wanted, constants = list(ctx.needs_input_grad[:NUM_TENSORS]), (None,) * (len(ctx.options) + 3)
     if grad_logprobs is None and grad_entropy is None:
-        return (None,) * 10
-    grads = _gradient(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, wanted)
-    hidden, weight, bias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-    return hidden, weight, None, bias, *(None,) * 6
+        return *(None for _ in wanted), *constants
+    rows = targets, temperature, grad_logprobs, grad_entropy
+    grads = _gradient(*tensors, *ctx.options, *rows, *saved, wanted)
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *constants
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    generator = torch.Generator().manual_seed(0)
-    wide = torch.promote_types(dtype, torch.float32)
-    for num_rows, width, size, chunk_size in [(0, 3, 5, 2), (1, 1, 1, 4), (4, 3, 5, 3), (70, 33, 1200, 32)]:
-        hidden, weight = (torch.randn(n, width, generator=generator) for n in (num_rows, size))
-        hidden, weight = hidden.to(device, dtype), (weight * width**-0.5).to(device, dtype)
-        targets = torch.randint(size, (num_rows,), generator=generator).to(device)
-        yield hidden, weight, targets, None, torch.ones(1, device=device, dtype=wide), 1.0, None, chunk_size, False, 0
-        if num_rows <= 1:
-            continue
-        bias = torch.randn(size, generator=generator).to(device, dtype)
-        temperature = torch.linspace(0.5, 2.0, num_rows).to(device, wide)
-        yield hidden, weight, targets, bias, temperature, 0.7, None, chunk_size, False, num_rows // 2
-        yield hidden, weight, targets, bias, temperature, 1.3, 2.5, chunk_size, True, num_rows
+    for head, targets, temperature in head_samples(device, dtype):
+        num_saved = 0 if head.bias is None else targets.shape[0] // (1 if head.batch_invariant else 2)
+        yield *head, targets, temperature, num_saved
 
 
-_OPTIONS = "float logit_scale, float? logit_softcap, int chunk_size, bool batch_invariant"
 _forward = leaf(
-    "linear_token_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor temperature,"
-    f" {_OPTIONS}, int num_saved) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_token_logprobs({SCHEMA}, Tensor targets, Tensor temperature, int num_saved)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     ref=_forward_chunks,
     fake=_fake,
     cpu=_forward_chunks,  # native in that the logits of a chunk go through the kernels of token_logprobs
 )
 _gradient = leaf(
-    "linear_token_logprobs_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight,"
-    " Tensor targets, Tensor? bias, Tensor temperature, Tensor entropy, Tensor highest, Tensor log_sum, Tensor saved,"
-    f" {_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    f"linear_token_logprobs_backward({SCHEMA}, Tensor targets, Tensor temperature, Tensor? grad_logprobs,"
+    " Tensor? grad_entropy, Tensor entropy, Tensor highest, Tensor log_sum, Tensor saved, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor)",
     ref=_backward_chunks,
     fake=_fake_backward,
     cpu=_backward_chunks,
@@ -174,7 +119,7 @@ _op = op(
     _forward,
     reference=linear_token_logprobs_ref,
     samples=samples,
-    grads=("hidden", "weight", "bias"),
+    grads=Gradients._fields,
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -221,17 +166,14 @@ def linear_token_logprobs(
     Source: Gemma 2, arXiv 2408.00118, section 2 (soft cap).
     """
     name = "linear_token_logprobs"
-    scale = temperature_of(name, temperature, hidden)
-    same_device(name, hidden=hidden, temperature=scale)
-    weight, bias = gathered(weight), None if bias is None else gathered(bias)
-    check_head(name, hidden, weight, targets, bias)
-    one_or_all(name, scale, hidden.shape[0])
-    check_options(name, logit_scale, logit_softcap, chunk_size, batch_invariant)
-    if memory_budget < 0:
-        raise ValueError(f"{name}: memory_budget must be a number of bytes, got {memory_budget}")
-    num_saved = 0
-    if any(wanted_gradients(hidden, weight, bias)):
-        num_saved = min(hidden.shape[0], int(memory_budget // (weight.shape[0] * computed_in(hidden).itemsize)))
-    options = scale, logit_scale, logit_softcap, chunk_size, batch_invariant, num_saved
-    logprobs, entropy, *_ = _op(hidden, weight, targets, bias, *options)
+    options = logit_scale, logit_softcap, chunk_size, batch_invariant
+    head = checked(name, Head(hidden, weight, bias, *options))
+    check_targets(name, head, targets)
+    temperature = temperature_of(name, temperature, hidden)
+    same_device(name, hidden=hidden, temperature=temperature)
+    one_or_all(name, temperature, hidden.shape[0])
+    num_saved = rows_within(name, memory_budget, hidden.shape[0], head.weight.shape[0] * computed_in(hidden).itemsize)
+    if not any(wanted_gradients(*head.tensors)):
+        num_saved = 0
+    logprobs, entropy, *_ = _op(*head, targets, temperature, num_saved)
     return (logprobs, entropy) if return_entropy else logprobs

@@ -1,0 +1,82 @@
+"""What the public functions of the ops on a linear head share: the checks of their arguments; and their samples."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.ops._check import dtype_in, has_shape, indices_below, mask_of, readable, same_device
+from fastrlhf.ops._linear import TILE, Head
+from fastrlhf.ops.token_logprobs import FLOATS
+
+
+def checked(function: str, head: Head) -> Head:
+    """The head, DTensors gathered; raises unless they are (T, D), (V, D), (V,) and the options in range."""
+    head = head._replace(weight=gathered(head.weight), bias=gathered(head.bias))
+    hidden, weight, bias, scale, cap, chunk_size, batch_invariant = head
+    same_device(function, hidden=hidden, weight=weight, bias=bias)
+    dtype_in(function, "hidden", hidden, FLOATS)
+    dtype_in(function, "weight", weight, (hidden.dtype,))
+    has_shape(function, "hidden", hidden, (None, None), "(T, D)")
+    has_shape(function, "weight", weight, (None, hidden.shape[1]), "(V, D)")
+    if weight.shape[0] == 0:
+        raise ValueError(f"{function}: weight must have at least one row, got {tuple(weight.shape)}")
+    if bias is not None:
+        dtype_in(function, "bias", bias, (hidden.dtype,))
+        has_shape(function, "bias", bias, weight.shape[:1], "(V,)")
+    for option, value in (("logit_scale", scale), ("logit_softcap", cap)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{function}: {option} must be above 0 and finite, got {value}")
+    if chunk_size < 1:
+        raise ValueError(f"{function}: chunk_size must be at least 1, got {chunk_size}")
+    if batch_invariant and chunk_size % TILE:
+        raise ValueError(f"{function}: with batch_invariant chunk_size must be a multiple of {TILE}, got {chunk_size}")
+    return head
+
+
+def check_targets(function: str, head: Head, targets: Tensor, mask: Tensor | None = None) -> None:
+    """Raises unless targets are (T,) int64, in [0, V) where the mask is True, and the mask is (T,)."""
+    same_device(function, hidden=head.hidden, targets=targets, mask=mask)
+    dtype_in(function, "targets", targets, (torch.int64,))
+    has_shape(function, "targets", targets, head.hidden.shape[:1], "(T,)")
+    mask_of(function, mask, targets=targets)
+    if mask is not None and readable(mask):
+        targets = targets[mask]
+    indices_below(function, "targets", targets, head.weight.shape[0])
+
+
+def gathered(tensor: Any) -> Any:
+    """The whole of a DTensor, differentiably; any other tensor, or None, as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def wanted_gradients(*tensors: Tensor | None) -> list[bool]:
+    """Which of these need a gradient, for ops that make it in the forward."""
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
+
+
+def rows_within(function: str, memory_budget: int, num_rows: int, bytes_of_row: int) -> int:
+    """How many rows' logits a forward may keep for its backward."""
+    if memory_budget < 0:
+        raise ValueError(f"{function}: memory_budget must be a number of bytes, got {memory_budget}")
+    return min(num_rows, int(memory_budget // bytes_of_row))
+
+
+def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Head, Tensor, Tensor]]:
+    """Heads of every kind, with targets and temperatures for their rows."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    for num_rows, width, size, chunk_size in [(0, 3, 5, 2), (1, 1, 1, 4), (4, 3, 5, 3), (70, 33, 1200, 32)]:
+        hidden, weight = (torch.randn(n, width, generator=generator) for n in (num_rows, size))
+        hidden, weight = hidden.to(device, dtype), (weight * width**-0.5).to(device, dtype)
+        targets = torch.randint(size, (num_rows,), generator=generator).to(device)
+        plain = Head(hidden, weight, None, 1.0, None, chunk_size, False)
+        yield plain, targets, torch.ones(1, device=device, dtype=wide)
+        if num_rows <= 1:
+            continue
+        bias = torch.randn(size, generator=generator).to(device, dtype)
+        temperature = torch.linspace(0.5, 2.0, num_rows).to(device, wide)
+        yield Head(hidden, weight, bias, 0.7, None, chunk_size, False), targets, temperature
+        yield Head(hidden, weight, bias, 1.3, 2.5, chunk_size, True), targets, temperature
