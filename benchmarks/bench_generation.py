@@ -95,7 +95,29 @@ def main() -> None:
     tokens = {name: sum(limits) / timing.median * 1e3 for name, timing in timings.items()}
     case = f"{NUM_PROMPTS} prompts, {sum(limits)} tokens"
     report.add(case, timings, tokens_per_s=tokens, logprob_error={"fastrlhf": error})
+    several_samples(report, engine)
     report.finish()
+
+
+def several_samples(report: Report, engine: Engine, num_samples: int = 4) -> None:
+    """Samples of one prompt side by side, where it is read once, against the same samples in an order without
+    neighbours, where each reads it."""
+    num_prompts, prompt_length, num_new = NUM_PROMPTS // num_samples, 384, 32
+    prompts = torch.randint(3, VOCAB, (num_prompts, prompt_length)).tolist()
+    together, apart = (
+        [*range(NUM_PROMPTS)],
+        [n for k in range(num_samples) for n in range(k, NUM_PROMPTS, num_samples)],
+    )
+
+    def generate(order: list[int]) -> dict[int, list[int]]:
+        samples = engine.generate([prompts[n // num_samples] for n in order], Sampling(num_new), seeds=order)
+        return {n: sample.response for n, sample in zip(order, samples, strict=True)}
+
+    same = sum(generate(together)[n] == response for n, response in generate(apart).items())
+    print(f"{same} of {NUM_PROMPTS} samples are the same, token for token, in both orders")
+    functions = {"read once": lambda: generate(together), "read for each sample": lambda: generate(apart)}
+    case = f"{num_samples} samples of {num_prompts} prompts of {prompt_length} tokens, {num_new} new"
+    report.add(case, compare(functions, seconds=report.options.seconds, min_rounds=3))
 
 
 if __name__ == "__main__":

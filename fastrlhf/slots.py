@@ -6,6 +6,7 @@ the last row into it. The cache is what the attention function (attention.py) fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class Slots:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._packed: dict[str, Any] | None = None
         self._rows = self._places = self._lengths = torch.empty(0, dtype=torch.int64)
-        self.longest = 0  # no cached sequence is longer, so that nobody waits for the device to learn the lengths
+        self._longest = 0  # tokens of the longest sequence of the pass
 
     def reserve(self, num_slots: int, max_length: int) -> None:
         """Empties the slots and makes room for num_slots sequences of max_length tokens.
@@ -38,25 +39,26 @@ class Slots:
         if num_slots > self.num_slots or max_length > self.max_length:
             self.num_slots, self.max_length = max(num_slots, self.num_slots), max(max_length, self.max_length)
             self._layers.clear()
-        self.longest = 0
 
-    def prefill(self, batch: Packed, first: int) -> None:
-        """Announces a packed forward pass: sequence i of `batch` fills slot first + i."""
+    def prefill(self, batch: Packed, slots: Sequence[int]) -> None:
+        """Announces a packed forward pass: sequence i of `batch` fills slot slots[i]."""
         lengths = batch.cu_seqlens.diff().long()
-        slots = torch.arange(first, first + batch.num_sequences, device=lengths.device)
-        self._rows = slots.repeat_interleave(lengths, output_size=batch.num_tokens)
+        rows = torch.tensor(slots, device=lengths.device)
+        self._rows = rows.repeat_interleave(lengths, output_size=batch.num_tokens)
         self._places = batch.position_ids
         inputs = batch.model_inputs()
         self._packed = {name: inputs.get(name) for name in PACK_KEYWORDS}
-        self.longest = max(self.longest, *batch.lengths)
 
-    def decode(self, lengths: Tensor) -> None:
-        """Announces a forward pass of one new token a row; lengths (N,) int64: tokens cached before it."""
+    def decode(self, lengths: Sequence[int], device: torch.device) -> Tensor:
+        """Announces a forward pass of one new token in each of the first slots; lengths: tokens cached before it.
+
+        Returns (N,) int64, the place of the new token in its sequence."""
         self._packed = None
-        self._rows = torch.arange(lengths.shape[0], device=lengths.device)
-        self._places = lengths
-        self._lengths = (lengths + 1).to(torch.int32)
-        self.longest += 1
+        self._rows = torch.arange(len(lengths), device=device)
+        self._places = torch.tensor(lengths).to(device)
+        self._lengths = (self._places + 1).to(torch.int32)
+        self._longest = max(lengths) + 1
+        return self._places
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None
@@ -70,17 +72,20 @@ class Slots:
         values[self._rows, :, self._places] = value.transpose(1, 2).flatten(0, 1)
         if self._packed is not None:
             return attend(module, query, key, value, None, scaling, sliding_window=sliding_window, **self._packed)
-        seen = slice(0, self.longest)
+        seen = slice(0, self._longest)
         out = decode_attention(
             query[:, :, 0], keys[:, :, seen], values[:, :, seen], self._lengths, scale=scaling, window=sliding_window
         )
         return out[:, None], None
 
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copies slots `sources` to slots `targets`, which may not overlap."""
+    def copy(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
+        """Copies the first `length` tokens of slots to others; pairs: (from, to), no slot both."""
+        if not pairs:
+            return
         for layer in self._layers.values():
+            sources, targets = torch.tensor(pairs, device=layer[0].device).unbind(1)
             for cache in layer:
-                cache[targets, :, : self.longest] = cache[sources, :, : self.longest]
+                cache[targets, :, :length] = cache[sources, :, :length]
 
     def _layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         found = self._layers.get(layer)

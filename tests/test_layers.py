@@ -21,7 +21,7 @@ ROOMS = {
     "packing": ({"packing"}, set(), {"torch"}),
     "formulas": ({"rewards", "losses", "advantages"}, {"ops", "packing"}, {"torch"}),
     "models": (
-        {"attention", "heads", "loading", "models", "slots", "rollout", "scoring", "lora"},
+        {"attention", "heads", "loading", "models", "sampling", "slots", "decoding", "rollout", "scoring", "lora"},
         {"ops", "packing", "files"},
         {"torch", "transformers", "safetensors", "numpy"},
     ),

@@ -102,6 +102,47 @@ def test_responses_do_not_depend_on_the_number_of_slots_or_the_order(max_slots):
         torch.testing.assert_close(torch.tensor(sample.logprobs), torch.tensor(whole[i].logprobs), rtol=0, atol=1e-5)
 
 
+def tokens_read(model, run):
+    """What `run` gives, and how many tokens passed the model meanwhile."""
+    counts = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: counts.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        return run(), sum(counts)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("max_slots", [1, 3, 4, 6, 64])
+def test_a_repeated_prompt_passes_the_model_once_and_changes_no_sample(max_slots):
+    model, prompts, seeds = model_of(), prompts_of(), range(36)
+    engine = engine_of(model, max_slots=max_slots)
+    alone = [engine.generate(prompts, Sampling(25), seeds=seeds[n::4]) for n in range(4)]
+    repeated = [prompt for prompt in prompts for _ in range(4)]
+    samples, num_read = tokens_read(model, lambda: engine.generate(repeated, Sampling(25), seeds=seeds))
+    assert num_read == sum(map(len, prompts)) + sum(len(s.response) - 1 for s in samples)
+    for i, sample in enumerate(samples):
+        expected = alone[i % 4][i // 4]
+        assert (sample.prompt, sample.response, sample.finished) == (
+            expected.prompt,
+            expected.response,
+            expected.finished,
+        )
+        torch.testing.assert_close(torch.tensor(sample.logprobs), torch.tensor(expected.logprobs), rtol=0, atol=1e-5)
+
+
+def test_a_prompt_longer_than_a_pass_is_read_once_for_its_samples(monkeypatch):
+    monkeypatch.setattr("fastrlhf.decoding.PREFILL_TOKENS", 30)
+    model, prompts = model_of(), prompts_of()
+    repeated = [prompt for prompt in prompts for _ in range(3)]
+    engine = engine_of(model, max_slots=7)
+    samples, num_read = tokens_read(model, lambda: engine.generate(repeated, Sampling(9), seeds=range(27)))
+    assert num_read == sum(map(len, prompts)) + sum(len(s.response) - 1 for s in samples)
+    for sample in samples:
+        assert_teacher_forced(model, sample)
+
+
 def test_two_slots_serve_nine_prompts_of_mixed_lengths():
     model, prompts, limits = model_of(), prompts_of(), [3, 1, 14, 20, 2, 9, 1, 6, 20]
     drawn = []

@@ -1,0 +1,48 @@
+"""What generation is asked for and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: see `sample_tokens`; `greedy` takes the most likely one instead.
+
+    max_new_tokens: a response ends after so many tokens if not by EOS
+    min_new_tokens: EOS is not drawn before so many tokens"""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    min_new_tokens: int = 0
+    greedy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"Sampling: max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            expected = f"min_new_tokens must be from 0 to max_new_tokens={self.max_new_tokens}"
+            raise ValueError(f"Sampling: {expected}, got {self.min_new_tokens}")
+        if not 0 < self.temperature < float("inf"):
+            advice = "; for the most likely token set greedy" if self.temperature == 0 else ""
+            raise ValueError(f"Sampling: temperature must be above 0 and finite, got {self.temperature}{advice}")
+        if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+            expected = "top_k must be at least 0, top_p in (0, 1] and min_p in [0, 1]"
+            raise ValueError(f"Sampling: {expected}, got {self.top_k}, {self.top_p} and {self.min_p}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A response: its tokens with EOS if it has `finished`, and two log-probabilities of each.
+
+    logprobs: given the tokens before, at the sampling temperature
+    sampler_logprobs: what the draw followed, after top-k, top-p, min-p and min_new_tokens; 0 if greedy"""
+
+    prompt: list[int]
+    response: list[int]
+    logprobs: list[float]
+    sampler_logprobs: list[float]
+    finished: bool
