@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from fastrlhf.ops.token_logprobs import token_logprobs
 from fastrlhf.packing import pack
 from fastrlhf.sampling import Sample, Sampling
 from fastrlhf.slots import Slots
+from fastrlhf.stopping import StopStrings, repeats
 
 PREFILL_TOKENS = 4096  # of one packed prompt pass, which bounds its memory
 
@@ -23,10 +24,12 @@ PREFILL_TOKENS = 4096  # of one packed prompt pass, which bounds its memory
 class Row:
     """A response on its way. group: the same for neighbours with the same prompt."""
 
+    number: int
     prompt: list[int]
     group: int
     seed: int
     limit: int
+    stop: StopStrings | None
     response: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     sampler_logprobs: list[float] = field(default_factory=list)
@@ -42,11 +45,13 @@ class Row:
         return Sample(list(self.prompt), self.response, self.logprobs, self.sampler_logprobs, self.finished)
 
 
-def make_rows(prompts: Sequence[Sequence[int]], seeds: Sequence[int], limits: Sequence[int]) -> list[Row]:
+def make_rows(
+    prompts: Sequence[Sequence[int]], seeds: Sequence[int], limits: Sequence[int], stop: Sequence[str], tokenizer: Any
+) -> list[Row]:
     rows: list[Row] = []
-    for prompt, seed, limit in zip(map(list, prompts), seeds, limits, strict=True):
+    for number, (prompt, seed, limit) in enumerate(zip(map(list, prompts), seeds, limits, strict=True)):
         group = rows[-1].group + (prompt != rows[-1].prompt) if rows else 0
-        rows.append(Row(prompt, group, seed, limit))
+        rows.append(Row(number, prompt, group, seed, limit, StopStrings(tokenizer, stop) if stop else None))
     return rows
 
 
@@ -72,8 +77,10 @@ class Run:
         self.spare_group = -1
         self.spare_logits = torch.empty(0)  # (1, V) of the token after the prompt in the spare slot
 
-    def step(self) -> int:
-        """Draws a token for the rows that start, or for all that run. Returns how many: 0 when all rows have ended."""
+    def step(self) -> tuple[int, list[Row]]:
+        """Draws a token for the rows that start, or for all that run.
+
+        Returns how many, 0 when all rows had ended, and the rows that ended."""
         num_waiting, free = len(self.rows) - self.num_started, self.num_slots - len(self.running)
         first = 0
         if num_waiting and free >= self.refill:
@@ -82,11 +89,10 @@ class Run:
         elif self.running:
             logits = self._decode()
         else:
-            return 0
+            return 0, []
         drawn = self.running[first:]
         self._draw(drawn, logits)
-        self._drop()
-        return len(drawn)
+        return len(drawn), self._drop()
 
     def _start(self, free: int) -> Tensor:
         """Gives slots to waiting rows; returns the logits (n, V) of their first tokens.
@@ -148,8 +154,16 @@ class Run:
             row.response.append(token)
             row.logprobs.append(logprob)
             row.sampler_logprobs.append(sampler_logprob)
-            row.finished = token in self.eos_token_ids
-            row.ended = row.finished or len(row.response) >= row.limit
+            self._judge(row)
+
+    def _judge(self, row: Row) -> None:
+        """Sets whether the row has ended and finished with the token just drawn."""
+        sampling, count = self.sampling, len(row.response)
+        may_end = count >= sampling.min_new_tokens
+        stopped = row.stop is not None and row.stop.found(row.response)
+        row.finished = row.response[-1] in self.eos_token_ids or (stopped and may_end)
+        repeating = bool(sampling.repeat_ngram) and repeats(row.response, sampling.repeat_ngram, sampling.repeat_times)
+        row.ended = row.finished or count >= row.limit or (repeating and may_end)
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns a token for each row, and its two log-probabilities."""
@@ -176,8 +190,9 @@ class Run:
             logprobs = cast(Tensor, token_logprobs(logits, tokens, temperature=sampling.temperature))
         return tokens, logprobs, sampler_logprobs
 
-    def _drop(self) -> None:
-        """Lets ended rows go: the last rows move into their slots, the others stay."""
+    def _drop(self) -> list[Row]:
+        """Lets ended rows go, and returns them: the last rows move into their slots, the others stay."""
+        ended = [row for row in self.running if row.ended]
         num_left = sum(not row.ended for row in self.running)
         gaps = [n for n in range(num_left) if self.running[n].ended]
         movers = [n for n in range(num_left, len(self.running)) if not self.running[n].ended]
@@ -187,3 +202,4 @@ class Run:
         for gap, mover in zip(gaps, movers, strict=True):
             self.running[gap] = self.running[mover]
         del self.running[num_left:]
+        return ended

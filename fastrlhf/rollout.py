@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn import Module
 from transformers import PreTrainedModel
 
 from fastrlhf.attention import ATTENTION
-from fastrlhf.decoding import Run, make_rows
+from fastrlhf.decoding import Row, Run, make_rows
 from fastrlhf.sampling import Sample, Sampling
 from fastrlhf.slots import Slots
 
@@ -28,9 +29,17 @@ class Engine:
     """Samples from `model`, a transformers causal LM on our attention (models.load_causal_lm).
 
     eos_token_ids: tokens that end a response
-    max_slots: most sequences decoded at once; the cache holds so many of the longest one, and is kept between calls"""
+    max_slots: most sequences decoded at once; the cache holds so many of the longest one, and is kept between calls
+    tokenizer: of the model, for Sampling.stop"""
 
-    def __init__(self, model: PreTrainedModel, *, eos_token_ids: Collection[int], max_slots: int = 64) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_token_ids: Collection[int],
+        max_slots: int = 64,
+        tokenizer: Any = None,
+    ) -> None:
         if max_slots < 1:
             raise ValueError(f"Engine: max_slots must be at least 1, got {max_slots}")
         if model.config._attn_implementation != ATTENTION:
@@ -39,7 +48,9 @@ class Engine:
         self.model = model
         self.max_slots = max_slots
         self.eos_token_ids = sorted(eos_token_ids)
+        self.tokenizer = tokenizer
         self.slots = Slots()
+        self._streaming = False
 
     def generate(
         self,
@@ -50,33 +61,64 @@ class Engine:
         limits: Sequence[int] | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> list[Sample]:
-        """Returns a sample for each prompt, in their order.
+        """Returns a sample for each prompt, in their order; see `stream`."""
+        samples = dict(self.stream(prompts, sampling, seeds=seeds, limits=limits, progress=progress))
+        return [samples[number] for number in range(len(samples))]
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int],
+        limits: Sequence[int] | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> Iterator[tuple[int, Sample]]:
+        """Yields (number of the prompt, its sample), each as soon as it has ended.
 
         prompts: token ids of each prompt, none empty; one repeated side by side, for several samples, is read once
         seeds: a number for each prompt: the same prompt, seed and sampling give the same response
         limits: most new tokens of each prompt, where that is less than sampling.max_new_tokens
         progress: called after every step with the number of tokens drawn in it
 
-        Runs in eval mode without gradients, under the caller's autocast; the training mode is restored after.
+        Runs without gradients, under the caller's autocast. The model is in eval mode from the first sample until the
+        iterator is read to its end or closed; then the training mode is restored. Weights may not change in between.
         Raises: ValueError for prompts that are empty, hold unknown tokens, or do not fit the model's context together
-        with their new tokens; for seeds or limits that do not fit; for NaN logits (on the CPU)."""
-        if not prompts:
-            return []
+        with their new tokens; for seeds or limits that do not fit; for NaN logits (on the CPU). RuntimeError when
+        another stream of this engine is still open."""
         budgets = [sampling.max_new_tokens] * len(prompts) if limits is None else list(limits)
         self._check(prompts, seeds, budgets, sampling)
-        rows, num_slots = make_rows(prompts, seeds, budgets), min(self.max_slots, len(prompts))
-        repeated = rows[-1].group < len(rows) - 1
-        self.slots.reserve(num_slots + repeated, max(len(p) + n for p, n in zip(prompts, budgets, strict=True)))
-        run = Run(self.model, self.slots, rows, sampling, num_slots, self.eos_token_ids)
-        with _evaluating(self.model), torch.no_grad():
-            while num_drawn := run.step():
-                if progress is not None:
-                    progress(num_drawn)
-        return [row.sample() for row in rows]
+        rows = make_rows(prompts, seeds, budgets, sampling.stop, self.tokenizer)
+        return self._stream(rows, sampling, progress) if rows else iter(())
+
+    def _stream(
+        self, rows: Sequence[Row], sampling: Sampling, progress: Callable[[int], object] | None
+    ) -> Iterator[tuple[int, Sample]]:
+        if self._streaming:
+            raise RuntimeError("Engine: another stream of this engine is open; read it to its end or close it")
+        self._streaming = True
+        try:
+            num_slots, repeated = min(self.max_slots, len(rows)), rows[-1].group < len(rows) - 1
+            self.slots.reserve(num_slots + repeated, max(len(row.prompt) + row.limit for row in rows))
+            run = Run(self.model, self.slots, rows, sampling, num_slots, self.eos_token_ids)
+            with _evaluating(self.model):
+                while True:
+                    with torch.no_grad():  # not around the yield: it would be in force in the caller's loop
+                        num_drawn, ended = run.step()
+                    if num_drawn == 0:
+                        return
+                    if progress is not None:
+                        progress(num_drawn)
+                    for row in ended:
+                        yield row.number, row.sample()
+        finally:
+            self._streaming = False
 
     def _check(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], budgets: Sequence[int], sampling: Sampling
     ) -> None:
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError(f"Engine: stop={sampling.stop!r} is text, which needs Engine(..., tokenizer=)")
         for name, given in (("seeds", seeds), ("limits", budgets)):
             if len(given) != len(prompts):
                 raise ValueError(f"Engine: {name} must be one a prompt, {len(prompts)} in all, got {len(given)}")

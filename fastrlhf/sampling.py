@@ -10,7 +10,10 @@ class Sampling:
     """How tokens are drawn: see `sample_tokens`; `greedy` takes the most likely one instead.
 
     max_new_tokens: a response ends after so many tokens if not by EOS
-    min_new_tokens: EOS is not drawn before so many tokens"""
+    min_new_tokens: EOS is not drawn before so many tokens, and neither `stop` nor repetition ends a response
+    stop: strings that end a response, finished, with the token that completes one
+    repeat_ngram, repeat_times: a response ends, unfinished, when its last tokens are some 1 to repeat_ngram tokens
+    repeat_times times over; 0 and 0 for never"""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -19,6 +22,9 @@ class Sampling:
     min_p: float = 0.0
     min_new_tokens: int = 0
     greedy: bool = False
+    stop: tuple[str, ...] = ()
+    repeat_ngram: int = 0
+    repeat_times: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -32,12 +38,18 @@ class Sampling:
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             expected = "top_k must be at least 0, top_p in (0, 1] and min_p in [0, 1]"
             raise ValueError(f"Sampling: {expected}, got {self.top_k}, {self.top_p} and {self.min_p}")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"Sampling: stop must be a tuple of strings, none empty, got {self.stop!r}")
+        if (self.repeat_ngram, self.repeat_times) != (0, 0) and (self.repeat_ngram < 1 or self.repeat_times < 2):
+            expected = "repeat_ngram must be at least 1 and repeat_times at least 2, or both 0"
+            raise ValueError(f"Sampling: {expected}, got {self.repeat_ngram} and {self.repeat_times}")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A response: its tokens with EOS if it has `finished`, and two log-probabilities of each.
+    """A response, and two log-probabilities of each of its tokens.
 
+    finished: it ended by EOS, which is its last token, or by a stop string, which its last token completes
     logprobs: given the tokens before, at the sampling temperature
     sampler_logprobs: what the draw followed, after top-k, top-p, min-p and min_new_tokens; 0 if greedy"""
 

@@ -243,6 +243,39 @@ def test_no_prompts_give_no_samples():
     assert engine_of(model_of()).generate([], Sampling(3), seeds=[]) == []
 
 
+def test_samples_stream_as_they_end_and_are_those_of_generate():
+    model, prompts, limits = model_of(), prompts_of(), [3, 1, 14, 20, 2, 9, 1, 6, 20]
+    engine, drawn = engine_of(model, eos=(), max_slots=9), []
+    stream = engine.stream(prompts, Sampling(20), seeds=range(9), limits=limits, progress=drawn.append)
+    order, samples = [], {}
+    for number, sample in stream:
+        order.append(number)
+        samples[number] = sample
+        assert len(drawn) == limits[number]  # at the step that ended it
+    assert [limits[n] for n in order] == sorted(limits)
+    assert [samples[n] for n in range(9)] == engine.generate(prompts, Sampling(20), seeds=range(9), limits=limits)
+
+
+def test_a_stream_leaves_the_callers_gradients_on_and_restores_the_mode_when_closed():
+    model, prompts = model_of(), prompts_of()
+    model.train()
+    engine = engine_of(model)
+    stream = engine.stream(prompts, Sampling(9), seeds=range(9))
+    assert model.training
+    next(stream)
+    assert torch.is_grad_enabled() and not model.training
+    with pytest.raises(RuntimeError, match="another stream of this engine is open"):
+        engine.generate(prompts, Sampling(3), seeds=range(9))
+    stream.close()
+    assert model.training
+    assert len(engine.generate(prompts, Sampling(3), seeds=range(9))) == 9
+
+
+def test_a_stream_names_bad_input_before_it_is_read():
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        engine_of(model_of()).stream([[]], Sampling(3), seeds=[0])
+
+
 def test_a_response_may_fill_the_context_exactly():
     model = model_of()
     samples = engine_of(model, eos=()).generate(prompts_of((250,)), Sampling(6), seeds=[0])
