@@ -101,6 +101,16 @@ def _error(actual: Tensor, exact: Tensor, plain: Tensor, reference_eps: float | 
     return error, 2 * other + 8 * eps if reference_eps is None else min(1e4 * reference_eps, 0.05)
 
 
+def _of_equal_draws(outputs: list[Tensor], exact: list[Tensor], plain: list[Tensor]) -> list[list[Tensor]]:
+    """The same without the rows whose integers differ, if these are at most one in a thousand: of many random numbers
+    some fall so near the border of two tokens that rounding decides."""
+    equal = [a == p for a, p in zip(outputs, plain, strict=True) if not a.is_floating_point()]
+    same = torch.stack(equal).all(0) if equal else torch.zeros(1)
+    if same.float().mean() < 0.999:
+        return [outputs, exact, plain]
+    return [[t[same] for t in tensors] for tensors in (outputs, exact, plain)]
+
+
 def _double(args: Sequence[Any]) -> list[Any]:
     return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
 
@@ -116,7 +126,8 @@ def _limits(device: str, head: torch.dtype) -> tuple[float, float]:
     """GB/s, read and written, of the fastest copy, and GFLOP/s of the fastest product."""
     on_gpu = device != "cpu"
     side = 8192 if on_gpu else 2048
-    source, square = torch.ones(2**29 if on_gpu else 2**26, device=device), torch.ones(side, side, device=device)
+    # random numbers, as a GPU multiplies equal ones faster
+    source, square = torch.ones(2**29 if on_gpu else 2**26, device=device), torch.randn(side, side, device=device)
     target, square = source.clone(), square.to(head)
     copies, products = _times(lambda: target.copy_(source), device), _times(lambda: square @ square, device)
     return 2 * source.nbytes / min(copies) / 1e9, 2 * side**3 / min(products) / 1e9
@@ -145,7 +156,8 @@ def speeds(device: str) -> Iterator[str]:
         args = large_case(op, device, head if "weight" in " ".join(op.parameters) else torch.float32)
         outputs = [output.clone() for output in _flat(op(*args))]
         exact, plain = _flat(op.reference(*_double(args))), _flat(op.reference(*args))
-        errors = [_error(a, e, p, None) for a, e, p in zip(outputs, exact, plain, strict=True)]
+        compared = zip(*_of_equal_draws(outputs, exact, plain), strict=True)
+        errors = [_error(a, e, p, None) for a, e, p in compared]
         failed = "" if all(error <= allowed for error, allowed in errors) else " FAIL"
         del exact, plain
         seconds = statistics.median(_times(functools.partial(op, *args), device))

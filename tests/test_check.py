@@ -33,6 +33,16 @@ def test_an_output_that_is_not_finite_fails():
     assert error > allowed
 
 
+def test_a_rare_row_of_another_draw_is_left_out_and_more_of_them_fail():
+    tokens, logprobs = torch.arange(4000), torch.randn(4000)
+    other, another = tokens.clone(), tokens.clone()
+    other[7] = another[::2] = 9
+    left = check._of_equal_draws([other, logprobs], [tokens, logprobs], [tokens, logprobs])
+    assert [[len(t) for t in tensors] for tensors in left] == [[3999, 3999]] * 3 and torch.equal(left[0][0], left[1][0])
+    kept = check._of_equal_draws([another, logprobs], [tokens, logprobs], [tokens, logprobs])
+    assert kept[0][0] is another and check._error(another, tokens, tokens, None)[0] > 0
+
+
 @pytest.mark.slow
 def test_every_op_is_timed_at_a_size_that_it_makes_from_its_schema(monkeypatch, capsys):
     monkeypatch.setattr(check, "_times", lambda function, device: [function() is None or 1.0])
