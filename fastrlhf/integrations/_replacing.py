@@ -42,10 +42,14 @@ class Known:
 
 @dataclass(frozen=True)
 class Replacement:
-    """A function of a peer, at "module:name" or "module:Class.method", and the forms of it that we know."""
+    """A function of a peer, at "module:name" or "module:Class.method", and the forms of it that we know.
+
+    offer: (the peer's function that registers, its registry, a name): ours is put there beside the original
+    """
 
     path: str
     known: tuple[Known, ...]
+    offer: tuple[str, str, str] | None = None
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Patch:
     replaced: dict[str, list[str]] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     pairs: list[tuple[str, Any, Any]] = field(default_factory=list, repr=False)
+    offers: list[tuple[dict[str, Any], str]] = field(default_factory=list, repr=False)
 
     def __enter__(self) -> Patch:
         return self
@@ -71,6 +76,9 @@ class Patch:
         while self.pairs:
             path, original, ours = self.pairs.pop()
             _rebind(path, ours, original)
+        while self.offers:
+            registry, name = self.offers.pop()
+            registry.pop(name, None)
 
 
 def replace(replacement: Replacement, done: Patch) -> None:
@@ -81,7 +89,7 @@ def replace(replacement: Replacement, done: Patch) -> None:
     except (ImportError, AttributeError) as error:  # another version, or a part that needs what is not installed
         done.left[path] = f"not found ({error})"
         return
-    if getattr(original, MARK, False):
+    if getattr(original, MARK, False) or (replacement.offer and replacement.offer[2] in _find(replacement.offer[1])):
         done.left[path] = "already replaced"
         return
     parameters = parameters_of(original)
@@ -99,8 +107,14 @@ def replace(replacement: Replacement, done: Patch) -> None:
         except Exception as error:  # whatever it is, the original still works
             _leave(done, path, f"the self-test on {device} failed: {type(error).__name__}: {error}")
             return
-    done.replaced[path] = _rebind(path, original, ours)
-    done.pairs.append((path, original, ours))
+    if replacement.offer:
+        register, registry, name = replacement.offer
+        _find(register)(name)(ours)
+        done.offers.append((_find(registry), name))
+        done.replaced[path] = [f"{registry.replace(':', '.')}[{name!r}]"]
+    else:
+        done.replaced[path] = _rebind(path, original, ours)
+        done.pairs.append((path, original, ours))
     log.info("replaced %s in %s", path, ", ".join(done.replaced[path]))
 
 
@@ -164,6 +178,10 @@ def _outcome(function: Any, case: tuple[Any, ...]) -> tuple[list[Any], list[Any]
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         output = call(*passed)
     outputs = list(output) if isinstance(output, (tuple, list)) else [output]
+    metrics = [part for part in outputs if isinstance(part, dict)]
+    outputs = [part for part in outputs if not isinstance(part, dict)]
+    for part in metrics:  # as keys, which must be equal, and numbers, which must be near
+        outputs += [list(part), torch.tensor(list(part.values()))]
     generator = torch.Generator().manual_seed(1)
     pairs = [(o, torch.randn(o.shape, generator=generator).to(o)) for o in outputs if isinstance(o, Tensor)]
     pairs = [(o, upstream) for o, upstream in pairs if o.requires_grad]

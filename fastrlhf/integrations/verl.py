@@ -14,6 +14,7 @@ from fastrlhf.integrations._cases import heads, logits_and_targets
 from fastrlhf.integrations._replacing import Known, Replacement
 from fastrlhf.integrations._rows import log_probs_and_entropy, plain
 from fastrlhf.integrations.verl_advantages import ADVANTAGES, FUNCTIONS, VERSIONS
+from fastrlhf.integrations.verl_losses import LOSSES
 from fastrlhf.ops import linear_token_logprobs
 
 FUSED = "verl.utils.experimental.torch_functional"
@@ -123,6 +124,7 @@ def _cases_fused(device: str) -> Iterator[tuple[Any, ...]]:
 
 REPLACEMENTS = (
     *ADVANTAGES,
+    *LOSSES,
     *(
         Replacement(f"{module}:{name}", (Known(parameters, VERSIONS, make, cases),))
         for module, name, parameters, make, cases in (

@@ -1,5 +1,6 @@
 """What `patch` does, on a made-up peer: where it binds, when it leaves a function alone, how it undoes."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -38,12 +39,16 @@ def offer(monkeypatch):
     def double(x, times=2):
         return x * times
 
-    def offer(ours, parameters="(x, times=2)"):
-        package, ops = module(monkeypatch, "madeup"), module(monkeypatch, "madeup.ops", double=double)
+    def offer(ours, parameters="(x, times=2)", name=None):
+        losses = {"double": double}
+        register = lambda name: functools.partial(losses.__setitem__, name)  # noqa: E731
+        package = module(monkeypatch, "madeup")
+        ops = module(monkeypatch, "madeup.ops", double=double, register=register, LOSSES=losses)
         package.__spec__ = types.SimpleNamespace()
         user = module(monkeypatch, "madeup.user", twice=double, REGISTRY={"double": double})
         form = Known(parameters, "1.0", lambda original: ours, cases)
-        monkeypatch.setattr(integrations, "PEERS", {"madeup": (Replacement(DOUBLE, (form,)),)})
+        how = ("madeup.ops:register", "madeup.ops:LOSSES", name) if name else None
+        monkeypatch.setattr(integrations, "PEERS", {"madeup": (Replacement(DOUBLE, (form,), how),)})
         return ops, user
 
     yield offer
@@ -67,7 +72,8 @@ def test_a_function_is_replaced_wherever_it_is_bound_and_given_back(offer):
     double = ops.double
     done = fastrlhf.patch("madeup")
     assert ops.double is user.twice is user.REGISTRY["double"] is added
-    assert sorted(done.replaced[DOUBLE]) == ["madeup.ops", "madeup.user.REGISTRY['double']", "madeup.user.twice"]
+    places = ["madeup.ops", "madeup.ops.LOSSES['double']", "madeup.user.REGISTRY['double']", "madeup.user.twice"]
+    assert sorted(done.replaced[DOUBLE]) == places
     fastrlhf.unpatch()
     assert ops.double is user.twice is user.REGISTRY["double"] is double
 
@@ -87,6 +93,52 @@ def test_a_second_patch_says_so_and_undoes_nothing(offer):
     with fastrlhf.patch("madeup") as second:
         assert second.left[DOUBLE] == "already replaced"
     assert ops.double is added
+
+
+def test_an_inner_patch_ends_without_the_outer_one(offer):
+    ops, _ = offer(added)
+    double = ops.double
+    with fastrlhf.patch("madeup") as outer:
+        with fastrlhf.patch("madeup") as inner:
+            assert ops.double is added
+        assert ops.double is added and outer.replaced and not inner.replaced
+    assert ops.double is double
+    with fastrlhf.patch("madeup") as again:
+        assert ops.double is added and again.replaced
+
+
+def test_an_error_inside_the_block_gives_the_original_back(offer):
+    ops, user = offer(added)
+    double = ops.double
+    with pytest.raises(KeyError), fastrlhf.patch("madeup"):
+        raise KeyError
+    assert ops.double is user.twice is double
+
+
+def test_the_report_lists_what_was_replaced_and_what_was_left_alone(offer, monkeypatch):
+    offer(added)
+    (form,) = integrations.PEERS["madeup"][0].known
+    more = (Replacement("madeup.ops:triple", (form,)), Replacement("madeup.user:twice", (form,)))
+    monkeypatch.setattr(integrations, "PEERS", {"madeup": integrations.PEERS["madeup"] + more})
+    lines = str(fastrlhf.patch("madeup")).splitlines()
+    assert lines[0].startswith(f"replaced   {DOUBLE} in ") and "madeup.user.twice" in lines[0]
+    assert lines[1].startswith("left alone madeup.ops:triple: not found")
+    assert lines[2] == "left alone madeup.user:twice: already replaced"
+
+
+def test_an_offer_stands_in_the_registry_beside_the_original(offer):
+    ops, _ = offer(added, name="ours")
+    double = ops.double
+    with fastrlhf.patch("madeup") as done:
+        assert ops.double is ops.LOSSES["double"] is double and ops.LOSSES["ours"] is added
+        assert done.replaced[DOUBLE] == ["madeup.ops.LOSSES['ours']"]
+        assert fastrlhf.patch("madeup").left[DOUBLE] == "already replaced"
+    assert list(ops.LOSSES) == ["double"] and ops.LOSSES["double"] is double
+
+
+def test_an_offer_that_fails_its_self_test_is_not_registered(offer):
+    left_alone(offer, lambda x, times=2: x * times + 1, "not close", name="ours")
+    assert list(sys.modules["madeup.ops"].LOSSES) == ["double"]
 
 
 def test_unknown_parameters_leave_the_function_alone(offer):
@@ -143,6 +195,24 @@ def test_parameters_of_an_autograd_function_are_those_of_its_forward():
 
 def test_functions_that_write_over_their_argument_can_be_compared():
     same(lambda x: x.mul_(2), lambda x: x * 2, (torch.ones(3, requires_grad=True),))
+
+
+def test_dictionaries_of_numbers_are_compared_by_key_and_value():
+    x = torch.ones(3, requires_grad=True)
+    same(lambda x: (x, {"mean": 1.0}), lambda x: (x * 1, {"mean": 1.0 + 1e-7}), (x,))
+    for wrong in ({"mean": 1.1}, {"average": 1.0}):
+        with pytest.raises(AssertionError):
+            same(lambda x: (x, {"mean": 1.0}), lambda x, wrong=wrong: (x, wrong), (x,))
+
+
+def test_importing_fastrlhf_imports_no_trainer(tmp_path):
+    for peer in integrations.PEERS:
+        (tmp_path / f"{peer}.py").write_text("raise SystemExit('imported')")
+    path = os.pathsep.join(map(str, (tmp_path, ROOT)))
+    script = "import sys, fastrlhf, fastrlhf.integrations.external; print(sorted({*sys.argv[1:]} & {*sys.modules}))"
+    command = [sys.executable, "-c", script, *integrations.PEERS]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 TRL = """

@@ -1,7 +1,11 @@
 """Our replacements against verl's originals: outputs, dtypes and gradients, in and out of what our ops cover."""
 
 import importlib
+import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +14,11 @@ import torch
 import fastrlhf
 from fastrlhf.integrations import PEERS
 from fastrlhf.integrations._replacing import _find, same
+from fastrlhf.integrations.verl_losses import Settings
 
 pytest.importorskip("verl", reason="verl is not installed")
+CORE = "verl.trainer.ppo.core_algos"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -21,7 +28,7 @@ def imported():
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        importlib.import_module("verl.trainer.ppo.core_algos")
+        importlib.import_module(CORE)
         importlib.import_module("verl.utils.experimental.torch_functional")
 
 
@@ -34,8 +41,11 @@ def pairs(imported):
         with fastrlhf.patch("verl") as done:
             assert len(done.replaced) >= len(originals) - 1, done
             found = {path: (originals[path], _find(path)) for path in done.replaced}
+            offered = importlib.import_module(CORE).POLICY_LOSS_REGISTRY["fastrlhf_ppo"]
     assert all(_find(path) is original for path, original in originals.items())
-    return {path.split(":")[1]: pair for path, pair in found.items()}
+    assert "fastrlhf_ppo" not in importlib.import_module(CORE).POLICY_LOSS_REGISTRY
+    found = {path.split(":")[1]: pair for path, pair in found.items()}
+    return found | {"compute_policy_loss_vanilla": (found["compute_policy_loss_vanilla"][0], offered)}
 
 
 def padded(rows, length):
@@ -123,3 +133,55 @@ def test_group_advantages_are_verls(pairs, groups):
     for by_std in (True, False):
         same(*pairs["compute_grpo_outcome_advantage"], (rewards, mask, index, 1e-6, by_std))
     same(*pairs["compute_rloo_outcome_advantage"], (rewards, mask, index))
+
+
+INFOS = [{}, {"dp_size": 1, "batch_num_tokens": 90}, {"dp_size": 4, "batch_num_tokens": 1000, "global_batch_size": 16}]
+
+
+@pytest.mark.parametrize("info", INFOS)
+@pytest.mark.parametrize("far", [0.1, 1.0, 30.0, 200.0])
+def test_the_offered_loss_is_the_vanilla_one_metrics_included(pairs, info, far):
+    step, advantages, mask = padded(7, 41)
+    advantages[3] = 0.0  # a group of equal rewards
+    old = -step.abs()
+    logprobs = (old + far * step).requires_grad_()
+    for kept in (mask, mask.bool(), mask.float()):
+        same(*pairs["compute_policy_loss_vanilla"], (old, logprobs, advantages, kept, "token-mean", Settings(info)))
+
+
+def test_the_offered_loss_hands_other_settings_to_the_vanilla_one(pairs):
+    step, advantages, mask = padded(5, 9)
+    inputs = (step, (step * 1.1).requires_grad_(), advantages, mask)
+    one_bound, tight = Settings({}), Settings({})
+    one_bound.clip_ratio_high = None
+    tight["clip_ratio_c"] = 1.05
+    for settings in (one_bound, tight):
+        same(*pairs["compute_policy_loss_vanilla"], (*inputs, "token-mean", settings))
+    for mode in ("seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
+        same(*pairs["compute_policy_loss_vanilla"], (*inputs, mode, Settings({})))
+    same(*pairs["compute_policy_loss_vanilla"], (*inputs, "token-mean", Settings({}), torch.rand(5, 9)))
+
+
+def test_verls_own_configuration_takes_the_offered_loss(pairs):
+    module = importlib.import_module("verl.workers.config")
+    config = module.ActorConfig(
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        policy_loss=module.PolicyLossConfig(loss_mode="fastrlhf_ppo"),
+    )
+    assert config.policy_loss.get("loss_mode", "vanilla") == "fastrlhf_ppo"
+    step, advantages, mask = padded(5, 9)
+    inputs = (step, (step * 1.3).requires_grad_(), advantages, mask)
+    same(*pairs["compute_policy_loss_vanilla"], (*inputs, "token-mean", config))
+
+
+def test_verl_patches_itself_in_processes_that_name_our_external_module():
+    script = f"import warnings; warnings.simplefilter('ignore'); import {CORE} as core; import fastrlhf.integrations\n"
+    script += "print(core.compute_gae_advantage_return.__module__, 'fastrlhf_ppo' in core.POLICY_LOSS_REGISTRY)"
+    path = os.pathsep.join([str(ROOT / "tests/peers"), str(ROOT), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "VERL_USE_EXTERNAL_MODULES": "fastrlhf.integrations.external"}
+    command = [sys.executable, "-c", f"import peer_verl\n{script}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == "True"
