@@ -7,9 +7,10 @@ from fastrlhf.ops import *  # noqa: F403
 from fastrlhf.ops import __all__ as _ops
 
 if TYPE_CHECKING:
-    from fastrlhf.config import PPOConfig, RewardConfig, SFTConfig
+    from fastrlhf.config import RewardConfig, SFTConfig
     from fastrlhf.integrations import patch, unpatch
     from fastrlhf.ppo import PPO
+    from fastrlhf.ppo_config import PPOConfig
     from fastrlhf.reward import RewardTrainer
     from fastrlhf.sft import SFT
 
@@ -17,7 +18,7 @@ __version__ = "0.1.0"
 # imported when first asked for: the loops bring transformers, which takes seconds that a user of the ops need not wait
 _LATER = {
     "PPO": "ppo",
-    "PPOConfig": "config",
+    "PPOConfig": "ppo_config",
     "RewardConfig": "config",
     "RewardTrainer": "reward",
     "SFT": "sft",

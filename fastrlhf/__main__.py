@@ -12,8 +12,9 @@ from transformers.utils import logging
 
 import fastrlhf
 from fastrlhf.checkpoint import newest_checkpoint
-from fastrlhf.config import PPOConfig, RewardConfig, SFTConfig, did_you_mean
+from fastrlhf.config import RewardConfig, SFTConfig, did_you_mean
 from fastrlhf.options import help_text, parse
+from fastrlhf.ppo_config import PPOConfig
 from fastrlhf.run_config import RunConfig
 
 COMMANDS: dict[str, type] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "run": RunConfig}
@@ -46,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(
             "", f"unknown command {command!r}{did_you_mean(command, [*COMMANDS, 'info', 'check'])}\n\n{HELP}", 2
         )
-    elif "-h" in rest or "--help" in rest:
-        print(help_text(f"fastrlhf {command}", COMMANDS[command]))
+    elif {"-h", "--help", "--help-all"} & set(rest):
+        print(help_text(f"fastrlhf {command}", COMMANDS[command], everything="--help-all" in rest))
     else:
         return _train(command, rest)
     return 0

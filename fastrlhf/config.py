@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,9 @@ SCHEDULES = ("constant", "linear", "cosine")
 REQUIRED = dataclasses.MISSING
 
 
-def option(default: Any, help: str) -> Any:
-    """A field with a line of help; a REQUIRED one must be given."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, rare: bool = False) -> Any:
+    """A field with a line of help; a REQUIRED one must be given. --help leaves out rare ones, --help-all does not."""
+    return dataclasses.field(default=default, metadata={"help": help, "rare": rare})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +57,14 @@ class LoopConfig:
     def __post_init__(self) -> None:
         for name, kind in field_types(type(self)).items():
             object.__setattr__(self, name, convert(name, getattr(self, name), kind))
-        _choose(self, "schedule", SCHEDULES)
-        _choose(self, "template", ("auto", "chat", "none"))
-        _choose(self, "device", ("auto", "cpu", "cuda"))
-        _choose(self, "dtype", ("auto", "float32", "bfloat16"))
-        _above(self, 0, "learning_rate", "adam_eps", "max_grad_norm")
-        _at_least(self, 1, "batch_size", "max_tokens", "limit")
-        _at_least(self, 0, "weight_decay", "seed", "save_every")
-        _within(self, 0, 1, "warmup_ratio", "max_rejected")
+        choose(self, "schedule", SCHEDULES)
+        choose(self, "template", ("auto", "chat", "none"))
+        choose(self, "device", ("auto", "cpu", "cuda"))
+        choose(self, "dtype", ("auto", "float32", "bfloat16"))
+        above(self, 0, "learning_rate", "adam_eps", "max_grad_norm")
+        at_least(self, 1, "batch_size", "max_tokens", "limit")
+        at_least(self, 0, "weight_decay", "seed", "save_every")
+        within(self, 0, 1, "warmup_ratio", "max_rejected")
         if self.seed >= 2**31:
             raise ValueError(f"seed must be below 2**31 = {2**31}, got {self.seed}")
         if self.resume and self.overwrite:
@@ -114,93 +114,8 @@ class RewardConfig(LoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_epochs_and_eval(self)
-        _at_least(self, 0, "center_coef")
-        _within(self, 0, 0.5, "label_smoothing")
-
-
-# summarize: Stiennon et al., as Huang et al. (arXiv 2403.17031) reproduce it; chat: Ouyang et al., as trainers do today
-PRESETS: dict[str, dict[str, Any]] = {
-    "summarize": {
-        "learning_rate": 3e-6,
-        "value_learning_rate": 3e-6,
-        "schedule": "linear",
-        "epochs": 4,
-        "kl_coef": 0.05,
-        "lam": 0.95,
-    },
-    "chat": {
-        "learning_rate": 5e-7,
-        "value_learning_rate": 9e-6,
-        "schedule": "cosine",
-        "epochs": 1,
-        "kl_coef": 0.01,
-        "lam": 1.0,
-    },
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PPOConfig(LoopConfig):
-    """PPO against a reward with a critic and a KL penalty."""
-
-    reward: str | Callable[..., Any] = option(  # noqa: RUF009
-        REQUIRED, "reward model folder, module:function, or SOURCE=WEIGHT,SOURCE=WEIGHT,..."
-    )
-    reference: str | None = option(None, "model that the KL is measured to; default: model")
-    preset: str = option("summarize", "summarize or chat: which of the defaults a | b hold")
-    steps: int = option(100, "PPO steps")
-    # the preset fills in what is None here
-    learning_rate: float = option(None, "peak learning rate of the policy")
-    value_learning_rate: float = option(None, "peak learning rate of the value model")
-    schedule: str = option(None, "of both: constant, linear or cosine (to 0)")
-    epochs: int = option(None, "passes over the responses of a step")
-    minibatches: int = option(1, "optimizer steps a pass")
-    kl_coef: float = option(None, "weight of the KL penalty in the reward")
-    lam: float = option(None, "trace decay of generalised advantage estimation")
-    kl_target: float | None = option(None, "adapt kl_coef to reach this KL (nats a response); default: fixed")
-    gamma: float = option(1.0, "discount")
-    clip_range: float = option(0.2, "clip range of the probability ratio")
-    clip_range_value: float = option(0.2, "clip range of the value's change")
-    value_coef: float = option(0.1, "weight of the value loss")
-    entropy_coef: float = option(0.0, "weight of the entropy bonus")
-    whiten: bool = option(True, "whiten advantages over the response tokens of a step")
-    missing_eos: str = option("none", "for responses that were cut off: none, subtract:V or replace:V")
-    value_warmup_steps: int | None = option(
-        None, "first steps for the value model only; default: 0 with one reward model, else 2"
-    )
-    max_prompt_tokens: int = option(512, "longer prompts are rejected")
-    max_new_tokens: int = option(128, "length at which responses are cut off")
-    temperature: float = option(1.0, "of sampling and of training alike")
-    top_k: int = option(0, "sample among so many tokens; needs truncation (so do top_p and min_p)")
-    top_p: float = option(1.0, "sample among the likeliest tokens of this total probability")
-    min_p: float = option(0.0, "sample among tokens of at least this share of the likeliest one's probability")
-    truncation: str = option("refuse", "refuse, model or sampler: whose log-probs the ratio is to after top_k, ...")
-    max_slots: int = option(64, "sequences generated at a time")
-
-    def __post_init__(self) -> None:
-        _choose(self, "preset", tuple(PRESETS))
-        for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        super().__post_init__()
-        _at_least(self, 1, "steps", "epochs", "minibatches", "max_prompt_tokens", "max_new_tokens", "max_slots")
-        _above(
-            self, 0, "value_learning_rate", "clip_range", "clip_range_value", "value_coef", "temperature", "kl_target"
-        )
-        _at_least(self, 0, "kl_coef", "entropy_coef", "value_warmup_steps")
-        _within(self, 0, 1, "gamma", "lam")
-        _choose(self, "truncation", ("refuse", "model", "sampler"))
-        if self.truncation == "refuse" and (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0):
-            raise ValueError(
-                f"top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: the sampler would draw from another "
-                "distribution than the one that is trained; set truncation to model (ratios to the model's own "
-                "log-probabilities, a bias) or sampler (ratios to those of the draws, which start away from 1)"
-            )
-        if self.minibatches > self.batch_size:
-            raise ValueError(f"minibatches ({self.minibatches}) must not exceed batch_size ({self.batch_size})")
-        if self.value_warmup_steps is not None and self.value_warmup_steps >= self.steps:
-            counts = f"value_warmup_steps ({self.value_warmup_steps}) must be less than steps ({self.steps})"
-            raise ValueError(f"{counts}, or the policy is never trained")
+        at_least(self, 0, "center_coef")
+        within(self, 0, 0.5, "label_smoothing")
 
 
 def convert(name: str, value: Any, kind: Any) -> Any:
@@ -251,35 +166,36 @@ def did_you_mean(name: str, known: list[str]) -> str:
 
 
 def _check_epochs_and_eval(config: Any) -> None:
-    _at_least(config, 1, "epochs", "eval_limit")
-    _at_least(config, 2, "max_length")
-    _within(config, 0, 0.9, "eval_fraction")
+    at_least(config, 1, "epochs", "eval_limit")
+    at_least(config, 2, "max_length")
+    within(config, 0, 0.9, "eval_fraction")
     if config.eval_data is not None and config.eval_fraction:
         raise ValueError(f"give eval_data ({config.eval_data}) or eval_fraction ({config.eval_fraction}), not both")
 
 
-def _choose(config: Any, name: str, choices: tuple[str, ...]) -> None:
+def choose(config: Any, name: str, choices: Sequence[str]) -> None:
+    """Raises ValueError unless the option has one of these values; so do the next three outside their bounds."""
     value = getattr(config, name)
-    if value not in choices:
+    if value is not None and value not in choices:
         hint = did_you_mean(str(value), list(choices))
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
-def _at_least(config: Any, low: float, *names: str) -> None:
+def at_least(config: Any, low: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value < low:
             raise ValueError(f"{name} must be at least {low}, got {value}")
 
 
-def _above(config: Any, low: float, *names: str) -> None:
+def above(config: Any, low: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value <= low:
             raise ValueError(f"{name} must be above {low}, got {value}")
 
 
-def _within(config: Any, low: float, high: float, *names: str) -> None:
+def within(config: Any, low: float, high: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:

@@ -128,10 +128,10 @@ class Statistics:
 
     @staticmethod
     def mean(several: Sequence[Statistics]) -> dict[str, Tensor]:
-        """The mean of several minibatches' statistics, or their extremes."""
+        """The mean of several minibatches' statistics, or their extremes, over the minibatches that have them."""
         means = {}
-        for name in several[0].values:
-            values = torch.stack([each.values[name] for each in several])
+        for name in dict.fromkeys(name for each in several for name in each.values):
+            values = torch.stack([each.values[name] for each in several if name in each.values])
             extreme = values.amax() if name.endswith("_max") else values.amin() if name.endswith("_min") else None
             means[name] = values.mean() if extreme is None else extreme
         return means

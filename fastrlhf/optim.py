@@ -69,14 +69,20 @@ class Optimizer:
 
     @classmethod
     def of(
-        cls, config: LoopConfig, model: nn.Module, *, num_steps: int, learning_rate: float | None = None
+        cls,
+        config: LoopConfig,
+        model: nn.Module,
+        *,
+        num_steps: int,
+        learning_rate: float | None = None,
+        schedule: str | None = None,
     ) -> Optimizer:
-        """The optimizer of a model with a loop's settings, and learning_rate where it is not the loop's."""
+        """The optimizer of a model with a loop's settings, but for a learning_rate or schedule of its own."""
         return cls(
             model,
             learning_rate=config.learning_rate if learning_rate is None else learning_rate,
             num_steps=num_steps,
-            schedule=config.schedule,
+            schedule=schedule or config.schedule,
             warmup_ratio=config.warmup_ratio,
             weight_decay=config.weight_decay,
             eps=config.adam_eps,
@@ -97,9 +103,13 @@ class Optimizer:
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate
         self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+        self.drop_gradients()
         self.num_steps_done += 1
         return norm
+
+    def drop_gradients(self) -> None:
+        """Clears the gradients of a step that is not made."""
+        self.adam.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Adam's moments and the position in the schedule."""

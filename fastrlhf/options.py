@@ -9,7 +9,8 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 
-from fastrlhf.config import PRESETS, REQUIRED, LoopConfig, PPOConfig, did_you_mean, field_types
+from fastrlhf.config import REQUIRED, LoopConfig, did_you_mean, field_types
+from fastrlhf.ppo_config import PRESETS, PPOConfig
 from fastrlhf.run_config import RUN_PRESETS, RunConfig
 
 T = TypeVar("T")
@@ -87,12 +88,14 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def help_text(command: str, config_class: type) -> str:
-    """A screen of help, a line an option: required ones, the loop's own, then those that all loops share."""
+def help_text(command: str, config_class: type, *, everything: bool = False) -> str:
+    """A screen of help, a line an option: required ones, the loop's own, then those that all loops share.
+
+    everything: also the rare ones, which may be more than a screen"""
     lines = [f"{command} [--config FILE.yaml] [--option VALUE ...]: {config_class.__doc__}"]
     shared = set(field_types(LoopConfig))
     presets = {PPOConfig: PRESETS, RunConfig: RUN_PRESETS}.get(config_class, {})
-    fields = dataclasses.fields(config_class)
+    fields = [field for field in dataclasses.fields(config_class) if everything or not field.metadata["rare"]]
     for field in sorted(fields, key=lambda f: 0 if f.default is REQUIRED else 1 + (f.name in shared)):
         kind, name, default = field_types(config_class)[field.name], _dashed(field.name), field.default
         if default is None and field.name in next(iter(presets.values()), {}):
@@ -103,6 +106,8 @@ def help_text(command: str, config_class: type) -> str:
             option = f"{name} {KINDS[next(k for k in (*get_args(kind), kind) if k in KINDS)]}"
         shown = "" if default is None else f" [{'required' if default is REQUIRED else default}]"
         lines.append(f"  {option:<25} {field.metadata['help']}{shown}")
+    if left_out := len(dataclasses.fields(config_class)) - len(fields):
+        lines.append(f"  {'--help-all':<25} {left_out} more options")
     return "\n".join(lines)
 
 

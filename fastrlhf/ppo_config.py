@@ -1,0 +1,168 @@
+"""Settings of PPO: which rewards, which estimator of advantages, which loss, and how they are sampled for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fastrlhf.config import REQUIRED, SCHEDULES, LoopConfig, above, at_least, choose, option, within
+
+# summarize: Stiennon et al., as Huang et al. (arXiv 2403.17031) reproduce it; chat: Ouyang et al., as trainers do today
+PRESETS: dict[str, dict[str, Any]] = {
+    "summarize": {
+        "learning_rate": 3e-6,
+        "value_learning_rate": 3e-6,
+        "schedule": "linear",
+        "epochs": 4,
+        "kl_coef": 0.05,
+        "lam": 0.95,
+    },
+    "chat": {
+        "learning_rate": 5e-7,
+        "value_learning_rate": 9e-6,
+        "schedule": "cosine",
+        "epochs": 1,
+        "kl_coef": 0.01,
+        "lam": 1.0,
+    },
+}
+ESTIMATORS = ("gae", "rloo", "grpo", "dr_grpo", "reinforce++", "reinforce++_baseline", "remax")
+rare = partial(option, rare=True)
+GROUPED = ("rloo", "grpo", "dr_grpo", "reinforce++_baseline")  # compare the responses to one prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(LoopConfig):
+    """PPO against a reward with a KL penalty."""
+
+    reward: str | Callable[..., Any] = option(  # noqa: RUF009
+        REQUIRED, "reward model folder, module:function, or SOURCE=WEIGHT,SOURCE=WEIGHT,..."
+    )
+    reference: str | None = option(None, "model that the KL is measured to; default: model")
+    preset: str = option("summarize", "summarize or chat: which of the defaults a | b hold")
+    steps: int = option(100, "PPO steps")
+    # the preset fills in what is None here
+    learning_rate: float = option(None, "peak learning rate of the policy")
+    value_learning_rate: float = option(None, "peak learning rate of the value model")
+    schedule: str = option(None, "of the learning rate: constant, linear or cosine (to 0)")
+    value_schedule: str | None = rare(None, "of the value model's learning rate; default: schedule")
+    epochs: int = option(None, "passes over the responses of a step")
+    minibatches: int = option(1, "optimizer steps a pass")
+    # advantages
+    estimator: str = option("gae", f"{', '.join(ESTIMATORS[:-1])} or {ESTIMATORS[-1]}")
+    samples_per_prompt: int = option(1, "responses to each prompt; batch_size counts responses")
+    gamma: float = option(1.0, "discount (gae, reinforce++ and remax)")
+    lam: float = option(None, "trace decay of generalised advantage estimation")
+    whiten: bool = option(True, "whiten advantages of gae and reinforce++ over the response tokens of a step")
+    # the KL to the reference
+    kl_coef: float = option(None, "weight of the KL penalty")
+    kl_estimator: str = rare("k1", "of the KL at a token: k1, k2 or k3 (docs/ops.md, approx_kl)")
+    kl_in: str = rare("reward", "where the penalty is: reward or loss (use k2 or k3 there)")
+    kl_target: float | None = option(None, "adapt kl_coef to reach this KL (nats a response); default: fixed")
+    kl_coef_end: float | None = rare(None, "kl_coef goes to this by the last step, its logarithm linearly")
+    reference_every: int = rare(0, "steps after which the reference becomes the policy; 0: never")
+    # scores and rewards
+    score_norm: str = option(
+        "none", "none, scale (by the deviation of all scores so far) or whiten (by mean too)", rare=True
+    )
+    score_clip: float | None = rare(None, "then clip scores to this size")
+    missing_eos: str = option("none", "for responses that were cut off: none, subtract:V or replace:V")
+    min_response_tokens: int = rare(0, "shorter responses too count as cut off for missing_eos")
+    length_penalty: float = rare(0.0, "taken off the score a response token")
+    overlong_tokens: int = option(
+        0, "the score falls over the last so many tokens before max_new_tokens ...", rare=True
+    )
+    overlong_penalty: float = rare(1.0, "... by this much")
+    whiten_rewards: bool = option(False, "scale rewards to variance 1 over the response tokens", rare=True)
+    # losses
+    clip_range: float = option(0.2, "clip range of the probability ratio")
+    clip_range_high: float | None = rare(None, "its upper side; default: clip_range")
+    dual_clip: float | None = option(
+        None, "bound of the loss of bad tokens that became far likelier, above 1", rare=True
+    )
+    clip_range_value: float | None = option(0.2, "clip range of the value's change; none: not clipped")
+    value_coef: float = option(0.1, "weight of the value loss")
+    entropy_coef: float = option(0.0, "weight of the entropy bonus")
+    loss_mean: str = option("token", "of the policy's loss, over each token, sequence, prompt or max_length", rare=True)
+    max_update_kl: float | None = option(
+        None, "a step's policy updates end at this KL (nats a token) from its start", rare=True
+    )
+    ptx_data: str | None = rare(None, "demonstrations whose loss is added to the policy's (PPO-ptx)")
+    ptx_coef: float = rare(1.0, "weight of that loss")
+    ema_decay: float | None = option(
+        None, "the final model is this moving average of the policies of all steps", rare=True
+    )
+    value_warmup_steps: int | None = rare(
+        None, "first steps for the value model only; default: 0 with one reward model, else 2"
+    )
+    # sampling
+    max_prompt_tokens: int = option(512, "longer prompts are rejected")
+    max_new_tokens: int = option(128, "length at which responses are cut off")
+    temperature: float = option(1.0, "of sampling and of training alike")
+    top_k: int = option(0, "sample among so many tokens; needs truncation (so do top_p and min_p)")
+    top_p: float = option(1.0, "sample among the likeliest tokens of this total probability")
+    min_p: float = option(
+        0.0, "sample among tokens of at least this share of the likeliest one's probability", rare=True
+    )
+    truncation: str = option("refuse", "refuse, model or sampler: whose log-probs the ratio is to after top_k, ...")
+    max_slots: int = option(64, "sequences generated at a time")
+
+    def __post_init__(self) -> None:
+        choose(self, "preset", tuple(PRESETS))
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+        self._check_ranges()
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        choose(self, "value_schedule", SCHEDULES)
+        choose(self, "estimator", ESTIMATORS)
+        choose(self, "kl_estimator", ("k1", "k2", "k3"))
+        choose(self, "kl_in", ("reward", "loss"))
+        choose(self, "score_norm", ("none", "scale", "whiten"))
+        choose(self, "loss_mean", ("token", "sequence", "prompt", "max_length"))
+        choose(self, "truncation", ("refuse", "model", "sampler"))
+        at_least(self, 1, "steps", "epochs", "minibatches", "max_prompt_tokens", "max_new_tokens", "max_slots")
+        at_least(self, 1, "samples_per_prompt")
+        above(self, 0, "value_learning_rate", "value_coef", "temperature", "kl_target", "kl_coef_end", "score_clip")
+        above(self, 0, "clip_range", "clip_range_high", "clip_range_value", "max_update_kl")
+        above(self, 1, "dual_clip")
+        at_least(self, 0, "kl_coef", "entropy_coef", "value_warmup_steps", "reference_every", "min_response_tokens")
+        at_least(self, 0, "overlong_tokens", "overlong_penalty", "ptx_coef", "ema_decay")
+        within(self, 0, 1, "gamma", "lam", "ema_decay")
+
+    def _check_combinations(self) -> None:
+        if self.truncation == "refuse" and (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0):
+            raise ValueError(
+                f"top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: the sampler would draw from another "
+                "distribution than the one that is trained; set truncation to model (ratios to the model's own "
+                "log-probabilities, a bias) or sampler (ratios to those of the draws, which start away from 1)"
+            )
+        if self.minibatches > self.batch_size:
+            raise ValueError(f"minibatches ({self.minibatches}) must not exceed batch_size ({self.batch_size})")
+        if self.batch_size % self.samples_per_prompt:
+            counts = f"batch_size ({self.batch_size}) must be a multiple of samples_per_prompt"
+            raise ValueError(f"{counts} ({self.samples_per_prompt})")
+        if self.estimator in GROUPED and self.samples_per_prompt == 1:
+            raise ValueError(f"{self.estimator} compares the responses to a prompt: samples_per_prompt must be above 1")
+        if self.value_warmup_steps is not None and self.value_warmup_steps >= self.steps:
+            counts = f"value_warmup_steps ({self.value_warmup_steps}) must be less than steps ({self.steps})"
+            raise ValueError(f"{counts}, or the policy is never trained")
+        if self.value_warmup_steps is not None and self.estimator != "gae":
+            raise ValueError(f"value_warmup_steps: {self.estimator} has no value model")
+        if self.kl_target is not None and self.kl_coef_end is not None:
+            raise ValueError("give kl_target (adapts kl_coef) or kl_coef_end (plans it), not both")
+        if self.kl_coef_end is not None and self.kl_coef == 0:
+            raise ValueError("kl_coef_end: kl_coef must start above 0, its logarithm goes linearly")
+        if self.min_response_tokens and self.missing_eos == "none":
+            raise ValueError("min_response_tokens: set missing_eos, which says what short responses get")
+        if self.overlong_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"overlong_tokens ({self.overlong_tokens}) must not exceed max_new_tokens ({self.max_new_tokens})"
+            )
+        if self.whiten_rewards and self.estimator in (*GROUPED, "remax"):
+            raise ValueError(f"whiten_rewards: {self.estimator} compares whole responses; use gae or reinforce++")
