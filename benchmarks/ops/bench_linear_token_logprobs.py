@@ -83,12 +83,19 @@ def main() -> None:
     add(report, f"forward with entropy, {shape} float32", both, inputs)
     hidden.requires_grad_()
     add(report, f"fwd+bwd, frozen head, {shape} float32", plain, inputs)
+    add(report, f"fwd+bwd with entropy, frozen head, {shape} float32", both, inputs)
     weight.requires_grad_()
-    plain["fastrlhf, logits kept"] = ours(memory_budget=NUM_ROWS * SIZE * 4)
-    add(report, f"fwd+bwd, {shape} float32", plain | torch_losses(), inputs)
+    kept = {"fastrlhf": ours(), "fastrlhf, gradients kept": ours(memory_budget=NUM_ROWS * SIZE * 4)}
+    add(report, f"fwd+bwd, {shape} float32", kept | plain | torch_losses(), inputs)
+    both["fastrlhf, logits kept"] = ours(return_entropy=True, memory_budget=NUM_ROWS * SIZE * 4)
     add(report, f"fwd+bwd with entropy, {shape} float32", both, inputs)
     half = (hidden.detach()[:512].bfloat16(), weight.detach().bfloat16(), targets[:512])
-    add(report, f"forward, 512x{WIDTH}x{SIZE} bfloat16", plain, half)
+    shape = f"512x{WIDTH}x{SIZE} bfloat16"
+    add(report, f"forward, {shape}", plain, half)
+    half[0].requires_grad_()
+    add(report, f"fwd+bwd, frozen head, {shape}", plain, half)
+    half[1].requires_grad_()
+    add(report, f"fwd+bwd, {shape}", kept | plain, half)
     report.finish()
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastrlhf.ops._check import denominator_of
 from fastrlhf.ops._linear import SCHEMA, Gradients, Head, even_cuts
+from fastrlhf.ops._linear_backward import LOGITS
 from fastrlhf.ops._linear_inputs import check_targets, checked, wanted_gradients
 from fastrlhf.ops._linear_inputs import samples as head_samples
 from fastrlhf.ops._linear_loss import fake, gradients_ref, kept_rows, loss_in_chunks, save_gradients, scale_gradients
@@ -22,7 +23,7 @@ def linear_cross_entropy_ref(*args: Any) -> tuple[Tensor, ...]:
 
     def loss_of(head: Head) -> Tensor:
         one = head.hidden.new_ones(1, dtype=computed_in(head.hidden))
-        logprobs, *_ = linear_token_logprobs_ref(*head.rows(kept), targets[kept], one, 0)
+        logprobs, *_ = linear_token_logprobs_ref(*head.rows(kept), targets[kept], one, LOGITS, 0)
         return -logprobs.sum() / (denominator or max(1, kept.shape[0]))
 
     return loss_of(head), *gradients_ref(loss_of, head, wanted)

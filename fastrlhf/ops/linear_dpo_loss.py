@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastrlhf.ops._check import cu_seqlens_of, denominator_of, dtype_in, has_shape, same_device, widen
 from fastrlhf.ops._linear import SCHEMA, Gradients, Head
+from fastrlhf.ops._linear_backward import LOGITS
 from fastrlhf.ops._linear_inputs import check_targets, checked, wanted_gradients
 from fastrlhf.ops._linear_inputs import samples as head_samples
 from fastrlhf.ops._linear_loss import fake, gradients_ref, kept_rows, loss_in_chunks, save_gradients, scale_gradients
@@ -29,7 +30,7 @@ def linear_dpo_loss_ref(*args: Any) -> tuple[Tensor, ...]:
 
     def terms(head: Head) -> tuple[Tensor, Tensor]:
         one = head.hidden.new_ones(1, dtype=computed_in(head.hidden))
-        logprobs, *_ = linear_token_logprobs_ref(*head.rows(kept), targets[kept], one, 0)
+        logprobs, *_ = linear_token_logprobs_ref(*head.rows(kept), targets[kept], one, LOGITS, 0)
         log_ratios = logprobs - ref_logprobs[kept]
         sums, total = (x.new_zeros(num_sequences).index_add(0, owner, x) for x in (logprobs, log_ratios))
         chosen, rejected = beta * total[::2], beta * total[1::2]
@@ -93,7 +94,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(0)
     for head, targets, temperature in head_samples(device, dtype):
         wanted, num_rows = [t is not None for t in head.tensors], targets.shape[0]
-        logprobs, *_ = linear_token_logprobs_ref(*head, targets, temperature, 0)
+        logprobs, *_ = linear_token_logprobs_ref(*head, targets, temperature, LOGITS, 0)
         ref = logprobs + 0.3 * torch.randn(num_rows, generator=generator).to(logprobs)
         mask = (torch.rand(num_rows, generator=generator) < 0.6).to(device)
         for ends in ([num_rows], [num_rows // 3, num_rows // 2, num_rows // 2]):  # the second: an empty sequence

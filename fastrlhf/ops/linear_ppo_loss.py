@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastrlhf.ops._check import denominator_of, dtype_in, has_shape, same_device, widen
 from fastrlhf.ops._linear import SCHEMA, Gradients, Head, even_cuts
+from fastrlhf.ops._linear_backward import LOGITS
 from fastrlhf.ops._linear_inputs import check_targets, checked, wanted_gradients
 from fastrlhf.ops._linear_inputs import samples as head_samples
 from fastrlhf.ops._linear_loss import fake, gradients_ref, kept_rows, loss_in_chunks, save_gradients, scale_gradients
@@ -31,7 +32,9 @@ def linear_ppo_loss_ref(*args: Any) -> tuple[Tensor, ...]:
     old, advantages = old_logprobs[kept], advantages[kept]
 
     def terms(head: Head) -> tuple[Tensor, Tensor]:
-        logprobs, entropies, *_ = linear_token_logprobs_ref(*head.rows(kept), targets[kept], temperature[kept], 0)
+        logprobs, entropies, *_ = linear_token_logprobs_ref(
+            *head.rows(kept), targets[kept], temperature[kept], LOGITS, 0
+        )
         clipped, stats, _ = ppo_policy_loss_ref(logprobs, old, advantages, None, clip_low, clip_high, dual_clip, count)
         kl, entropy = torch.zeros_like(clipped), entropies.sum() / count
         if ref_logprobs is not None:
@@ -77,7 +80,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(0)
     for head, targets, temperature in head_samples(device, dtype):
         wanted = [t is not None for t in head.tensors]
-        logprobs, *_ = linear_token_logprobs_ref(*head, targets, temperature, 0)
+        logprobs, *_ = linear_token_logprobs_ref(*head, targets, temperature, LOGITS, 0)
         noise = torch.randn(3, *targets.shape, generator=generator).to(logprobs)
         old, advantages, ref = logprobs + 0.3 * noise[0], noise[1], logprobs + 0.3 * noise[2]
         mask = (torch.rand(targets.shape, generator=generator) < 0.6).to(device)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops._check import same_device
-from fastrlhf.ops._linear import SCHEMA, Gradients, Head, even_cuts, used_rows
+from fastrlhf.ops._linear import SCHEMA, Gradients, Head, even_cuts
+from fastrlhf.ops._linear_backward import GRADIENT, LOGITS, PRODUCT, by_rows, keep, scaled, units
 from fastrlhf.ops._linear_inputs import check_targets, checked, rows_within, wanted_gradients
 from fastrlhf.ops._linear_inputs import samples as head_samples
 from fastrlhf.ops._registry import leaf, op
@@ -17,22 +18,35 @@ NUM_TENSORS = len(Gradients._fields)
 
 
 def linear_token_logprobs_ref(*args: Any) -> tuple[Tensor, ...]:
-    head, (targets, temperature, num_saved) = Head.split(args)
-    logits = head.logits_ref()
-    return *token_logprobs_ref(logits, targets, head.temperatures(temperature)), logits[:num_saved].detach()
+    head, (targets, temperature, kind, num_kept) = Head.split(args)
+    logits, divisor = head.logits_ref(), head.temperatures(temperature)
+    logprobs, *outputs = token_logprobs_ref(logits, targets, divisor)
+    if kind == LOGITS:
+        return logprobs, *outputs, logits[:num_kept].detach()
+    with torch.enable_grad():
+        leaf_head = head._replace(hidden=head.hidden.detach().to(logits.dtype).requires_grad_())
+        again = leaf_head.logits_ref()
+        total = (token_logprobs_ref(again, targets, divisor)[0] * units(head, temperature)).sum()
+        (kept,) = torch.autograd.grad(total, leaf_head.hidden if kind == PRODUCT else again)
+    if kind == GRADIENT and head.cap is not None:
+        kept = kept * head.scale * (1 - (logits.detach() / head.cap) ** 2)
+    kept = kept.to(head.hidden.dtype) if kind == GRADIENT else kept
+    return logprobs, *(t.detach() for t in outputs), kept[:num_kept]
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
-    """New tensors for logprobs, entropy, highest and log_sum of the chunks' logits, each (T,), and logits to keep."""
-    head, (*_, num_saved) = Head.split(args)
-    shapes = *[head.hidden.shape[:1]] * 4, (num_saved, head.weight.shape[0])
-    return tuple(head.hidden.new_empty(shape, dtype=computed_in(head.hidden)) for shape in shapes)
+    """New tensors for logprobs, entropy, highest and log_sum of the chunks' logits, each (T,), and what is kept."""
+    head, (*_, kind, num_kept) = Head.split(args)
+    wide = computed_in(head.hidden)
+    of_rows = (head.hidden.new_empty(head.hidden.shape[0], dtype=wide) for _ in range(4))
+    shape = num_kept, head.weight.shape[int(kind == PRODUCT)]
+    return *of_rows, head.hidden.new_empty(shape, dtype=head.hidden.dtype if kind == GRADIENT else wide)
 
 
 def _forward_chunks(*args: Any) -> tuple[Tensor, ...]:
-    head, (targets, temperature, _) = Head.split(args)
-    *outputs, saved = _fake(*args)
-    temperature = head.temperatures(temperature)
+    head, (targets, temperature, kind, num_kept) = Head.split(args)
+    *outputs, kept = _fake(*args)
+    unit, temperature = units(head, temperature), head.temperatures(temperature)
     cuts = even_cuts(0, targets.shape[0], head.chunk_size)
     buffer = head.buffer(cuts)
     with torch.autocast(targets.device.type, enabled=False):
@@ -41,33 +55,25 @@ def _forward_chunks(*args: Any) -> tuple[Tensor, ...]:
             results = torch.ops.fastrlhf.token_logprobs(logits, targets[rows], temperature[rows])
             for output, result in zip(outputs, results, strict=True):
                 output[rows] = result
-            kept = saved[rows]
-            kept.copy_(logits[: kept.shape[0]])
-    return *outputs, saved
+            first = slice(rows.start, min(rows.stop, num_kept))
+            if first.start < first.stop:
+                of_rows = [t[first] for t in (targets, temperature, *outputs[1:])]
+                logits = logits[: first.stop - first.start]
+                keep(kind, head.rows(first), logits, unit[first], of_rows, kept[first])
+    return *outputs, kept
 
 
 def _backward_chunks(*args: Any) -> tuple[Tensor, ...]:
-    head, (targets, temperature, *upstream, entropy, highest, log_sum, saved, wanted) = Head.split(args)
-    used = used_rows(*upstream)
-    num_used, num_saved = used.shape[0], int((used < saved.shape[0]).sum())
-    grads = Gradients.zeros(head, wanted, head.hidden.dtype)
-    rest = [targets, head.temperatures(temperature), entropy, highest, log_sum]
-    used_head = head
-    if num_used < targets.shape[0]:
-        used_head, rest = head.rows(used), [t.index_select(0, used) for t in rest]
-        upstream = [None if t is None else t.index_select(0, used) for t in upstream]
-    cuts = even_cuts(0, num_saved, head.chunk_size) + even_cuts(num_saved, num_used, head.chunk_size)
-    buffer = head.buffer(cuts)
+    head, (targets, temperature, *upstream, entropy, highest, log_sum, kept, kind, wanted) = Head.split(args)
+    factor = None if upstream[0] is None else upstream[0] / units(head, temperature)
+    if kind == PRODUCT:
+        if factor is not None and wanted[0] and not any(wanted[1:]):
+            grads = Gradients.zeros(head, [False] * len(wanted), head.hidden.dtype)
+            return grads._replace(hidden=scaled(kept, factor, head.hidden.dtype)).rounded(head)
+        kept = kept[:0]  # it is no gradient of the head
+    rows = [targets, head.temperatures(temperature), entropy, highest, log_sum]
     with torch.autocast(targets.device.type, enabled=False):
-        for rows in cuts:
-            chunk = used_head.rows(rows)
-            if rows.start < num_saved:
-                logits = torch.index_select(saved, 0, used[rows], out=buffer[: rows.stop - rows.start])
-            else:
-                logits = chunk.logits(buffer)
-            of_rows = [None if t is None else t[rows] for t in upstream]
-            chunk.turn_into_gradient(logits, of_rows, [t[rows] for t in rest])
-            grads.add(chunk, logits, used[rows])
+        grads = by_rows(head, upstream, rows, kept, factor if kind == GRADIENT else None, wanted)
     return grads.rounded(head)
 
 
@@ -77,31 +83,34 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    head, (targets, temperature, _) = Head(*inputs[: len(Head._fields)]), inputs[len(Head._fields) :]
-    ctx.mark_non_differentiable(*output[2:])
+    head, (targets, temperature, kind, _) = Head(*inputs[: len(Head._fields)]), inputs[len(Head._fields) :]
+    ctx.mark_non_differentiable(*output[2 if kind == LOGITS else 1 :])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*head.tensors, targets, temperature, *output[1:])
-    ctx.options = head[NUM_TENSORS:]
+    ctx.options, ctx.kind = head[NUM_TENSORS:], kind
 
 
 def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     tensors, (targets, temperature, *saved) = ctx.saved_tensors[:NUM_TENSORS], ctx.saved_tensors[NUM_TENSORS:]
-    wanted, constants = list(ctx.needs_input_grad[:NUM_TENSORS]), (None,) * (len(ctx.options) + 3)
+    wanted, constants = list(ctx.needs_input_grad[:NUM_TENSORS]), (None,) * (len(ctx.options) + 4)
     if grad_logprobs is None and grad_entropy is None:
         return *(None for _ in wanted), *constants
     rows = targets, temperature, grad_logprobs, grad_entropy
-    grads = _gradient(*tensors, *ctx.options, *rows, *saved, wanted)
+    grads = _gradient(*tensors, *ctx.options, *rows, *saved, ctx.kind, wanted)
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *constants
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for head, targets, temperature in head_samples(device, dtype):
-        num_saved = 0 if head.bias is None else targets.shape[0] // (1 if head.batch_invariant else 2)
-        yield *head, targets, temperature, num_saved
+        num_rows = targets.shape[0]
+        yield *head, targets, temperature, LOGITS, 0
+        if head.bias is not None:
+            for kind, num_kept in ((LOGITS, num_rows // 2), (GRADIENT, num_rows // 2), (PRODUCT, num_rows)):
+                yield *head, targets, temperature, kind, num_kept
 
 
 _forward = leaf(
-    f"linear_token_logprobs({SCHEMA}, Tensor targets, Tensor temperature, int num_saved)"
+    f"linear_token_logprobs({SCHEMA}, Tensor targets, Tensor temperature, str kind, int num_kept)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     ref=_forward_chunks,
     fake=_fake,
@@ -109,7 +118,7 @@ _forward = leaf(
 )
 _gradient = leaf(
     f"linear_token_logprobs_backward({SCHEMA}, Tensor targets, Tensor temperature, Tensor? grad_logprobs,"
-    " Tensor? grad_entropy, Tensor entropy, Tensor highest, Tensor log_sum, Tensor saved, bool[] wanted)"
+    " Tensor? grad_entropy, Tensor entropy, Tensor highest, Tensor log_sum, Tensor kept, str kind, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor)",
     ref=_backward_chunks,
     fake=_fake_backward,
@@ -123,6 +132,18 @@ _op = op(
     setup_context=_setup_context,
     backward=_backward,
 )
+
+
+def _to_keep(function: str, head: Head, entropy: bool, memory_budget: int) -> tuple[str, int]:
+    """What the forward keeps for a backward, and of how many rows."""
+    # a row's gradient is rounded otherwise where it was kept, and which rows are kept depends on the others
+    kind = LOGITS if entropy or head.batch_invariant else GRADIENT
+    itemsize = (head.hidden.dtype if kind == GRADIENT else computed_in(head.hidden)).itemsize
+    num_kept = rows_within(function, memory_budget, head.hidden.shape[0], head.weight.shape[0] * itemsize)
+    of_hidden, *of_head = wanted_gradients(*head.tensors)
+    if of_hidden and not entropy and not any(of_head):
+        return PRODUCT, head.hidden.shape[0]
+    return kind, num_kept if of_hidden or any(of_head) else 0
 
 
 def linear_token_logprobs(
@@ -156,12 +177,15 @@ def linear_token_logprobs(
         are computed in tiles of chunk_size, a multiple of 64, the last filled with zeros, so that every matrix product
         has one shape. It rests on the matrix library treating the rows of a product alike, as MKL does, for one
         chunk_size, number of threads and machine; not tried on a GPU. Gradients in weight and bias are sums over rows
-    memory_budget: bytes of logits (a row takes V x 4) that the forward may keep for a backward. What is kept need not
-        be made again: with all rows a backward takes two matrix products in place of three
+    memory_budget: bytes that the forward may keep for a backward, so that logits need not be made again, and with all
+        rows it takes two matrix products in place of three. A row takes V x 4, of logits; where log-probabilities alone
+        are returned, its gradient is kept instead in the dtype of hidden, V x 2 for half precision, which costs about
+        the accuracy of that dtype once more (not with batch_invariant)
 
     Half-precision inputs are multiplied with float32 sums and results, and their weight gradient is summed in float32
     over all chunks. Backward makes the logits again; it leaves out rows whose upstream gradient is 0, and the products
-    for what needs no gradient (a frozen head costs one product less). A second derivative raises. Deterministic.
+    for what needs no gradient. Where hidden alone needs one, of log-probabilities alone, the forward makes it up to a
+    factor, (T, D) float32: two matrix products in all in place of three. A second derivative raises. Deterministic.
     Raises: ValueError for shapes, devices, targets or options that do not fit, TypeError for dtypes.
     Source: Gemma 2, arXiv 2408.00118, section 2 (soft cap).
     """
@@ -172,8 +196,6 @@ def linear_token_logprobs(
     temperature = temperature_of(name, temperature, hidden)
     same_device(name, hidden=hidden, temperature=temperature)
     one_or_all(name, temperature, hidden.shape[0])
-    num_saved = rows_within(name, memory_budget, hidden.shape[0], head.weight.shape[0] * computed_in(hidden).itemsize)
-    if not any(wanted_gradients(*head.tensors)):
-        num_saved = 0
-    logprobs, entropy, *_ = _op(*head, targets, temperature, num_saved)
+    kind, num_kept = _to_keep(name, head, return_entropy, memory_budget)
+    logprobs, entropy, *_ = _op(*head, targets, temperature, kind, num_kept)
     return (logprobs, entropy) if return_entropy else logprobs
