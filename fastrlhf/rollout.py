@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from fastrlhf.attention import ATTENTION
 from fastrlhf.decoding import Row, Run, make_rows
+from fastrlhf.packing import pack
 from fastrlhf.sampling import Sample, Sampling
-from fastrlhf.slots import Slots
+from fastrlhf.slots import CachePlan, Slots
 
 __all__ = ["Engine", "Sample", "Sampling"]
 
@@ -29,7 +30,8 @@ class Engine:
     """Samples from `model`, a transformers causal LM on our attention (models.load_causal_lm).
 
     eos_token_ids: tokens that end a response
-    max_slots: most sequences decoded at once; the cache holds so many of the longest one, and is kept between calls
+    max_slots: most sequences decoded at once; the cache may hold so many of the longest one, and is kept between calls
+    kv_budget: most bytes of the cache; fewer sequences are decoded at once where it asks for that
     tokenizer: of the model, for Sampling.stop"""
 
     def __init__(
@@ -38,6 +40,7 @@ class Engine:
         *,
         eos_token_ids: Collection[int],
         max_slots: int = 64,
+        kv_budget: int | None = None,
         tokenizer: Any = None,
     ) -> None:
         if max_slots < 1:
@@ -46,7 +49,7 @@ class Engine:
             got = model.config._attn_implementation
             raise ValueError(f"Engine: the model must be on attention {ATTENTION!r} (load_causal_lm), got {got!r}")
         self.model = model
-        self.max_slots = max_slots
+        self.max_slots, self.kv_budget = max_slots, kv_budget
         self.eos_token_ids = sorted(eos_token_ids)
         self.tokenizer = tokenizer
         self.slots = Slots()
@@ -84,22 +87,65 @@ class Engine:
         Runs without gradients, under the caller's autocast. The model is in eval mode from the first sample until the
         iterator is read to its end or closed; then the training mode is restored. Weights may not change in between.
         Raises: ValueError for prompts that are empty, hold unknown tokens, or do not fit the model's context together
-        with their new tokens; for seeds or limits that do not fit; for NaN logits (on the CPU). RuntimeError when
-        another stream of this engine is still open."""
+        with their new tokens; for seeds or limits that do not fit; when kv_budget does not hold one sequence; for NaN
+        logits (on the CPU). RuntimeError when another stream of this engine is still open."""
         budgets = [sampling.max_new_tokens] * len(prompts) if limits is None else list(limits)
         self._check(prompts, seeds, budgets, sampling)
         rows = make_rows(prompts, seeds, budgets, sampling.stop, self.tokenizer)
-        return self._stream(rows, sampling, progress) if rows else iter(())
+        return self._stream(rows, sampling, *self._sizes(rows), progress) if rows else iter(())
+
+    def cache_plan(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, limits: Sequence[int] | None = None
+    ) -> CachePlan:
+        """Returns what the cache would take at most for these prompts; printable. Runs one token through the model.
+
+        Raises: as `stream`."""
+        budgets = [sampling.max_new_tokens] * len(prompts) if limits is None else list(limits)
+        self._check(prompts, range(len(prompts)), budgets, sampling)
+        if not prompts:
+            return CachePlan(0, 0, self.bytes_per_token())
+        num_slots, num_spare, max_length = self._sizes(make_rows(prompts, budgets, budgets, (), None))
+        return CachePlan(num_slots + num_spare, max_length, self.bytes_per_token())
+
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values in all layers, under the caller's autocast: those of a real pass."""
+        slots, batch = Slots(), pack([[0]], device=self.model.device)
+        slots.reserve(1, 1)
+        slots.prefill(batch, [0])
+        with _evaluating(self.model), torch.no_grad():
+            self.model(**batch.model_inputs(), slots=slots, logits_to_keep=1)
+        return slots.num_bytes
+
+    def _sizes(self, rows: Sequence[Row]) -> tuple[int, int, int]:
+        """Slots that run, spare slots and the longest sequence, within the budget."""
+        num_slots, max_length = min(self.max_slots, len(rows)), max(len(row.prompt) + row.limit for row in rows)
+        repeated = rows[-1].group < len(rows) - 1
+        if self.kv_budget is None:
+            return num_slots, int(repeated and num_slots < len(rows)), max_length
+        bytes_per_token = self.bytes_per_token()
+        fitting = self.kv_budget // (max_length * bytes_per_token)
+        num_slots = min(num_slots, fitting)
+        num_spare = int(repeated and num_slots < len(rows))
+        num_slots = min(num_slots, fitting - num_spare)
+        if num_slots < 1:
+            needed = CachePlan(1 + num_spare, max_length, bytes_per_token)
+            raise ValueError(f"Engine: kv_budget is {self.kv_budget / 2**20:,.1f} MiB, but one sequence needs {needed}")
+        return num_slots, num_spare, max_length
 
     def _stream(
-        self, rows: Sequence[Row], sampling: Sampling, progress: Callable[[int], object] | None
+        self,
+        rows: Sequence[Row],
+        sampling: Sampling,
+        num_slots: int,
+        num_spare: int,
+        max_length: int,
+        progress: Callable[[int], object] | None,
     ) -> Iterator[tuple[int, Sample]]:
         if self._streaming:
             raise RuntimeError("Engine: another stream of this engine is open; read it to its end or close it")
         self._streaming = True
         try:
-            num_slots, repeated = min(self.max_slots, len(rows)), rows[-1].group < len(rows) - 1
-            self.slots.reserve(num_slots + repeated, max(len(row.prompt) + row.limit for row in rows))
+            self.slots.reserve(num_slots + num_spare, max_length)
             run = Run(self.model, self.slots, rows, sampling, num_slots, self.eos_token_ids)
             with _evaluating(self.model):
                 while True:

@@ -7,6 +7,7 @@ the last row into it. The cache is what the attention function (attention.py) fi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,29 +20,55 @@ from fastrlhf.packing import Packed
 PACK_KEYWORDS = ("cu_seq_lens_q", "max_length_q", "sequence_lengths")  # of the attention function
 
 
-class Slots:
-    """Keys and values of every layer, each (num_slots, kv heads, max_length, K), allocated when first written.
+@dataclass(frozen=True)
+class CachePlan:
+    """The most memory that the cache of a rollout takes."""
 
-    Layers may differ in heads, width and window. A forward pass is announced by `prefill` or `decode`."""
+    num_slots: int
+    max_length: int
+    bytes_per_token: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_slots * self.max_length * self.bytes_per_token
+
+    def __str__(self) -> str:
+        sizes = f"{self.num_slots} slots x {self.max_length:,} tokens x {self.bytes_per_token:,} bytes"
+        return f"KV cache: {sizes} = {self.num_bytes / 2**20:,.1f} MiB at most"
+
+
+class Slots:
+    """Keys and values of every layer, each (num_slots, kv heads, length, K), allocated when first written.
+
+    The length is a power of two above that of the longest sequence so far, up to max_length: few responses are as long
+    as they may be. Layers may differ in heads, width and window. A forward pass is announced by `prefill` or `decode`.
+    """
 
     def __init__(self) -> None:
         self.num_slots = 0
         self.max_length = 0
+        self._length = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._packed: dict[str, Any] | None = None
         self._rows = self._places = self._lengths = torch.empty(0, dtype=torch.int64)
         self._longest = 0  # tokens of the longest sequence of the pass
 
     def reserve(self, num_slots: int, max_length: int) -> None:
-        """Empties the slots and makes room for num_slots sequences of max_length tokens.
+        """Empties the slots, which may then hold num_slots sequences of max_length tokens.
 
         Memory that is large enough is kept."""
         if num_slots > self.num_slots or max_length > self.max_length:
-            self.num_slots, self.max_length = max(num_slots, self.num_slots), max(max_length, self.max_length)
+            self.num_slots, self.max_length, self._length = num_slots, max_length, 0
             self._layers.clear()
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory held."""
+        return sum(cache.nbytes for layer in self._layers.values() for cache in layer)
 
     def prefill(self, batch: Packed, slots: Sequence[int]) -> None:
         """Announces a packed forward pass: sequence i of `batch` fills slot slots[i]."""
+        self._grow(max(batch.lengths))
         lengths = batch.cu_seqlens.diff().long()
         rows = torch.tensor(slots, device=lengths.device)
         self._rows = rows.repeat_interleave(lengths, output_size=batch.num_tokens)
@@ -53,6 +80,7 @@ class Slots:
         """Announces a forward pass of one new token in each of the first slots; lengths: tokens cached before it.
 
         Returns (N,) int64, the place of the new token in its sequence."""
+        self._grow(max(lengths) + 1)
         self._packed = None
         self._rows = torch.arange(len(lengths), device=device)
         self._places = torch.tensor(lengths).to(device)
@@ -87,9 +115,22 @@ class Slots:
             for cache in layer:
                 cache[targets, :, :length] = cache[sources, :, :length]
 
+    def _grow(self, length: int) -> None:
+        """Makes room for sequences of `length` tokens, a layer at a time, so that only one is held twice."""
+        if length <= self._length:
+            return
+        self._length = min(self.max_length, 1 << length.bit_length())
+        for number, layer in self._layers.items():
+            self._layers[number] = self._longer(layer[0]), self._longer(layer[1])
+
+    def _longer(self, cache: Tensor) -> Tensor:
+        longer = cache.new_empty(*cache.shape[:2], self._length, cache.shape[3])
+        longer[:, :, : cache.shape[2]] = cache
+        return longer
+
     def _layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         found = self._layers.get(layer)
         if found is None or found[0].dtype != key.dtype or found[0].device != key.device:
-            shapes = [(self.num_slots, t.shape[1], self.max_length, t.shape[3]) for t in (key, value)]
+            shapes = [(self.num_slots, t.shape[1], self._length, t.shape[3]) for t in (key, value)]
             found = self._layers[layer] = key.new_empty(shapes[0]), value.new_empty(shapes[1])
         return found
