@@ -61,6 +61,17 @@ HEADLINES = [
         "fastrlhf",
         "generate, static cache",
     ),
+    Headline("SFT", f"{TRL}, padding_free", "sft", "10m, 64 sequences, loss of responses", "fastrlhf", "trl"),
+    Headline(
+        "... loss of all tokens",
+        f"{TRL}, padding_free",
+        "sft",
+        "10m, 64 sequences, loss of all tokens",
+        "fastrlhf",
+        "trl",
+    ),
+    Headline("reward model", TRL, "reward", "10m, 32 pairs", "fastrlhf", "trl"),
+    Headline("PPO, an iteration", "TRL 1.12", "ppo", "10m, 16 prompts, 64 new tokens", "fastrlhf", "trl"),
     Headline(
         "memory of `linear_token_logprobs`",
         "full logits",
@@ -87,10 +98,12 @@ def read(*paths: Path) -> dict[str, list[Row]]:
 
 
 def headlines(files: dict[str, list[Row]]) -> list[tuple[Headline, float | None]]:
-    """Each headline with its ratio; None where one side was not measured, as where the peer is not installed."""
+    """Each headline whose benchmark has a file, with its ratio; None where one side was not measured."""
     results = []
     for line in HEADLINES:
-        rows = {row["name"]: row for row in files.get(line.benchmark, []) if row["case"] == line.case}
+        if line.benchmark not in files:
+            continue
+        rows = {row["name"]: row for row in files[line.benchmark] if row["case"] == line.case}
         measured = {line.ours, line.theirs} <= rows.keys()
         ratio = float(rows[line.theirs][line.figure]) / float(rows[line.ours][line.figure]) if measured else None
         results.append((line, ratio))
