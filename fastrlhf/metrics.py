@@ -48,7 +48,7 @@ class MetricsLog:
     def __init__(self, output: str | Path, *, num_steps: int, step: int = 0, tensorboard: bool = False) -> None:
         self.output = Path(output)
         self.num_steps = num_steps
-        for name in ("metrics.jsonl", "timing.jsonl"):
+        for name in ("metrics.jsonl", "timing.jsonl", "samples.jsonl"):
             cut_back(self.output / name, step)
         self.writer = tensorboard_writer(self.output / "tensorboard", step) if tensorboard else None
         self.columns: list[str] = []
@@ -68,6 +68,11 @@ class MetricsLog:
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
         self._show(step, metrics, timing["tokens_per_second"])
+
+    def samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Adds rows of a step to samples.jsonl."""
+        for row in rows:
+            append(self.output / "samples.jsonl", {"step": step, **row})
 
     def say(self, text: str) -> None:
         """Prints a line."""

@@ -21,6 +21,7 @@ from fastrlhf.checkpoint import check_output
 from fastrlhf.data import Demonstration, Prompt, batch_rows, load_demonstrations, load_prompts
 from fastrlhf.estimators import estimate_advantages, per_token
 from fastrlhf.first_step import check_first_step, have_same_weights
+from fastrlhf.instruments import Health, describe, sample_rows
 from fastrlhf.kl import next_kl_coef
 from fastrlhf.learner import Learner
 from fastrlhf.loop import advance, begin, check_fits, seed_everything
@@ -33,6 +34,8 @@ from fastrlhf.roles import Roles
 from fastrlhf.rollout import Engine, Sample, Sampling
 from fastrlhf.scoring import Scorer
 from fastrlhf.template import check_same_vocabulary, eos_token_ids, load_tokenizer
+
+NUM_SAMPLES = 4  # of a step that are left in samples.jsonl
 
 
 class PPO:
@@ -66,7 +69,7 @@ class PPO:
         self.learner = Learner(
             config, self.roles, ptx=self.load_ptx(), num_value_warmup_steps=self.num_value_warmup_steps(reward_models)
         )
-        self.kl_coef, self.moments = config.kl_coef, RunningMoments()
+        self.kl_coef, self.moments, self.health = config.kl_coef, RunningMoments(), Health()
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
         self.sampling = Sampling(**{name: getattr(config, name) for name in names})
         self.engine = Engine(
@@ -130,7 +133,7 @@ class PPO:
         )
         with self.log.timer("update"), self.log.progress("update", config.epochs * batch.num_tokens) as done:
             stats = self.learner.train(batch, step=self.num_steps_done, kl_coef=self.kl_coef, done=done)
-        metrics = self.describe(batch, scores, finished, shaped, stats)
+        metrics = self.describe(batch, samples, scores, shaped, stats)
         self.kl_coef = next_kl_coef(config, self.kl_coef, metrics["objective/kl"])
         self.roles.end_step(self.num_steps_done + 1)
         return metrics
@@ -221,25 +224,22 @@ class PPO:
             self.log.say(text)
 
     def describe(
-        self, batch: Packed, scores: Tensor, finished: Tensor, shaped: dict[str, Tensor], stats: list[Statistics]
+        self,
+        batch: Packed,
+        samples: list[Sample],
+        scores: Tensor,
+        shaped: dict[str, Tensor],
+        stats: list[Statistics],
     ) -> dict[str, float]:
-        """The metrics of a step under the names the field knows. KL is summed over a response, then averaged."""
-        metrics: dict[str, Any] = {
-            "objective/scores": scores.mean(),
-            "objective/scores_std": scores.std(correction=0),
-            "objective/kl": (batch["logprobs"] - batch["ref_logprobs"]).sum() / batch.num_sequences,
-            "objective/kl_coef": self.kl_coef,
-            "objective/rlhf_reward": shaped["rewards"],
-            "objective/entropy": -batch["logprobs"].mean(),
-            "response/length": batch.num_responses / batch.num_sequences,
-            "response/eos_rate": finished.float().mean(),
-            "num_tokens": batch.num_tokens,
-        }
-        if self.value_model is not None:
-            metrics["ppo/value/mean"], metrics["ppo/returns/mean"] = shaped["values"], shaped["returns"]
-            metrics["ppo/value/explained_variance"] = shaped["explained_variance"]
-        metrics |= Statistics.mean(stats)
-        return {name: float(value) for name, value in metrics.items()}
+        """The metrics of a step; says what looks ill, and leaves some responses in samples.jsonl when that is due."""
+        described = describe(batch, samples, scores, shaped, stats)
+        metrics = {"objective/kl_coef": self.kl_coef, **{name: float(value) for name, value in described.items()}}
+        for warning in self.health.check(metrics):
+            self.log.say(warning)
+        every = self.config.samples_every
+        if every and self.num_steps_done % every == 0:
+            self.log.samples(self.num_steps_done + 1, sample_rows(samples, batch, scores, self.tokenizer, NUM_SAMPLES))
+        return metrics
 
     def save_models(self, folder: Path) -> None:
         """Writes the models that a checkpoint needs."""
@@ -247,12 +247,14 @@ class PPO:
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step besides the models."""
-        return {**self.learner.state_dict(), "kl_coef": self.kl_coef, "moments": asdict(self.moments)}
+        own = {"kl_coef": self.kl_coef, "moments": asdict(self.moments), "health": self.health.state}
+        return {**self.learner.state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what state_dict gave."""
         self.learner.load_state_dict(state)
         self.kl_coef, self.moments = state["kl_coef"], RunningMoments(**state["moments"])
+        self.health.state = state["health"]
 
     def save(self, folder: Path) -> None:
         """Writes the policy, or its moving average, and the tokenizer as a folder that transformers loads."""

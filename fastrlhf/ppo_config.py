@@ -97,6 +97,7 @@ class PPOConfig(LoopConfig):
     value_warmup_steps: int | None = rare(
         None, "first steps for the value model only; default: 0 with one reward model, else 2"
     )
+    samples_every: int = rare(10, "steps between those of which responses are left in samples.jsonl; 0: none")
     # sampling
     max_prompt_tokens: int = option(512, "longer prompts are rejected")
     max_new_tokens: int = option(128, "length at which responses are cut off")
@@ -132,6 +133,7 @@ class PPOConfig(LoopConfig):
         above(self, 0, "clip_range", "clip_range_high", "clip_range_value", "max_update_kl")
         above(self, 1, "dual_clip")
         at_least(self, 0, "kl_coef", "entropy_coef", "value_warmup_steps", "reference_every", "min_response_tokens")
+        at_least(self, 0, "samples_every")
         at_least(self, 0, "overlong_tokens", "overlong_penalty", "ptx_coef", "ema_decay")
         within(self, 0, 1, "gamma", "lam", "ema_decay")
 

@@ -1,0 +1,123 @@
+"""What a PPO step tells about itself, and the rules by which a run looks ill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastrlhf.metrics import Statistics
+from fastrlhf.ops import approx_kl
+from fastrlhf.packing import Packed
+from fastrlhf.rollout import Sample
+
+
+def describe(
+    batch: Packed, samples: Sequence[Sample], scores: Tensor, shaped: dict[str, Tensor], stats: Sequence[Statistics]
+) -> dict[str, Any]:
+    """The metrics of a step under the names the field knows. KL is summed over a response, then averaged.
+
+    batch: fields logprobs and ref_logprobs; scores: (N,)
+    shaped: what `estimate_advantages` says; stats: of the updates"""
+    lengths = batch.cu_responses.diff().float()
+    k3 = approx_kl(batch["logprobs"], batch["ref_logprobs"], estimator="k3")
+    metrics = {
+        "objective/scores": scores.mean(),
+        "objective/scores_std": scores.std(correction=0),
+        "objective/kl": (batch["logprobs"] - batch["ref_logprobs"]).sum() / batch.num_sequences,
+        "objective/kl_k3": k3.sum() / batch.num_sequences,
+        "objective/rlhf_reward": shaped["rewards"],
+        "objective/entropy": -batch["logprobs"].mean(),
+        "objective/advantages": shaped["advantages"],
+        "objective/advantages_std": shaped["advantages_std"],
+        "response/length": lengths.mean(),
+        "response/length_p50": lengths.quantile(0.5),
+        "response/length_p90": lengths.quantile(0.9),
+        "response/length_max": lengths.max(),
+        "response/eos_rate": sum(sample.finished for sample in samples) / len(samples),
+        **diversity(samples),
+        "num_tokens": batch.num_tokens,
+    }
+    for name, value in (("value/mean", "values"), ("returns/mean", "returns")):
+        if value in shaped:
+            metrics[f"ppo/{name}"] = shaped[value]
+    if "explained_variance" in shaped:
+        metrics["ppo/value/explained_variance"] = shaped["explained_variance"]
+    if "ppo/policy/ratio_max" in stats[0].values:  # before the first update every ratio should be 1
+        metrics["ppo/policy/first_ratio_max"] = stats[0].values["ppo/policy/ratio_max"]
+        metrics["ppo/policy/first_ratio_min"] = stats[0].values["ppo/policy/ratio_min"]
+    return metrics | Statistics.mean(stats)
+
+
+def diversity(samples: Sequence[Sample]) -> dict[str, float]:
+    """Shares of tokens and of pairs of neighbours that are distinct, over all responses, and of responses that are
+    distinct among those to the same prompt.
+
+    Source: Li et al., arXiv 1510.03055 (distinct-1, distinct-2)."""
+    tokens = [token for sample in samples for token in sample.response]
+    pairs = [pair for sample in samples for pair in zip(sample.response, sample.response[1:], strict=False)]
+    whole = {(*sample.prompt, -1, *sample.response) for sample in samples}
+    return {
+        "response/distinct_1": len(set(tokens)) / len(tokens),
+        "response/distinct_2": len(set(pairs)) / max(len(pairs), 1),
+        "response/unique": len(whole) / len(samples),
+    }
+
+
+class Health:
+    """Says in words when a run looks ill, each rule once; `state` belongs to a checkpoint."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {"first": {}, "said": []}
+
+    def check(self, metrics: dict[str, float]) -> list[str]:
+        """Returns what is to be said after a step with these metrics."""
+        first = self.state["first"]
+        for name in ("objective/entropy", "response/length"):
+            first.setdefault(name, metrics[name])
+        length, entropy = metrics["response/length"], metrics["objective/entropy"]
+        kl, worst = metrics["objective/kl"] / length, 0.0
+        for name in ("max", "min"):
+            worst = max(worst, abs(metrics.get(f"ppo/policy/first_ratio_{name}", 1.0) - 1))
+        rules = {
+            "kl": (
+                kl < -0.05,
+                f"the KL to the reference is {kl:.3f} nats a token; no KL is negative: tokens are not drawn from the "
+                "distribution that is trained (top_k, top_p, another temperature)",
+            ),
+            "ratio": (
+                worst > 0.1,
+                f"before the first update of the step a ratio is {worst:.2f} away from 1: sampler and trainer disagree",
+            ),
+            "entropy": (
+                entropy < 0.1 * first["objective/entropy"],
+                f"the entropy fell from {first['objective/entropy']:.3f} to {entropy:.3f} nats a token: the policy "
+                "hardly explores any more (larger kl_coef or entropy_coef, smaller learning_rate)",
+            ),
+            "length": (
+                length > 2 * first["response/length"] and metrics["response/eos_rate"] < 0.5,
+                f"responses grew from {first['response/length']:.0f} to {length:.0f} tokens and most are cut off: the "
+                "reward may like length (missing_eos, length_penalty, overlong_tokens)",
+            ),
+        }
+        new = [name for name, (ill, _) in rules.items() if ill and name not in self.state["said"]]
+        self.state["said"] = [*self.state["said"], *new]
+        return [f"warning: {rules[name][1]}" for name in new]
+
+
+def sample_rows(
+    samples: Sequence[Sample], batch: Packed, scores: Tensor, tokenizer: Any, number: int
+) -> list[dict[str, Any]]:
+    """The first responses of a step as rows of samples.jsonl; kl is summed over the response."""
+    kl = (batch["logprobs"] - batch["ref_logprobs"]).split(batch.response_lengths)
+    return [
+        {
+            "prompt": tokenizer.decode(sample.prompt),
+            "response": tokenizer.decode(sample.response),
+            "finished": sample.finished,
+            "score": float(scores[n]),
+            "kl": float(kl[n].sum()),
+        }
+        for n, sample in enumerate(samples[:number])
+    ]

@@ -1,0 +1,94 @@
+"""What a step tells, against numbers worked by hand, and each rule by which a run looks ill."""
+
+import json
+import re
+
+import pytest
+import torch
+from tiny import tiny_tokenizer
+
+from fastrlhf.instruments import Health, describe, diversity, sample_rows
+from fastrlhf.metrics import MetricsLog, Statistics
+from fastrlhf.packing import pack
+from fastrlhf.rollout import Sample
+
+
+def sample(prompt, response, finished=True):
+    return Sample(prompt, response, [0.0] * len(response), [0.0] * len(response), finished)
+
+
+SAMPLES = [sample([7], [5, 6, 5, 6]), sample([7], [5, 6, 5, 6], False), sample([8], [5, 6, 5, 6]), sample([8], [9])]
+
+
+def test_diversity_counts_distinct_tokens_pairs_and_responses_to_a_prompt():
+    found = diversity(SAMPLES)
+    assert found["response/distinct_1"] == pytest.approx(3 / 13)
+    assert found["response/distinct_2"] == pytest.approx(2 / 9)
+    assert found["response/unique"] == pytest.approx(3 / 4)
+
+
+def test_the_metrics_of_a_step_by_hand():
+    batch = pack([s.prompt + s.response for s in SAMPLES], prompt_lengths=[1] * 4)
+    logprobs = -torch.arange(1.0, 14.0) / 10
+    batch = batch.with_fields(logprobs=logprobs, ref_logprobs=logprobs - 0.2)
+    first, second = Statistics(), Statistics()
+    first.add("ppo/policy/", {"ratio_max": torch.tensor(1.0), "ratio_min": torch.tensor(0.99)})
+    second.add("ppo/policy/", {"ratio_max": torch.tensor(3.0), "ratio_min": torch.tensor(0.5)})
+    shaped = {name: torch.tensor(0.5) for name in ("rewards", "advantages", "advantages_std")}
+    found = describe(batch, SAMPLES, torch.tensor([0.0, 1.0, 2.0, 3.0]), shaped, [first, second])
+    expected = {
+        "objective/scores": 1.5,
+        "objective/kl": 0.2 * 13 / 4,
+        "objective/kl_k3": (2.718281828**-0.2 - 1 + 0.2) * 13 / 4,
+        "objective/entropy": 0.7,
+        "response/length": 13 / 4,
+        "response/length_p50": 4,
+        "response/length_max": 4,
+        "response/eos_rate": 0.75,
+        "ppo/policy/first_ratio_min": 0.99,
+        "ppo/policy/ratio_max": 3.0,
+    }
+    assert {name: float(found[name]) for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+WELL = {
+    "objective/kl": 1.0,
+    "objective/entropy": 2.0,
+    "response/length": 10.0,
+    "response/eos_rate": 0.9,
+    "ppo/policy/first_ratio_max": 1.0,
+    "ppo/policy/first_ratio_min": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("ill", "words"),
+    [
+        ({"objective/kl": -1.0}, r"the KL to the reference is -0\.100 nats a token"),
+        ({"ppo/policy/first_ratio_min": 0.8}, r"a ratio is 0\.20 away from 1"),
+        ({"objective/entropy": 0.1}, r"the entropy fell from 2\.000 to 0\.100"),
+        ({"response/length": 30.0, "response/eos_rate": 0.2}, "responses grew from 10 to 30 tokens"),
+    ],
+)
+def test_a_run_that_looks_ill_says_so_once_even_when_it_is_resumed(ill, words):
+    health = Health()
+    assert health.check(WELL) == []
+    (warning,) = health.check({**WELL, **ill})
+    assert re.search(words, warning)
+    resumed = Health()
+    resumed.state = json.loads(json.dumps(health.state))
+    assert resumed.check({**WELL, **ill}) == []
+
+
+def test_samples_are_left_with_score_and_kl_and_cut_back_on_resume(tmp_path):
+    batch = pack([s.prompt + s.response for s in SAMPLES], prompt_lengths=[1] * 4)
+    logprobs = torch.zeros(13)
+    batch = batch.with_fields(logprobs=logprobs, ref_logprobs=logprobs - 0.5)
+    rows = sample_rows(SAMPLES, batch, torch.arange(4.0), tiny_tokenizer(), 2)
+    assert [(row["score"], row["kl"], row["finished"]) for row in rows] == [(0.0, 2.0, True), (1.0, 2.0, False)]
+    log = MetricsLog(tmp_path, num_steps=4)
+    log.samples(1, rows)
+    log.samples(3, rows)
+    MetricsLog(tmp_path, num_steps=4, step=2)
+    kept = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in kept] == [1, 1]
