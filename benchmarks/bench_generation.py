@@ -1,19 +1,26 @@
 """Generation: our engine against transformers' `generate` with its dynamic and static caches, for equal work.
 
-A random Llama of 10.6 million parameters, 64 prompts of 32 to 128 tokens, responses of 8 to 128 tokens (log-normal, so
-that most rows of a padded batch finish early). Every response is made to end at its target length on both sides.
+A random Llama of 10.6 million parameters (on a GPU larger ones, in bfloat16), 64 prompts of 32 to 128 tokens, responses
+of 8 to 128 tokens (log-normal, so that most rows of a padded batch finish early). Every response is made to end at its
+target length on both sides.
 """
 
 import copy
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
+from benchmarks import llama
 from benchmarks.harness import Report, compare, expect_close
 from fastrlhf.attention import ATTENTION
 from fastrlhf.rollout import Engine, Sampling
 
-NUM_PROMPTS, MAX_NEW, VOCAB, EOS = 64, 128, 8192, 2
+MAX_NEW = 128
+SIZES = {  # of the model, and prompts
+    "cpu": [(*llama.SMALL, 64)],
+    "cuda": [(*llama.SMOLLM2_135M, 64), (*llama.QWEN2_1_5B, 64)],
+    "tiny": [(*llama.TINY, 2)],
+}
 SAMPLE = {"do_sample": True, "top_k": 0, "top_p": 1.0}
 
 
@@ -25,44 +32,32 @@ class EndAt(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         ends = self.targets <= input_ids.shape[1] - self.prompt_width + 1
-        scores[:, EOS] = -torch.inf
+        scores[:, llama.EOS] = -torch.inf
         scores[ends] = -torch.inf
-        scores[ends, EOS] = 0.0
+        scores[ends, llama.EOS] = 0.0
         return scores
 
 
-def make_model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=EOS,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(prompts: list[list[int]], device: str) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     return ids, mask
 
 
-def main() -> None:
-    report = Report("generation")
-    theirs = make_model()
+def measure(report: Report, shape: tuple[int, ...], num_prompts: int) -> None:
+    device, vocab = report.options.device, shape[-1]
+    dtype, near = (torch.float32, 1e-5) if device == "cpu" else (torch.bfloat16, 0.1)
+    theirs = llama.make(shape, device, dtype).eval()
     ours = copy.deepcopy(theirs)
     ours.set_attn_implementation(ATTENTION)
-    prompts = [torch.randint(3, VOCAB, (int(n),)).tolist() for n in torch.randint(32, 129, (NUM_PROMPTS,))]
-    targets = (torch.randn(NUM_PROMPTS) * 0.6 + 4.0).exp().clamp(8, MAX_NEW).long()
-    ids, mask = left_padded(prompts)
-    engine = Engine(ours, eos_token_ids=(), max_slots=NUM_PROMPTS)
-    seeds, limits = range(NUM_PROMPTS), targets.tolist()
+    prompts = [torch.randint(3, vocab, (int(n),)).tolist() for n in torch.randint(32, 129, (num_prompts,))]
+    limits = (
+        (torch.randn(num_prompts) * 0.6 + 4.0).exp().clamp(8, 9 if report.options.tiny else MAX_NEW).long().tolist()
+    )
+    (ids, mask), targets = left_padded(prompts, device), torch.tensor(limits, device=device)
+    engine = Engine(ours, eos_token_ids=(), max_slots=num_prompts)
+    seeds = range(num_prompts)
 
     def fastrlhf() -> list:
         return engine.generate(prompts, Sampling(MAX_NEW), seeds=seeds, limits=limits)
@@ -79,10 +74,11 @@ def main() -> None:
         print(f"greedy: {sum(same)} of {len(same)} responses are those of generate, token for token")
         error = 0.0
         for sample in fastrlhf()[:8]:
+            tokens = torch.tensor([sample.prompt + sample.response], device=device)
             with torch.no_grad():
-                logits = theirs(torch.tensor([sample.prompt + sample.response])).logits[0, len(sample.prompt) - 1 : -1]
-            exact = logits.double().log_softmax(-1).gather(1, torch.tensor(sample.response)[:, None])[:, 0]
-            error = max(error, expect_close("logprobs", torch.tensor(sample.logprobs), exact))
+                logits = theirs(tokens).logits[0, len(sample.prompt) - 1 : -1]
+            exact = logits.double().log_softmax(-1).gather(1, tokens[0, len(sample.prompt) :, None])[:, 0].cpu()
+            error = max(error, expect_close("logprobs", torch.tensor(sample.logprobs), exact, rtol=near, atol=near))
         return error
 
     error = check()
@@ -91,33 +87,22 @@ def main() -> None:
         "generate, dynamic cache": lambda: generate(**SAMPLE),
         "generate, static cache": lambda: generate(cache_implementation="static", **SAMPLE),
     }
-    timings = compare(functions, seconds=report.options.seconds, min_rounds=3)
-    tokens = {name: sum(limits) / timing.median * 1e3 for name, timing in timings.items()}
-    case = f"{NUM_PROMPTS} prompts, {sum(limits)} tokens"
-    report.add(case, timings, tokens_per_s=tokens, logprob_error={"fastrlhf": error})
-    several_samples(report, engine)
+    case = f"{num_prompts} prompts, {sum(limits)} tokens" + f", {shape[0]} wide" * (device == "cuda")
+    # on a GPU transformers compiles for its static cache, which may take longer than there is time
+    for left_out in ["static", "dynamic"] if device == "cuda" else ["none"]:
+        some = {name: function for name, function in functions.items() if left_out not in name}
+        timings = compare(some, seconds=report.options.seconds, min_rounds=3)
+        tokens = {name: sum(limits) / timing.median * 1e3 for name, timing in timings.items()}
+        title = case + ", compiled" * (left_out == "dynamic")
+        report.add(title, timings, tokens_per_s=tokens, logprob_error={"fastrlhf": error})
+
+
+def main() -> None:
+    report = Report("generation", SIZES)
+    torch.set_default_device(None)  # what is not of the model is made on the CPU, as in training
+    for *shape, num_prompts in report.sizes:
+        measure(report, tuple(shape), num_prompts)
     report.finish()
-
-
-def several_samples(report: Report, engine: Engine, num_samples: int = 4) -> None:
-    """Samples of one prompt side by side, where it is read once, against the same samples in an order without
-    neighbours, where each reads it."""
-    num_prompts, prompt_length, num_new = NUM_PROMPTS // num_samples, 384, 32
-    prompts = torch.randint(3, VOCAB, (num_prompts, prompt_length)).tolist()
-    together, apart = (
-        [*range(NUM_PROMPTS)],
-        [n for k in range(num_samples) for n in range(k, NUM_PROMPTS, num_samples)],
-    )
-
-    def generate(order: list[int]) -> dict[int, list[int]]:
-        samples = engine.generate([prompts[n // num_samples] for n in order], Sampling(num_new), seeds=order)
-        return {n: sample.response for n, sample in zip(order, samples, strict=True)}
-
-    same = sum(generate(together)[n] == response for n, response in generate(apart).items())
-    print(f"{same} of {NUM_PROMPTS} samples are the same, token for token, in both orders")
-    functions = {"read once": lambda: generate(together), "read for each sample": lambda: generate(apart)}
-    case = f"{num_samples} samples of {num_prompts} prompts of {prompt_length} tokens, {num_new} new"
-    report.add(case, compare(functions, seconds=report.options.seconds, min_rounds=3))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-parts=(tests gae)
-declare -A seconds=([tests]=400 [gae]=60)
+parts=(tests gae attention generation)
+declare -A seconds=([tests]=400 [gae]=60 [attention]=60 [generation]=150)
 part=${1:-all} dry=${2:-}
 if [[ $part == all ]]; then
     for part in "${parts[@]}"; do
@@ -88,4 +88,6 @@ tests)
     step 100 "${pytest[@]}" "${native[@]::2}" tests/gpu -m slow
     ;;
 gae) bench 60 gae --seconds 1 ;;
+attention) bench 60 packing --seconds 2 ;;
+generation) bench 150 generation --seconds 2 ;;
 esac
