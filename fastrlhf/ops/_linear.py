@@ -15,21 +15,25 @@ from fastrlhf.ops.token_logprobs import computed_in
 
 WEIGHT_ROWS = 4096  # half-precision weights are widened this many rows at a time
 SCHEMA = (
-    "Tensor hidden, Tensor weight, Tensor? bias,"
-    " float logit_scale, float? logit_softcap, int chunk_size, bool batch_invariant"
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float lora_scale, float logit_scale,"
+    " float? logit_softcap, int chunk_size, bool batch_invariant"
 )
+GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor"  # the fields of Gradients
 TILE = 64  # matrix libraries treat rows alike in products of that many; two threads share 7 rows as 4 and 3
 
 
 class Head(NamedTuple):
-    """Hidden states and the head on them: logits = cap tanh(scale x / cap) with x = hidden weight^T + bias, and scale x
-    without a cap.
+    """Hidden states and the head on them: logits = cap tanh(scale x / cap), and scale x without a cap, with
+    x = hidden weight^T + lora_scale (hidden lora_a^T) lora_b^T + bias.
 
     Leaves take these fields before their other arguments, as SCHEMA declares them."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    lora_scale: float
     scale: float
     cap: float | None
     chunk_size: int
@@ -39,14 +43,16 @@ class Head(NamedTuple):
     def split(cls, args: tuple[Any, ...]) -> tuple[Head, tuple[Any, ...]]:
         """The head and the other arguments of a leaf.
 
-        The weight then has rows or columns side by side, as matrix products want them."""
+        Its matrices then have rows or columns side by side, as matrix products want them."""
         head, rest = cls(*args[: len(cls._fields)]), args[len(cls._fields) :]
-        return (head if 1 in head.weight.stride() else head._replace(weight=head.weight.contiguous())), rest
+        matrices = {"weight": head.weight, "lora_a": head.lora_a, "lora_b": head.lora_b}
+        spread: dict[str, Any] = {name: m for name, m in matrices.items() if m is not None and 1 not in m.stride()}
+        return head._replace(**{name: m.contiguous() for name, m in spread.items()}), rest
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What may get a gradient, as in `Gradients`."""
-        return self.hidden, self.weight, self.bias
+        return self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
 
     @property
     def tile(self) -> int:
@@ -87,6 +93,8 @@ class Head(NamedTuple):
             hidden = hidden.to(out.dtype)
             for block, weight in self.weight_blocks(out.dtype):
                 torch.mm(hidden, weight.t(), out=out[:, block])
+        if self.lora_b is not None:
+            out.addmm_(self.low(), self.lora_b.to(out.dtype).t())
         if self.bias is not None:
             out.add_(self.bias)
         if self.cap is not None:
@@ -97,6 +105,9 @@ class Head(NamedTuple):
         """The logits of all rows, differentiable, but for the scale that `temperatures` holds."""
         wide = computed_in(self.hidden)
         logits = self.hidden.to(wide) @ self.weight.to(wide).t()
+        if self.lora_a is not None and self.lora_b is not None:
+            low = self.hidden.to(wide) @ self.lora_a.to(wide).t()
+            logits = logits + self.lora_scale * low @ self.lora_b.to(wide).t()
         logits = logits if self.bias is None else logits + self.bias
         return logits if self.cap is None else self.cap * (self.scale * logits / self.cap).tanh()
 
@@ -112,14 +123,32 @@ class Head(NamedTuple):
         if slope is not None:
             logits.mul_(slope)
 
-    def hidden_gradient(self, grad_logits: Tensor) -> Tensor:
-        """grad_logits weight, summed in the dtype of grad_logits."""
+    def low(self) -> Tensor:
+        """lora_scale hidden lora_a^T of these rows and those that fill the tile, in float32 for half precision."""
+        assert self.lora_a is not None
+        wide = computed_in(self.hidden)
+        return torch.mm(self._tiled(self.hidden).to(wide), self.lora_a.to(wide).t()).mul_(self.lora_scale)
+
+    def low_gradient(self, grad_logits: Tensor) -> Tensor | None:
+        """lora_scale grad_logits lora_b, of as many rows as `low`."""
+        if self.lora_b is None:
+            return None
+        b, rank = self.lora_b.to(grad_logits.dtype), self.lora_b.shape[1]
+        if self.tile:  # MKL treats rows alike in products of 8 columns, but not in those of 5 to 7
+            b = torch.nn.functional.pad(b, (0, -rank % 8))
+        return torch.mm(self._tiled(grad_logits), b)[:, :rank].mul_(self.lora_scale)
+
+    def hidden_gradient(self, grad_logits: Tensor, low_gradient: Tensor | None) -> Tensor:
+        """grad_logits weight + low_gradient lora_a, summed in the dtype of grad_logits."""
         count, grad_logits = grad_logits.shape[0], self._tiled(grad_logits)
         if self.weight.dtype != grad_logits.dtype and grad_logits.is_cuda:
-            return torch.mm(grad_logits.to(self.weight.dtype), self.weight, out_dtype=grad_logits.dtype)[:count]
-        out = grad_logits.new_zeros(grad_logits.shape[0], self.weight.shape[1])
-        for block, weight in self.weight_blocks(grad_logits.dtype):
-            out.addmm_(grad_logits[:, block], weight)
+            out = torch.mm(grad_logits.to(self.weight.dtype), self.weight, out_dtype=grad_logits.dtype)
+        else:
+            out = grad_logits.new_zeros(grad_logits.shape[0], self.weight.shape[1])
+            for block, weight in self.weight_blocks(grad_logits.dtype):
+                out.addmm_(grad_logits[:, block], weight)
+        if low_gradient is not None and self.lora_a is not None:
+            out.addmm_(low_gradient, self.lora_a.to(out.dtype))
         return out[:count]
 
 
@@ -142,6 +171,8 @@ class Gradients(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
 
     @classmethod
     def zeros(cls, head: Head, wanted: list[bool], hidden_dtype: torch.dtype) -> Gradients:
@@ -151,9 +182,12 @@ class Gradients(NamedTuple):
 
     def add(self, head: Head, grad_logits: Tensor, index: Tensor) -> None:
         """Adds what a chunk contributes; the rows of `head` are those of `index`."""
-        hidden = head.hidden
+        hidden, low_gradient = head.hidden, None
+        if self.hidden.ndim == 2 or self.lora_a.ndim == 2:
+            low_gradient = head.low_gradient(grad_logits)
         if self.hidden.ndim == 2:
-            self.hidden.index_copy_(0, index, head.hidden_gradient(grad_logits).to(self.hidden.dtype))
+            of_rows = head.hidden_gradient(grad_logits, low_gradient)
+            self.hidden.index_copy_(0, index, of_rows.to(self.hidden.dtype))
         if self.weight.ndim == 2:
             if hidden.dtype != self.weight.dtype and hidden.is_cuda:
                 product = torch.mm(grad_logits.to(hidden.dtype).t(), hidden, out_dtype=self.weight.dtype)
@@ -162,6 +196,10 @@ class Gradients(NamedTuple):
                 self.weight.addmm_(grad_logits.t(), hidden.to(self.weight.dtype))
         if self.bias.shape[0] > 0:
             self.bias.add_(grad_logits.sum(0))
+        if self.lora_a.ndim == 2 and low_gradient is not None:
+            self.lora_a.addmm_(low_gradient[: hidden.shape[0]].t(), hidden.to(self.lora_a.dtype))
+        if self.lora_b.ndim == 2:
+            self.lora_b.addmm_(grad_logits.t(), head.low()[: hidden.shape[0]])
 
     def rounded(self, head: Head) -> tuple[Tensor, ...]:
         """Each in the dtype of its tensor."""

@@ -10,7 +10,7 @@ from fastrlhf.ops._linear import Gradients, Head, even_cuts, used_rows
 # What a forward may keep of a row. The latter two are for the log-probability alone, times `units`, and then a backward
 # need only scale them; they cannot serve the entropy, whose upstream gradient is another number.
 LOGITS = "logits"  # (V,) in float32, or float64
-GRADIENT = "gradient"  # (V,) that in x = hidden weight^T + bias, in the dtype of hidden
+GRADIENT = "gradient"  # (V,) that in x = hidden weight^T + bias + that of lora, in the dtype of hidden
 PRODUCT = "product"  # (D,) that in hidden, where nothing else needs a gradient; in float32, so as to be rounded once
 
 
@@ -26,7 +26,9 @@ def keep(kind: str, head: Head, logits: Tensor, unit: Tensor, rows: list[Tensor]
     """Writes what is kept of rows to `out`; but for LOGITS overwrites the logits. rows: as `turn_into_gradient`'s."""
     if kind != LOGITS:
         head.turn_into_gradient(logits, [unit, None], rows)
-    out.copy_(head.hidden_gradient(logits) if kind == PRODUCT else logits)
+        if kind == PRODUCT:
+            logits = head.hidden_gradient(logits, head.low_gradient(logits))
+    out.copy_(logits)
 
 
 def scaled(products: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,14 +9,16 @@ from torch import Tensor
 
 from fastrlhf.ops._check import dtype_in, has_shape, indices_below, mask_of, readable, same_device
 from fastrlhf.ops._linear import TILE, Head
-from fastrlhf.ops.token_logprobs import FLOATS
+from fastrlhf.ops.token_logprobs import FLOATS, computed_in
 
 
-def checked(function: str, head: Head) -> Head:
-    """The head, DTensors gathered; raises unless they are (T, D), (V, D), (V,) and the options in range."""
-    head = head._replace(weight=gathered(head.weight), bias=gathered(head.bias))
-    hidden, weight, bias, scale, cap, chunk_size, batch_invariant = head
-    same_device(function, hidden=hidden, weight=weight, bias=bias)
+def head_of(function: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Any, *options: Any) -> Head:
+    """The head of these arguments of a public function, DTensors gathered; raises unless they fit each other.
+
+    options: logit_scale, logit_softcap, chunk_size, batch_invariant"""
+    a, b, lora_scale = _low_rank(function, lora)
+    weight, bias, a, b = map(gathered, (weight, bias, a, b))
+    same_device(function, hidden=hidden, weight=weight, bias=bias, lora_a=a, lora_b=b)
     dtype_in(function, "hidden", hidden, FLOATS)
     dtype_in(function, "weight", weight, (hidden.dtype,))
     has_shape(function, "hidden", hidden, (None, None), "(T, D)")
@@ -26,6 +28,18 @@ def checked(function: str, head: Head) -> Head:
     if bias is not None:
         dtype_in(function, "bias", bias, (hidden.dtype,))
         has_shape(function, "bias", bias, weight.shape[:1], "(V,)")
+    if a is not None and b is not None:
+        for name, tensor in (("lora_a", a), ("lora_b", b)):
+            dtype_in(function, name, tensor, tuple(dict.fromkeys((hidden.dtype, computed_in(hidden)))))
+        has_shape(function, "lora_a", a, (None, hidden.shape[1]), "(r, D)")
+        has_shape(function, "lora_b", b, (weight.shape[0], a.shape[0]), "(V, r)")
+        if a.shape[0] == 0:
+            raise ValueError(f"{function}: lora_a must have at least one row, got {tuple(a.shape)}")
+    _check_options(function, *options)
+    return Head(hidden, weight, bias, a, b, lora_scale, *options)
+
+
+def _check_options(function: str, scale: float, cap: float | None, chunk_size: int, batch_invariant: bool) -> None:
     for option, value in (("logit_scale", scale), ("logit_softcap", cap)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{function}: {option} must be above 0 and finite, got {value}")
@@ -33,7 +47,21 @@ def checked(function: str, head: Head) -> Head:
         raise ValueError(f"{function}: chunk_size must be at least 1, got {chunk_size}")
     if batch_invariant and chunk_size % TILE:
         raise ValueError(f"{function}: with batch_invariant chunk_size must be a multiple of {TILE}, got {chunk_size}")
-    return head
+
+
+def _low_rank(function: str, lora: Any) -> tuple[Tensor | None, Tensor | None, float]:
+    """The fields of a head for lora = (a, b, scale), or for None; raises unless it is one of these."""
+    if lora is None:
+        return None, None, 1.0
+    given = list(lora) if isinstance(lora, (tuple, list)) else [lora]
+    kinds: list[Any] = [Tensor, Tensor, (int, float)]
+    if len(given) != 3 or not all(isinstance(x, kind) for x, kind in zip(given, kinds, strict=True)):
+        got = ", ".join(type(x).__name__ for x in given)
+        raise TypeError(f"{function}: lora must be (a, b, scale), two tensors and a number, got {got}")
+    a, b, scale = given
+    if not math.isfinite(scale):
+        raise ValueError(f"{function}: the scale of lora must be finite, got {scale}")
+    return a, b, float(scale)
 
 
 def check_targets(function: str, head: Head, targets: Tensor, mask: Tensor | None = None) -> None:
@@ -72,11 +100,13 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Head, Tensor, Ten
         hidden, weight = (torch.randn(n, width, generator=generator) for n in (num_rows, size))
         hidden, weight = hidden.to(device, dtype), (weight * width**-0.5).to(device, dtype)
         targets = torch.randint(size, (num_rows,), generator=generator).to(device)
-        plain = Head(hidden, weight, None, 1.0, None, chunk_size, False)
-        yield plain, targets, torch.ones(1, device=device, dtype=wide)
+        one = torch.ones(1, device=device, dtype=wide)
+        yield Head(hidden, weight, None, None, None, 1.0, 1.0, None, chunk_size, False), targets, one
         if num_rows <= 1:
             continue
         bias = torch.randn(size, generator=generator).to(device, dtype)
         temperature = torch.linspace(0.5, 2.0, num_rows).to(device, wide)
-        yield Head(hidden, weight, bias, 0.7, None, chunk_size, False), targets, temperature
-        yield Head(hidden, weight, bias, 1.3, 2.5, chunk_size, True), targets, temperature
+        yield Head(hidden, weight, bias, None, None, 1.0, 0.7, None, chunk_size, False), targets, temperature
+        a, b = (torch.randn(shape, generator=generator) for shape in ((2, width), (size, 2)))
+        a, b = (a * width**-0.5).to(device, dtype), b.to(device, dtype)
+        yield Head(hidden, weight, bias, a, b, 0.5, 1.3, 2.5, chunk_size, True), targets, temperature

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops._check import denominator_of
-from fastrlhf.ops._linear import SCHEMA, Gradients, Head, even_cuts
+from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, even_cuts
 from fastrlhf.ops._linear_backward import LOGITS
-from fastrlhf.ops._linear_inputs import check_targets, checked, wanted_gradients
+from fastrlhf.ops._linear_inputs import check_targets, head_of, wanted_gradients
 from fastrlhf.ops._linear_inputs import samples as head_samples
 from fastrlhf.ops._linear_loss import fake, gradients_ref, kept_rows, loss_in_chunks, save_gradients, scale_gradients
 from fastrlhf.ops._registry import leaf, op
@@ -55,7 +55,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 _forward = leaf(
     f"linear_cross_entropy({SCHEMA}, Tensor targets, Tensor? mask, float? denominator, bool[] wanted)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f" -> (Tensor, {GRADIENTS})",
     ref=_forward_chunks,
     fake=fake(num_stats=0),
     cpu=_forward_chunks,  # native in that the logits of a chunk go through the kernels of token_logprobs
@@ -76,6 +76,7 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     mask: Tensor | None = None,
     denominator: float | None = None,
     logit_scale: float = 1.0,
@@ -92,6 +93,7 @@ def linear_cross_entropy(
     weight: (V, D) like hidden, as in `linear_token_logprobs`
     targets: (T,) int64, in [0, V) where the mask is True; elsewhere than on the CPU a target out of range gives NaN
     bias: (V,) like hidden
+    lora: (a, b, scale), a low-rank change of the weight, as in `linear_token_logprobs`
     mask: (T,) bool, True where a row counts; other rows are not computed and get gradient 0
     denominator: the number of rows of the whole optimizer step, so that the losses of micro-batches add up to that of
         the whole; without it the number of rows that count here. With nothing to count the loss is 0
@@ -107,8 +109,7 @@ def linear_cross_entropy(
     Source: the gradient made in the forward is that of Liger Kernel, arXiv 2410.10989.
     """
     name = "linear_cross_entropy"
-    options = logit_scale, logit_softcap, chunk_size, batch_invariant
-    head = checked(name, Head(hidden, weight, bias, *options))
+    head = head_of(name, hidden, weight, bias, lora, logit_scale, logit_softcap, chunk_size, batch_invariant)
     check_targets(name, head, targets, mask)
     denominator_of(name, denominator)
     loss, *_ = _op(*head, targets, mask, denominator, wanted_gradients(*head.tensors))

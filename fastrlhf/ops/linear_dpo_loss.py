@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrlhf.ops._check import cu_seqlens_of, denominator_of, dtype_in, has_shape, same_device, widen
-from fastrlhf.ops._linear import SCHEMA, Gradients, Head
+from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head
 from fastrlhf.ops._linear_backward import LOGITS
-from fastrlhf.ops._linear_inputs import check_targets, checked, wanted_gradients
+from fastrlhf.ops._linear_inputs import check_targets, head_of, wanted_gradients
 from fastrlhf.ops._linear_inputs import samples as head_samples
 from fastrlhf.ops._linear_loss import fake, gradients_ref, kept_rows, loss_in_chunks, save_gradients, scale_gradients
 from fastrlhf.ops._registry import leaf, op
@@ -107,7 +107,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 _forward = leaf(
     f"linear_dpo_loss({SCHEMA}, Tensor targets, Tensor cu_seqlens, Tensor ref_logprobs, Tensor? mask, float beta,"
-    " float label_smoothing, float? denominator, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" float label_smoothing, float? denominator, bool[] wanted) -> (Tensor, Tensor, {GRADIENTS})",
     ref=_forward_chunks,
     fake=fake(len(STATS)),
     cpu=_forward_chunks,  # native in that a chunk goes through the kernels of token_logprobs and pairwise_reward_loss
@@ -130,6 +130,7 @@ def linear_dpo_loss(
     ref_logprobs: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     mask: Tensor | None = None,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
@@ -151,6 +152,7 @@ def linear_dpo_loss(
     cu_seqlens: (2N + 1,) int32, the bounds of the sequences: the chosen and the rejected one of each pair in turn
     ref_logprobs: (T,) float32 (float64 for float64), under the reference; half precision becomes float32
     bias: (V,) like hidden
+    lora: (a, b, scale), a low-rank change of the weight, as in `linear_token_logprobs`
     mask: (T,) bool, True where a row counts, say those of responses; other rows are not computed and get gradient 0
     label_smoothing: probability that a label is wrong, from 0 to 1
     denominator: the number of pairs of the whole optimizer step, so that the losses and stats of micro-batches add up
@@ -168,7 +170,7 @@ def linear_dpo_loss(
     preferences", 2023.
     """
     name, num_rows = "linear_dpo_loss", targets.shape[:1]
-    head = checked(name, Head(hidden, weight, bias, logit_scale, logit_softcap, chunk_size, batch_invariant))
+    head = head_of(name, hidden, weight, bias, lora, logit_scale, logit_softcap, chunk_size, batch_invariant)
     check_targets(name, head, targets, mask)
     ref_logprobs = widen(ref_logprobs)
     same_device(name, hidden=hidden, cu_seqlens=cu_seqlens, ref_logprobs=ref_logprobs)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastrlhf.ops._check import dtype_in, has_shape, same_device
 from fastrlhf.ops._linear import Gradients, Head, even_cuts, used_rows
-from fastrlhf.ops._linear_inputs import checked, gathered, rows_within, wanted_gradients
+from fastrlhf.ops._linear_inputs import gathered, head_of, rows_within, wanted_gradients
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops.kl_divergence import check_divergence, kl_divergence_ref
 from fastrlhf.ops.token_logprobs import FLOATS, computed_in
@@ -17,7 +17,7 @@ from fastrlhf.ops.token_logprobs import FLOATS, computed_in
 def _heads(tensors: Sequence[Tensor], chunk_size: int) -> list[Head]:
     """The two heads, plain ones."""
     pairs = zip(tensors[::2], tensors[1::2], strict=True)
-    return [Head.split((*pair, None, 1.0, None, chunk_size, False))[0] for pair in pairs]
+    return [Head.split((*pair, None, None, None, 1.0, 1.0, None, chunk_size, False))[0] for pair in pairs]
 
 
 def linear_kl_divergence_ref(*args: Any) -> tuple[Tensor, ...]:
@@ -52,7 +52,7 @@ def _backward_chunks(*args: Any) -> tuple[Tensor, ...]:
     grad, *tensors, statistics, saved, temperature, jensen_shannon, chunk_size, wanted = args
     used = used_rows(grad)
     num_used, num_saved = used.shape[0], int((used < saved.shape[1]).sum())
-    heads, sides = _heads(tensors, chunk_size), [[*wanted[:2], False], [*wanted[2:], False]]
+    heads, sides = _heads(tensors, chunk_size), [[*side, False, False, False] for side in (wanted[:2], wanted[2:])]
     grads = [Gradients.zeros(head, side, head.hidden.dtype) for head, side in zip(heads, sides, strict=True)]
     if num_used < grad.shape[0]:
         grad, statistics, heads = grad[used], statistics[used], [head.rows(used) for head in heads]
@@ -173,7 +173,7 @@ def linear_kl_divergence(
     weight_p, weight_q = gathered(weight_p), gathered(weight_q)
     check_divergence(name, kind, temperature)
     _check(hidden_p, weight_p, hidden_q, weight_q)
-    checked(name, Head(hidden_p, weight_p, None, 1.0, None, chunk_size, False))
+    head_of(name, hidden_p, weight_p, None, None, 1.0, None, chunk_size, False)
     tensors = hidden_p, weight_p, hidden_q, weight_q
     row = 2 * weight_p.shape[0] * computed_in(hidden_p).itemsize
     num_saved = rows_within(name, memory_budget, hidden_p.shape[0], row)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops._check import denominator_of, dtype_in, has_shape, same_device, widen
-from fastrlhf.ops._linear import SCHEMA, Gradients, Head, even_cuts
+from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, even_cuts
 from fastrlhf.ops._linear_backward import LOGITS
-from fastrlhf.ops._linear_inputs import check_targets, checked, wanted_gradients
+from fastrlhf.ops._linear_inputs import check_targets, head_of, wanted_gradients
 from fastrlhf.ops._linear_inputs import samples as head_samples
 from fastrlhf.ops._linear_loss import fake, gradients_ref, kept_rows, loss_in_chunks, save_gradients, scale_gradients
 from fastrlhf.ops._registry import leaf, op
@@ -95,7 +95,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 _forward = leaf(
     f"linear_ppo_loss({SCHEMA}, Tensor targets, Tensor old_logprobs, Tensor advantages, Tensor? ref_logprobs,"
     " Tensor? mask, Tensor temperature, float clip_low, float clip_high, float? dual_clip, float entropy_coef,"
-    " float kl_coef, int kl_estimator, float? denominator, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" float kl_coef, int kl_estimator, float? denominator, bool[] wanted) -> (Tensor, Tensor, {GRADIENTS})",
     ref=_forward_chunks,
     fake=fake(len(STATS)),
     cpu=_forward_chunks,  # native in that a chunk goes through the kernels of token_logprobs and ppo_policy_loss
@@ -118,6 +118,7 @@ def linear_ppo_loss(
     advantages: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     ref_logprobs: Tensor | None = None,
     mask: Tensor | None = None,
     clip_range: float | tuple[float, float] = 0.2,
@@ -143,6 +144,7 @@ def linear_ppo_loss(
     targets: (T,) int64, in [0, V) where the mask is True; elsewhere than on the CPU a target out of range gives NaN
     old_logprobs, advantages, ref_logprobs: (T,) float32 (float64 for float64); half precision becomes float32
     bias: (V,) like hidden
+    lora: (a, b, scale), a low-rank change of the weight, as in `linear_token_logprobs`
     mask: (T,) bool, True where a row counts; other rows are not computed and get gradient 0
     clip_range, dual_clip: as in `ppo_policy_loss`
     kl_estimator: k1, k2 or k3. Over samples of the policy the mean gradient of k2 is that of KL(policy || reference);
@@ -161,7 +163,7 @@ def linear_ppo_loss(
     Source: Schulman et al., arXiv 1707.06347, equations 7 and 9.
     """
     name = "linear_ppo_loss"
-    head = checked(name, Head(hidden, weight, bias, logit_scale, logit_softcap, chunk_size, batch_invariant))
+    head = head_of(name, hidden, weight, bias, lora, logit_scale, logit_softcap, chunk_size, batch_invariant)
     check_targets(name, head, targets, mask)
     temperature = temperature_of(name, temperature, hidden)
     one_or_all(name, temperature, targets.shape[0])
@@ -182,9 +184,8 @@ def linear_ppo_loss(
     if kl_estimator not in ESTIMATORS:
         raise ValueError(f"{name}: kl_estimator must be {', '.join(ESTIMATORS)}, got {kl_estimator!r}")
     denominator_of(name, denominator)
-    options = *bounds, entropy_coef, kl_coef, ESTIMATORS[kl_estimator], denominator
-    inputs = *head, targets, *rows.values(), mask, temperature, *options
-    loss, values, *_ = _op(*inputs, wanted_gradients(*head.tensors))
+    inputs = *head, targets, *rows.values(), mask, temperature, *bounds, entropy_coef, kl_coef
+    loss, values, *_ = _op(*inputs, ESTIMATORS[kl_estimator], denominator, wanted_gradients(*head.tensors))
     stats = dict(zip(STATS, values.unbind(), strict=True))
     if ref_logprobs is None:
         del stats["kl"]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops._check import same_device
-from fastrlhf.ops._linear import SCHEMA, Gradients, Head, even_cuts
+from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, even_cuts
 from fastrlhf.ops._linear_backward import GRADIENT, LOGITS, PRODUCT, by_rows, keep, scaled, units
-from fastrlhf.ops._linear_inputs import check_targets, checked, rows_within, wanted_gradients
+from fastrlhf.ops._linear_inputs import check_targets, head_of, rows_within, wanted_gradients
 from fastrlhf.ops._linear_inputs import samples as head_samples
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops.token_logprobs import computed_in, one_or_all, temperature_of, token_logprobs_ref
@@ -119,7 +119,7 @@ _forward = leaf(
 _gradient = leaf(
     f"linear_token_logprobs_backward({SCHEMA}, Tensor targets, Tensor temperature, Tensor? grad_logprobs,"
     " Tensor? grad_entropy, Tensor entropy, Tensor highest, Tensor log_sum, Tensor kept, str kind, bool[] wanted)"
-    " -> (Tensor, Tensor, Tensor)",
+    f" -> ({GRADIENTS})",
     ref=_backward_chunks,
     fake=_fake_backward,
     cpu=_backward_chunks,
@@ -152,6 +152,7 @@ def linear_token_logprobs(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
     logit_scale: float = 1.0,
@@ -162,14 +163,18 @@ def linear_token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Returns `token_logprobs(logits, targets)` of logits = hidden weight^T + bias, made a chunk of rows at a time.
 
-    With logit_scale the logits are multiplied by it; then with logit_softcap they are cap tanh(logits / cap).
+    With lora = (a, b, scale) the weight is weight + scale b a, by scale (hidden a^T) b^T added to the logits, so that a
+    frozen weight has no gradient to be made. With logit_scale the logits are multiplied by it; then with logit_softcap
+    they are cap tanh(logits / cap).
 
     hidden: (T, D) float32|float64|bfloat16|float16, rows that predict the targets
     weight: (V, D) like hidden, such as lm_head.weight or, where they are tied, that of the embedding. A DTensor is
         gathered and its gradient taken to be the same on all ranks; where it is not, gather it before, with
-        full_tensor(grad_placements=...). A LoRA on the head is weight + scale * (b @ a)
+        full_tensor(grad_placements=...)
     targets: (T,) int64 in [0, V); elsewhere than on the CPU a target out of range gives NaN for its row
     bias: (V,) like hidden
+    lora: a (r, D) and b (V, r), each like hidden or float32, and a finite number; of PEFT's layers lora_A.weight,
+        lora_B.weight and scaling. Computed in float32 (float64 for float64), hidden a^T too
     temperature: a number or (T,), above 0; gets no gradient
     logprobs, entropy: (T,) float32 whatever the inputs (float64 for float64); return_entropy asks for the second
     chunk_size: rows whose logits exist at a time, in float32: chunk_size x V x 4 bytes, twice with a soft cap
@@ -190,8 +195,7 @@ def linear_token_logprobs(
     Source: Gemma 2, arXiv 2408.00118, section 2 (soft cap).
     """
     name = "linear_token_logprobs"
-    options = logit_scale, logit_softcap, chunk_size, batch_invariant
-    head = checked(name, Head(hidden, weight, bias, *options))
+    head = head_of(name, hidden, weight, bias, lora, logit_scale, logit_softcap, chunk_size, batch_invariant)
     check_targets(name, head, targets)
     temperature = temperature_of(name, temperature, hidden)
     same_device(name, hidden=hidden, temperature=temperature)

@@ -100,7 +100,8 @@ CHANGES = {
 def calls(draw, name):
     """The arguments by name of a call of the public function."""
     args = dict(zip(OPS[name].parameters, draw(st.sampled_from(small_samples(name))), strict=True))
-    known = inspect.signature(CALLS.get(name) or getattr(fastrlhf, name)).parameters
+    known = {*inspect.signature(CALLS.get(name) or getattr(fastrlhf, name)).parameters}
+    known |= {"lora_a", "lora_b"} if "lora" in known else set()
     if name != "masked_moments":  # options that the operator knows by number stay at the function's default
         number = {"kind", "estimator", "kl_estimator", "window"}
         args = {k: v for k, v in args.items() if k in known and (isinstance(v, Tensor) or k not in number)}
@@ -115,6 +116,12 @@ def calls(draw, name):
             if isinstance(args.get(key), Tensor) and args[key].is_floating_point():
                 args[key] = args[key].detach().requires_grad_()
     return args
+
+
+def with_lora(args):
+    """The arguments of a public function on a linear head, where a low-rank change of it is one."""
+    rest = {k: v for k, v in args.items() if not k.startswith("lora_")}
+    return rest if args.get("lora_a") is None else rest | {"lora": (args["lora_a"], args["lora_b"], 0.5)}
 
 
 def largest_of(args):
@@ -170,7 +177,7 @@ def test_any_input_is_refused_by_name_or_agrees_with_the_reference(name, data):
         if name in CALLS and CALLS[name] is OPS[name]:
             record(OPS[name], *args.values())
         else:
-            (CALLS.get(name) or getattr(fastrlhf, name))(**args)
+            (CALLS.get(name) or getattr(fastrlhf, name))(**with_lora(args))
     except Exception as error:
         assert refuses(error, name), f"{type(error).__name__}: {error}"
         return

@@ -1,56 +1,13 @@
-"""What holds for every op on a linear head: batch invariance, work left out, tied, low-rank and distributed weights."""
+"""What holds for every op on a linear head: batch invariance, work left out, tied and distributed weights."""
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from heads import LOSSES, D, V, factors, inputs, logprobs, products
 from torch.autograd.profiler import profile
 
-from fastrlhf import linear_cross_entropy, linear_dpo_loss, linear_ppo_loss, linear_token_logprobs
-
-D, V = 40, 900
-
-
-def logprobs(hidden, weight, targets, **options):
-    """One scalar of the two outputs, and the two."""
-    outputs = linear_token_logprobs(hidden, weight, targets, return_entropy=True, **options)
-    return outputs[0].sum() + 0.3 * outputs[1].sum(), outputs
-
-
-def cross_entropy(hidden, weight, targets, **options):
-    return linear_cross_entropy(hidden, weight, targets, denominator=1, **options), ()
-
-
-def ppo(hidden, weight, targets, **options):
-    """With quantities of a row that depend on its target alone."""
-    old, advantages = (
-        x.to(torch.promote_types(hidden.dtype, torch.float32)) for x in (-6 + targets / V, 1 - targets % 3)
-    )
-    options = {"denominator": 1, "entropy_coef": 0.1} | options
-    return linear_ppo_loss(hidden, weight, targets, old, advantages, **options)[0], ()
-
-
-def dpo(hidden, weight, targets, **options):
-    """Each row the chosen response of a pair, beside an empty one."""
-    cu_seqlens = (torch.arange(2 * len(targets) + 1) + 1).div(2, rounding_mode="floor").to(torch.int32)
-    ref = (-6 + targets / V).to(torch.promote_types(hidden.dtype, torch.float32))
-    return linear_dpo_loss(hidden, weight, targets, cu_seqlens, ref, denominator=1, **options)[0], ()
-
-
-LOSSES = [logprobs, cross_entropy, ppo, dpo]
-
-
-def inputs(num_rows, dtype=torch.float32):
-    weight = (torch.randn(V, D) / 4).to(dtype)
-    return torch.randn(num_rows, D).to(dtype), weight, torch.randint(V, (num_rows,))
-
-
-def products(function):
-    """The shapes of the first factor of each matrix product that the function makes."""
-    with profile(record_shapes=True) as recorded:
-        function()
-    first = {"aten::mm": 0, "aten::addmm_": 1}
-    return [e.input_shapes[first[e.name]] for e in recorded.function_events if e.name in first]
+from fastrlhf import linear_ppo_loss, linear_token_logprobs
 
 
 @pytest.fixture(params=[1, 2])
@@ -61,11 +18,14 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("options", [{}, {"logit_softcap": 5.0}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("head", ["plain", "softcap", "rank 1", "rank 7"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_batch_invariant_rows_do_not_depend_on_the_others(loss, dtype, options, threads):
+def test_batch_invariant_rows_do_not_depend_on_the_others(loss, dtype, head, threads):
     hidden, weight, targets = inputs(200, dtype)
+    options = {"logit_softcap": 5.0} if head == "softcap" else {}
+    if head.startswith("rank"):
+        options = {"lora": (*factors(int(head[5:]), dtype), 0.5)}
     results = []
     for rows in (slice(70, 77), slice(70, 71), slice(3, 77), slice(0, 128), slice(13, 200), slice(0, 200)):
         leaf = hidden[rows].clone().requires_grad_()
@@ -177,19 +137,6 @@ def test_a_tied_weight_gets_both_its_gradients(loss):
     torch.testing.assert_close(actual, sum(torch.autograd.grad(both(*apart), apart)))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_low_rank_change_of_a_frozen_head_gets_its_gradient(loss):
-    """Against the factors applied to the hidden states one after the other, as adapters do it, on whole logits."""
-    hidden, weight, targets = inputs(50, torch.float64)
-    a, b = torch.randn(4, D).double().requires_grad_(), torch.randn(V, 4).double().requires_grad_()
-    total, _ = loss(hidden, weight + 0.1 * (b @ a), targets)
-    logits = hidden @ weight.t() + 0.1 * (hidden @ a.t()) @ b.t()
-    expected, _ = loss(logits, torch.eye(V, dtype=torch.float64), targets)  # a head that passes them on
-    torch.testing.assert_close(total, expected)
-    for actual, exact in zip(torch.autograd.grad(total, (a, b)), torch.autograd.grad(expected, (a, b)), strict=True):
-        torch.testing.assert_close(actual, exact)
-
-
 @pytest.fixture
 def mesh(tmp_path):
     """A mesh of this process alone."""
@@ -206,7 +153,9 @@ def test_a_distributed_weight_is_gathered_and_gets_a_distributed_gradient(loss, 
     hidden, weight, targets = inputs(50)
     hidden.requires_grad_()
     plain, spread = weight.clone().requires_grad_(), distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
-    expected, actual = loss(hidden, plain, targets)[0], loss(hidden, spread, targets)[0]
+    a, b = factors(4)
+    expected = loss(hidden, plain, targets, lora=(a, b, 0.5))[0]
+    actual = loss(hidden, spread, targets, lora=(a, distribute_tensor(b, mesh, [Shard(0)]), 0.5))[0]
     assert torch.equal(actual, expected)
     wanted, (grad_hidden, grad) = (
         torch.autograd.grad(total, (hidden, leaf)) for total, leaf in ((expected, plain), (actual, spread))
