@@ -20,14 +20,14 @@ from transformers import PreTrainedModel
 from fastrlhf.attention import ATTENTION
 from fastrlhf.decoding import Row, Run, make_rows
 from fastrlhf.packing import pack
-from fastrlhf.sampling import Sample, Sampling
+from fastrlhf.sampling import Sample, Sampling, checked_limits
 from fastrlhf.slots import CachePlan, Slots
 
 __all__ = ["Engine", "Sample", "Sampling"]
 
 
 class Engine:
-    """Samples from `model`, a transformers causal LM on our attention (models.load_causal_lm).
+    """A `RolloutBackend` that samples from `model`, a transformers causal LM on our attention (load_causal_lm).
 
     eos_token_ids: tokens that end a response
     max_slots: most sequences decoded at once; the cache may hold so many of the longest one, and is kept between calls
@@ -89,8 +89,8 @@ class Engine:
         Raises: ValueError for prompts that are empty, hold unknown tokens, or do not fit the model's context together
         with their new tokens; for seeds or limits that do not fit; when kv_budget does not hold one sequence; for NaN
         logits (on the CPU). RuntimeError when another stream of this engine is still open."""
-        budgets = [sampling.max_new_tokens] * len(prompts) if limits is None else list(limits)
-        self._check(prompts, seeds, budgets, sampling)
+        budgets = checked_limits("Engine", prompts, sampling, seeds, limits)
+        self._check(prompts, budgets, sampling)
         rows = make_rows(prompts, seeds, budgets, sampling.stop, self.tokenizer)
         return self._stream(rows, sampling, *self._sizes(rows), progress) if rows else iter(())
 
@@ -100,8 +100,8 @@ class Engine:
         """Returns what the cache would take at most for these prompts; printable. Runs one token through the model.
 
         Raises: as `stream`."""
-        budgets = [sampling.max_new_tokens] * len(prompts) if limits is None else list(limits)
-        self._check(prompts, range(len(prompts)), budgets, sampling)
+        budgets = checked_limits("Engine", prompts, sampling, range(len(prompts)), limits)
+        self._check(prompts, budgets, sampling)
         if not prompts:
             return CachePlan(0, 0, self.bytes_per_token())
         num_slots, num_spare, max_length = self._sizes(make_rows(prompts, budgets, budgets, (), None))
@@ -160,29 +160,16 @@ class Engine:
         finally:
             self._streaming = False
 
-    def _check(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], budgets: Sequence[int], sampling: Sampling
-    ) -> None:
+    def _check(self, prompts: Sequence[Sequence[int]], budgets: Sequence[int], sampling: Sampling) -> None:
         if sampling.stop and self.tokenizer is None:
             raise ValueError(f"Engine: stop={sampling.stop!r} is text, which needs Engine(..., tokenizer=)")
-        for name, given in (("seeds", seeds), ("limits", budgets)):
-            if len(given) != len(prompts):
-                raise ValueError(f"Engine: {name} must be one a prompt, {len(prompts)} in all, got {len(given)}")
-        for i, seed in enumerate(seeds):
-            if not -(2**63) <= seed < 2**63:
-                raise ValueError(f"Engine: seeds must fit 64 bits, got {seed} for prompt {i}")
         vocab_size = self.model.config.vocab_size
         context = getattr(self.model.config, "max_position_embeddings", None)
         for i, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
-            if not prompt:
-                raise ValueError(f"Engine: prompt {i} is empty")
             if min(prompt) < 0 or max(prompt) >= vocab_size:
                 raise ValueError(
                     f"Engine: tokens must be in [0, {vocab_size}), prompt {i} has {min(prompt)} to {max(prompt)}"
                 )
-            if not 1 <= budget <= sampling.max_new_tokens:
-                expected = f"limits must be from 1 to max_new_tokens={sampling.max_new_tokens}"
-                raise ValueError(f"Engine: {expected}, got {budget} for prompt {i}")
             if context is not None and len(prompt) + budget > context:
                 sizes = f"{len(prompt)} prompt tokens and {budget} new ones"
                 raise ValueError(f"Engine: prompt {i} does not fit: {sizes}, but the model's context is {context}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,46 @@ class Sample:
     logprobs: list[float]
     sampler_logprobs: list[float]
     finished: bool
+
+
+class RolloutBackend(Protocol):
+    """What draws responses: `Engine`, or `ServerBackend` on another process."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int],
+        limits: Sequence[int] | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[Sample]:
+        """Returns a sample for each prompt, in their order.
+
+        prompts: token ids of each prompt, none empty; several samples of one are asked for by repeating it
+        seeds: a number for each prompt
+        limits: most new tokens of each prompt, where that is less than sampling.max_new_tokens
+        progress: called now and then with the number of tokens drawn since"""
+
+
+def checked_limits(
+    caller: str,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    limits: Sequence[int] | None,
+) -> list[int]:
+    """Returns the most new tokens of each prompt, after checking what any backend is asked."""
+    budgets = [sampling.max_new_tokens] * len(prompts) if limits is None else list(limits)
+    for name, given in (("seeds", seeds), ("limits", budgets)):
+        if len(given) != len(prompts):
+            raise ValueError(f"{caller}: {name} must be one a prompt, {len(prompts)} in all, got {len(given)}")
+    for i, (prompt, seed, budget) in enumerate(zip(prompts, seeds, budgets, strict=True)):
+        if not prompt:
+            raise ValueError(f"{caller}: prompt {i} is empty")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"{caller}: seeds must fit 64 bits, got {seed} for prompt {i}")
+        if not 1 <= budget <= sampling.max_new_tokens:
+            expected = f"limits must be from 1 to max_new_tokens={sampling.max_new_tokens}"
+            raise ValueError(f"{caller}: {expected}, got {budget} for prompt {i}")
+    return budgets

@@ -32,6 +32,7 @@ ROOMS = {
             "stopping",
             "decoding",
             "rollout",
+            "rollout_server",
             "scoring",
             "lora",
         },

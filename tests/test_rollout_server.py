@@ -1,0 +1,265 @@
+"""The backend that talks to a vLLM server, against a small server that answers as vLLM's completions endpoint does."""
+
+import contextlib
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from test_rollout import engine_of, model_of
+
+from fastrlhf.rollout import Sampling
+from fastrlhf.rollout_server import RolloutServerError, ServerBackend
+from fastrlhf.sampling import RolloutBackend
+
+# of vLLM's CompletionRequest (vllm/entrypoints/openai/completion/protocol.py), those that matter here
+FIELDS = {
+    *("model", "prompt", "max_tokens", "seed", "temperature", "top_k", "top_p", "min_p", "min_tokens", "logprobs"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "ignore_eos", "stop", "stop_token_ids"),
+    *("return_token_ids", "repetition_detection"),
+}
+EOS = 1
+
+
+def completion(body):
+    """What the server answers: its tokens count on from the prompt's last; an even seed ends by EOS."""
+    count = body["max_tokens"] if body["seed"] % 2 else min(3, body["max_tokens"])
+    tokens = [(body["prompt"][-1] + n) % 300 for n in range(1, count + 1)]
+    if body["seed"] % 2 == 0:
+        tokens[-1] = EOS
+    logprobs = {
+        "token_logprobs": [-0.25 * n for n in range(count)],
+        "tokens": ["x"] * count,
+        "text_offset": [0] * count,
+    }
+    choice = {"index": 0, "text": "x" * count, "logprobs": logprobs, "stop_reason": None}
+    choice |= {"token_ids": tokens, "prompt_token_ids": body["prompt"]}
+    choice["finish_reason"] = "length" if body["seed"] % 2 else "stop"
+    return {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": [choice]}
+
+
+class FakeServer(ThreadingHTTPServer):
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests, self.running, self.most_running = [], 0, 0
+        self.lock = threading.Lock()
+        self.change = lambda body, answer: answer  # of an answer; returns (status, text) for an error
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def send(self, status, text, missing=0):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text.encode()) + missing))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def do_GET(self):
+        assert self.path == "/v1/models"
+        self.send(200, json.dumps({"object": "list", "data": [{"id": "base"}, {"id": "policy"}]}))
+
+    def do_POST(self):
+        assert self.path == "/v1/completions"
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        with server.lock:
+            server.requests.append((body, dict(self.headers)))
+            server.running += 1
+            server.most_running = max(server.most_running, server.running)
+        try:
+            answer = server.change(body, completion(body))
+        finally:
+            with server.lock:
+                server.running -= 1
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client may have given up
+            self.send(*(answer if isinstance(answer, tuple) else (200, json.dumps(answer))))
+
+
+@pytest.fixture
+def server():
+    with FakeServer() as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def backend_of(server, **options):
+    return ServerBackend(server.url, "policy", **{"eos_token_ids": [EOS], "timeout": 20, **options})
+
+
+PROMPTS = [[5, 6, 7], [200], [200], [9, 40]]
+
+
+def test_token_ids_go_out_and_samples_come_back_in_the_order_of_the_prompts(server):
+    server.change = lambda body, answer: time.sleep(0.05 * (len(body["prompt"]) == 3)) or answer
+    drawn = []
+    samples = backend_of(server).generate(
+        PROMPTS, Sampling(6), seeds=[1, 2, 3, 4], limits=[6, 6, 5, 2], progress=drawn.append
+    )
+    assert [s.prompt for s in samples] == PROMPTS
+    assert [s.response for s in samples] == [
+        [8, 9, 10, 11, 12, 13],
+        [201, 202, EOS],
+        [201, 202, 203, 204, 205],
+        [41, EOS],
+    ]
+    assert [s.finished for s in samples] == [False, True, False, True]
+    assert samples[1].logprobs == samples[1].sampler_logprobs == [0.0, -0.25, -0.5]
+    assert sorted(drawn) == [2, 3, 5, 6]
+
+
+def test_a_request_says_all_that_the_server_could_fill_in_otherwise(server):
+    sampling = Sampling(9, stop=("\n\n", "END"), repeat_ngram=4, repeat_times=3)
+    backend_of(server, api_key="secret").generate([[3, 4]], sampling, seeds=[-(2**63)])
+    ((body, headers),) = server.requests
+    assert body == {
+        "model": "policy",
+        "prompt": [3, 4],
+        "seed": -(2**63),
+        "max_tokens": 9,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "ignore_eos": True,
+        "stop_token_ids": [EOS],
+        "stop": ["\n\n", "END"],
+        "logprobs": 0,
+        "return_token_ids": True,
+        "repetition_detection": {"min_pattern_size": 1, "max_pattern_size": 4, "min_count": 3},
+    }
+    assert set(body) <= FIELDS and headers["Authorization"] == "Bearer secret"
+
+
+def test_greedy_asks_for_temperature_zero_and_has_no_sampler_logprobs(server):
+    (sample,) = backend_of(server).generate([[3]], Sampling(4, greedy=True), seeds=[1])
+    assert server.requests[0][0]["temperature"] == 0.0
+    assert sample.logprobs == [0.0, -0.25, -0.5, -0.75] and not any(sample.sampler_logprobs)
+
+
+def test_requests_run_side_by_side_up_to_the_limit(server):
+    server.change = lambda body, answer: time.sleep(0.05) or answer
+    backend_of(server, max_requests=3).generate([[2]] * 9, Sampling(2), seeds=range(9))
+    assert server.most_running == 3
+
+
+def test_weights_are_brought_before_each_rollout(server):
+    seen = []
+    backend = backend_of(server, update_weights=lambda: seen.append(len(server.requests)))
+    for _ in range(2):
+        backend.generate([[2]] * 3, Sampling(2), seeds=range(3))
+    assert seen == [0, 3]
+
+
+def test_a_response_cut_for_repetition_is_not_finished(server):
+    server.change = lambda body, answer: answer["choices"][0].update(finish_reason="repetition") or answer
+    (sample,) = backend_of(server).generate([[2]], Sampling(4, repeat_ngram=1, repeat_times=2), seeds=[2])
+    assert not sample.finished
+
+
+def changed(**fields):
+    return lambda body, answer: answer["choices"][0].update(fields) or answer
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (changed(token_ids=None), "prompt 0: the answer has no token_ids; the server must know return_token_ids"),
+        (changed(logprobs=None), "does not have a log-probability for each of its 3 tokens"),
+        (changed(logprobs={"token_logprobs": [0.0, None, 0.0]}), "does not have a log-probability for each of its 3"),
+        (changed(logprobs={"token_logprobs": [0.0]}), "does not have a log-probability for each of its 3 tokens"),
+        (changed(prompt_token_ids=[6, 7]), "the server read 2 other tokens than the 3 of the prompt"),
+        (changed(finish_reason="abort"), "the response ended with finish_reason 'abort'"),
+        (lambda *_: {"choices": []}, "the answer is not a completion: {'choices': []}"),
+        (lambda *_: [], "the answer is not a completion: []"),
+        (changed(logprobs={"token_logprobs": [0.0, float("nan"), 0.0]}), "does not have a log-probability for each"),
+        (lambda *_: (200, "{", 9), "cannot be reached: IncompleteRead(1 bytes read, 9 more expected)"),
+        (lambda *_: (200, "<html>"), "did not answer in JSON"),
+        (lambda *_: (400, '{"error": "too long"}'), '/v1/completions answered 400: {"error": "too long"}'),
+        (lambda *_: (500, "out of memory"), "/v1/completions answered 500: out of memory"),
+    ],
+)
+def test_an_answer_that_cannot_be_used_is_named(server, change, text):
+    server.change = change
+    with pytest.raises(RolloutServerError) as caught:
+        backend_of(server).generate([[5, 6, 7]], Sampling(6), seeds=[2])
+    assert text in str(caught.value) and server.url in str(caught.value)
+
+
+def test_a_model_that_is_not_served_is_named(server):
+    with pytest.raises(RolloutServerError, match="serves base, policy, not other"):
+        ServerBackend(server.url, "other", eos_token_ids=[]).generate([[2]], Sampling(2), seeds=[0])
+
+
+def test_a_server_that_is_not_there_is_named():
+    with FakeServer() as closed:
+        url = closed.url
+    with pytest.raises(RolloutServerError, match=f"{url} cannot be reached"):
+        ServerBackend(url, "policy", eos_token_ids=[]).generate([[2]], Sampling(2), seeds=[0])
+
+
+def test_a_server_that_is_too_slow_is_named(server):
+    server.change = lambda body, answer: time.sleep(1) or answer
+    with pytest.raises(RolloutServerError, match=r"gave no answer in 0.2 s"):
+        backend_of(server, timeout=0.2).generate([[2]], Sampling(2), seeds=[0])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "options", "text"),
+    [
+        (Sampling(4, top_k=5), {}, "before or after top_k, top_p, min_p and min_new_tokens, not both"),
+        (Sampling(4, min_new_tokens=2), {}, "leave them at their defaults"),
+        (Sampling(4, temperature=0.7), {}, "temperature 1, not 0.7; start it with --logprobs-mode processed_logprobs"),
+        (Sampling(4, temperature=0.7, greedy=True), {"logprobs_mode": "processed_logprobs"}, "temperature 1, not 0.7"),
+        (Sampling(4), {"seeds": [-1]}, "seeds must not be -1"),
+        (Sampling(4), {"seeds": [1, 2]}, "seeds must be one a prompt, 1 in all, got 2"),
+        (Sampling(4), {"limits": [5]}, "limits must be from 1 to max_new_tokens=4, got 5 for prompt 0"),
+        (Sampling(4), {"prompts": [[]]}, "prompt 0 is empty"),
+    ],
+)
+def test_what_the_server_cannot_do_is_refused_before_it_is_asked(sampling, options, text):
+    mode = {"logprobs_mode": options.pop("logprobs_mode", "raw_logprobs")}
+    backend = ServerBackend("http://127.0.0.1:1", "policy", eos_token_ids=[], **mode)
+    with pytest.raises(ValueError) as caught:
+        backend.generate(**{"prompts": [[2]], "sampling": sampling, "seeds": [0], **options})
+    assert "ServerBackend: " in str(caught.value) and text in str(caught.value)
+
+
+def test_another_temperature_is_taken_where_the_server_tells_its_logprobs(server):
+    (sample,) = backend_of(server, logprobs_mode="processed_logprobs").generate(
+        [[3]], Sampling(2, temperature=0.7), seeds=[1]
+    )
+    assert server.requests[0][0]["temperature"] == 0.7 and sample.logprobs == [0.0, -0.25]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"url": "localhost:8000"}, "url must start with http:// or https://, got 'localhost:8000'"),
+        ({"logprobs_mode": "raw_logits"}, "logprobs_mode must be raw_logprobs or processed_logprobs"),
+        ({"max_requests": 0}, "max_requests must be at least 1 and timeout above 0, got 0"),
+    ],
+)
+def test_bad_options_are_named(options, text):
+    with pytest.raises(ValueError) as caught:
+        ServerBackend(**{"url": "http://x", "model": "m", "eos_token_ids": [], **options})
+    assert f"ServerBackend: {text}" in str(caught.value)
+
+
+def test_engine_and_server_are_exchangeable(server):
+    backends: list[RolloutBackend] = [engine_of(model_of()), backend_of(server)]
+    for backend in backends:
+        samples = backend.generate(PROMPTS, Sampling(6), seeds=range(4), limits=[6, 5, 4, 3])
+        assert [s.prompt for s in samples] == PROMPTS
+        assert all(0 < len(s.response) == len(s.logprobs) == len(s.sampler_logprobs) <= 6 for s in samples)
+        assert all(s.finished == (s.response[-1] == EOS) for s in samples)
+        assert backend.generate([], Sampling(6), seeds=[]) == []
