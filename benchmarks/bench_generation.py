@@ -11,7 +11,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks import llama
-from benchmarks.harness import Report, compare, expect_close
+from benchmarks.case import expect_close
+from benchmarks.harness import Report, compare
 from fastrlhf.attention import ATTENTION
 from fastrlhf.rollout import Engine, Sampling
 

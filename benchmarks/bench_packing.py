@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from benchmarks import llama
-from benchmarks.harness import Report, compare, expect_close, peak_mib
+from benchmarks.case import expect_close, peak_mib
+from benchmarks.harness import Report, compare
 from fastrlhf.models import Policy, load_causal_lm
 from fastrlhf.packing import pack
 

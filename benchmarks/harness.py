@@ -1,41 +1,34 @@
-"""Timing of several functions against each other in one process, with the machine's own limits beside them.
+"""Timing of several functions against each other in one process, and what becomes of the figures.
 
-report = Report("token_logprobs", {"cpu": [(2048, 32000)], "cuda": [(8192, 128256)], "tiny": [(8, 64)]})
-for rows, size in report.sizes:
-    expect_close("torch", theirs(), exact)                               # correct first,
-    report.add("T=2048", compare({"fastrlhf": ours, "torch": theirs}))   # then timed; with --save on disk at once
+A benchmark with `cases` (case.py) is run by `run`; one that times in its own way calls Report itself:
+
+report = Report("generation")
+report.add("64 prompts", compare({"fastrlhf": ours, "generate": theirs}))   # correct first, then timed; on disk at once
 report.finish()
 """
 
 import argparse
 import csv
 import gc
-import itertools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.machine import machine, synchronize
+from benchmarks import competitors
+from benchmarks.case import Case, Prepared, once, peak_mib
+from benchmarks.machine import machine
 from benchmarks.tables import rows_in
 
 RESULTS = Path(__file__).parent / "results"
 FIRST = ("benchmark", "when", "case", "name", "median", "p20", "p80", "rounds", "ratio")  # columns of every CSV
 SHORTEST_MS = 2.0  # quick functions are called this long for one measurement
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A function whose arguments are made anew for every call, outside the timed region: run(*prepare())."""
-
-    prepare: Callable[[], tuple[Any, ...]]
-    run: Callable[..., Any]
+SECONDS = 1.5  # for which a case is timed: all files of ops/ then take 9 minutes on two cores
 
 
 @dataclass(frozen=True)
@@ -48,30 +41,17 @@ class Timing:
     rounds: int
 
 
-def _once(function: Callable[[], Any] | Prepared, calls: int) -> float:
-    """Milliseconds of one call, the average of `calls`; what a call returns is freed outside the timed region."""
-    prepare, run = (function.prepare, function.run) if isinstance(function, Prepared) else (tuple, function)
-    arguments, results = [prepare() for _ in range(calls)], []
-    device = torch.get_default_device().type
-    synchronize(device)
-    start = time.perf_counter()
-    for args in arguments:
-        results.append(run(*args))
-    synchronize(device)
-    return (time.perf_counter() - start) * 1e3 / calls
-
-
 def compare(
-    functions: dict[str, Callable[[], Any] | Prepared], *, seconds: float = 5.0, min_rounds: int = 5
+    functions: dict[str, Callable[[], Any] | Prepared], *, seconds: float = SECONDS, min_rounds: int = 3
 ) -> dict[str, Timing]:
     """Returns the timing of each function: called in turn, round after round, so that a slow spell hits all of them.
 
     seconds: how long to go on; at least min_rounds rounds are made whatever they take."""
+    prepared = {name: f if isinstance(f, Prepared) else Prepared(tuple, f) for name, f in functions.items()}
     calls = {}
-    for name, function in functions.items():
-        _once(function, 1)
-        quick = not isinstance(function, Prepared)
-        calls[name] = max(1, int(SHORTEST_MS / max(_once(function, 1), 1e-4))) if quick else 1
+    for name, function in prepared.items():
+        first = once(function)
+        calls[name] = 1 if first > 50 else max(1, int(SHORTEST_MS / max(once(function), 1e-4)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     gc.collect()
     gc.disable()
@@ -79,7 +59,7 @@ def compare(
         begin, order = time.perf_counter(), list(functions)
         while len(times[order[0]]) < min_rounds or time.perf_counter() - begin < seconds:
             for name in order:
-                times[name].append(_once(functions[name], calls[name]))
+                times[name].append(once(prepared[name], calls[name]))
             order = order[1:] + order[:1]
     finally:
         gc.enable()
@@ -91,38 +71,15 @@ def _timing(values: list[float]) -> Timing:
     return Timing(statistics.median(values), fifths[0], fifths[-1], len(values))
 
 
-def expect_close(what: str, actual: Tensor, expected: Tensor, *, rtol: float = 1e-5, atol: float = 1e-5) -> float:
-    """Returns the largest error; raises if `what` is wrong, because the time of a wrong result means nothing."""
-    torch.testing.assert_close(
-        actual.double(), expected.double(), rtol=rtol, atol=atol, msg=lambda text: f"{what} is wrong: {text}"
-    )
-    return (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
-
-
-def peak_mib(function: Callable[[], Any] | Prepared) -> float:
-    """The most memory in MiB that torch held at a time during one call, beyond what it held before."""
-    prepare, run = (function.prepare, function.run) if isinstance(function, Prepared) else (tuple, function)
-    arguments = prepare()
-    if torch.get_default_device().type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run(*arguments)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.autograd.profiler.profile(profile_memory=True) as recorded:
-        result = run(*arguments)
-    changes = [event.nbytes() for event in recorded.kineto_results.events() if event.name() == "[memory]"]
-    del result
-    return max(itertools.accumulate(changes), default=0) / 2**20
-
-
-def captured(function: Callable[[], Any]) -> Callable[[], Any]:
+def captured(function: Prepared) -> Prepared:
     """On a GPU, what repeats the kernels of a call without the time that Python takes to start each of them."""
-    function()
+    arguments = function.prepare()
+    function.run(*arguments)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+        function.run(*arguments)
+    return Prepared(tuple, graph.replay)
 
 
 class Report:
@@ -130,7 +87,8 @@ class Report:
 
     sizes: what there is to time on each device, and with --tiny, which shows in seconds whether it runs; `report.sizes`
         is that, or what --sizes says
-    more: further command-line options, by flag the arguments of `add_argument`"""
+    more: further command-line options, by flag the arguments of `add_argument`
+    """
 
     def __init__(
         self,
@@ -140,31 +98,48 @@ class Report:
     ) -> None:
         parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}")
         parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/<name>.csv")
-        parser.add_argument(
-            "--into", type=Path, help="write to this CSV file, beside what is there of other benchmarks"
-        )
+        parser.add_argument("--into", type=Path, help="write to this CSV file, beside what others left there")
         parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch and ours")
-        parser.add_argument("--seconds", type=float, default=5.0, help="how long each case is timed")
+        parser.add_argument("--seconds", type=float, default=SECONDS, help="how long each case is timed")
         parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to time")
         parser.add_argument("--tiny", action="store_true", help="in sizes that take no time, to see that it runs")
+        parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name has it")
         if sizes:
             parser.add_argument("--sizes", nargs="+", type=_size, help="such as 2048x512x32000, in place of the usual")
         for flag, arguments in (more or {}).items():
             parser.add_argument(flag, **arguments)
         self.options, self.name, self.rows = parser.parse_args(), name, list[dict[str, Any]]()
-        device, tiny = self.options.device, self.options.tiny
+        self.device, tiny = self.options.device, self.options.tiny
         if tiny and self.options.save:
             parser.error("--save keeps what was measured, which --tiny does not")
-        self.sizes = (self.options.sizes or sizes["tiny" if tiny else device]) if sizes else []
-        self.path = self.options.into or (RESULTS / device / f"{name}.csv" if self.options.save else None)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            parser.error("--device cuda, but torch sees no GPU")
+        self.sizes = (self.options.sizes or sizes["tiny" if tiny else self.device]) if sizes else []
+        self.path = self.options.into or (RESULTS / self.device / f"{name}.csv" if self.options.save else None)
         torch.set_num_threads(self.options.threads)
-        if device != "cpu":
-            if not torch.cuda.is_available():
-                parser.error("--device cuda, but torch sees no GPU")
-            torch.set_default_device(device)
+        if self.device == "cuda":
+            torch.set_default_device(self.device)
         torch.manual_seed(0)
-        self.machine = machine(device, tiny)
+        self.machine = machine(self.device, tiny)
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in self.machine.items()), flush=True)
+
+    def measure(self, case: Case) -> None:
+        """Checks the functions of a case, then times them; in tiny sizes without torch.compile, which takes long."""
+        torch.compiler.reset()  # for these shapes alone
+        if self.options.tiny:
+            case = replace(case, functions={n: f for n, f in case.functions.items() if n != "torch.compile"})
+        inputs = case.make(self.device)
+        figures = {"error": case.errors(inputs)}
+        functions = {name: case.timed(name, inputs) for name in figures["error"]}
+        if case.memory:
+            figures["extra_mib"] = {n: peak_mib(f, beside_outputs=True) for n, f in functions.items()}
+        if self.device == "cuda" and not case.grads:
+            first = next(iter(functions))
+            functions[f"{first}, as a graph"] = captured(functions[first])
+        timings = compare(functions, seconds=self.options.seconds)
+        for figure, amount in case.work.items():
+            figures[figure] = {name: amount / timing.median * 1e3 for name, timing in timings.items()}
+        self.add(case.name, timings, **figures)
 
     def add(self, case: str, timings: dict[str, Timing], **figures: dict[str, float]) -> None:
         """Adds one comparison; the first name is ours, and ratios say how many times longer the others take.
@@ -179,7 +154,6 @@ class Report:
             extra = "".join(f"   {figure} {value:.3g}" for figure, value in more.items())
             numbers = f"{timing.median:>12.3f}{timing.p20:>10.3f}{timing.p80:>10.3f}{row['ratio']:>8.2f}"
             print(f"  {name:<42}{numbers}{extra}", flush=True)
-
         if self.path:
             self._write(self.path)
 
@@ -190,13 +164,13 @@ class Report:
 
     def _write(self, path: Path) -> None:
         """Writes all rows so far, in place of those of the last run: what stops a run leaves the cases it finished."""
-        when = datetime.now(UTC).isoformat(timespec="seconds")
+        when, last = datetime.now(UTC).isoformat(timespec="seconds"), {**self.machine, "peers": competitors.versions()}
         rows = [row for row in rows_in(path) if row["benchmark"] != self.name] if path.exists() else []
-        rows += [{"benchmark": self.name, "when": when, **row, **self.machine} for row in self.rows]
+        rows += [{"benchmark": self.name, "when": when, **row, **last} for row in self.rows]
         path.parent.mkdir(parents=True, exist_ok=True)
-        figures = sorted(set().union(*rows) - set(FIRST) - set(self.machine))
+        figures = sorted(set().union(*rows) - set(FIRST) - set(last))
         with path.with_suffix(".new").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*FIRST, *figures, *self.machine], lineterminator="\n")
+            writer = csv.DictWriter(file, [*FIRST, *figures, *last], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         path.with_suffix(".new").replace(path)
@@ -204,3 +178,13 @@ class Report:
 
 def _size(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split("x")))
+
+
+def run(name: str, benchmark: Any) -> None:
+    """All cases of a benchmark file, or those that --only names."""
+    report = Report(name, benchmark.SIZES)
+    torch.set_default_device(None)  # it would cost every call of torch; a case makes its inputs where they belong
+    for case in benchmark.cases(report.sizes, report.device):
+        if report.options.only in case.name:
+            report.measure(case)
+    report.finish()

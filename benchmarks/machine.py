@@ -3,7 +3,6 @@
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,11 @@ from typing import Any
 import torch
 
 import fastrlhf
+from benchmarks.case import Prepared, once
 from fastrlhf import _cpu
 
 ROOT = Path(__file__).parents[1]
 CODE = ("--", "*.py", "csrc", "setup.py")  # what must be committed for a result to be that of its commit
-
-
-def synchronize(device: str) -> None:
-    """Waits for what was started on the device."""
-    if device != "cpu":
-        torch.cuda.synchronize(device)
 
 
 def machine(device: str, tiny: bool = False) -> dict[str, Any]:
@@ -45,25 +39,18 @@ def copy_bandwidth(device: str, elements: int) -> float:
     """GB/s of a copy of float32 into memory already touched; read and written bytes together."""
     source = torch.ones(elements, device=device)
     target = source.clone()
-    return 2 * source.nbytes / _best(lambda: target.copy_(source), device) / 1e9
+    return 2 * source.nbytes / _best(lambda: target.copy_(source)) / 1e9
 
 
 def matrix_rate(device: str, dtype: torch.dtype, side: int) -> float:
     """GFLOP/s of a product of two square matrices of random numbers: a GPU multiplies equal ones faster."""
     a = torch.randn(side, side, dtype=dtype, device=device)
-    return 2 * side**3 / _best(lambda: a @ a, device) / 1e9
+    return 2 * side**3 / _best(lambda: a @ a) / 1e9
 
 
-def _best(function: Callable[[], Any], device: str) -> float:
+def _best(function: Callable[[], Any]) -> float:
     """The shortest of seven times in seconds."""
-    times = []
-    for _ in range(7):
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(once(Prepared(tuple, function)) for _ in range(7)) / 1e3
 
 
 def _git(*args: str) -> str:

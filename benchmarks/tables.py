@@ -25,62 +25,50 @@ class Headline(NamedTuple):
     beside: str
     benchmark: str
     case: str
-    ours: str
     theirs: str
+    ours: str = "fastrlhf"
     figure: str = "median"
 
 
-TRL = "TRL 1.16"
-LOGITS, HEAD = "8x256x32000 float32", "2048x512x32000 float32"
+LOGITS, HEAD, TOKENS = "8x256x32000 float32", "2048x512x32000 float32", "64x1024 tokens, forward + backward"
+PLAIN, BOTH = f"logprobs, {LOGITS}", f"logprobs + entropy, {LOGITS}"
+BACK, IN_PLACE = f"logprobs and backward, {LOGITS}", "fastrlhf in place"
+PPO_HEAD, FULL = f"fwd+bwd with entropy, {HEAD}", "torch full logits"
 HEADLINES = [
-    Headline("`token_logprobs`", TRL, "token_logprobs", f"logprobs, {LOGITS}", "fastrlhf", "trl"),
-    Headline("... with entropy", TRL, "token_logprobs", f"logprobs + entropy, {LOGITS}", "fastrlhf", "trl"),
-    Headline(
-        "... forward + backward, in place",
-        TRL,
-        "token_logprobs",
-        f"logprobs and backward, {LOGITS}",
-        "fastrlhf in place",
-        "trl",
+    Headline("`token_logprobs`", "TRL", "token_logprobs", PLAIN, "trl"),
+    Headline("... with entropy", "TRL", "token_logprobs", BOTH, "trl"),
+    Headline("... forward + backward, in place", "TRL", "token_logprobs", BACK, "trl", IN_PLACE),
+    Headline("... into a fresh buffer", "TRL", "token_logprobs", BACK, "trl"),
+    Headline("`gae`, 256 x 1024", "a loop over time", "gae", "256 x 1024", "loop over time"),
+    *(
+        Headline(f"`{loss}` forward + backward", beside, loss, TOKENS, theirs)
+        for loss in ("ppo_policy_loss", "value_loss")
+        for beside, theirs in (("`torch.compile`", "torch.compile"), ("verl", "verl"))
     ),
-    Headline("... into a fresh buffer", TRL, "token_logprobs", f"logprobs and backward, {LOGITS}", "fastrlhf", "trl"),
-    Headline("`gae`, 256 x 1024", "a loop over time", "gae", "256 x 1024", "fastrlhf", "loop over time"),
+    *(
+        Headline(f"{what}`{op}` forward + backward", beside, op, case, theirs, figure=figure)
+        for op, beside, case, theirs in (
+            ("linear_cross_entropy", "`F.linear_cross_entropy`", f"fwd+bwd, {HEAD}", "F.linear_cross_entropy"),
+            ("linear_ppo_loss", "full logits", PPO_HEAD, FULL),
+            ("linear_token_logprobs", "full logits", f"fwd+bwd, {HEAD}", FULL),
+        )
+        for what, figure in (("", "median"), ("extra memory of ", "extra_mib"))
+    ),
     Headline(
         "packed forward + backward",
         "padding in random order",
         "packing",
         "24 sequences, 3854 tokens",
-        "fastrlhf, packed",
         "padded, random order",
+        "fastrlhf, packed",
     ),
     Headline(
-        "generation",
-        "`generate`, static cache",
-        "generation",
-        "64 prompts, 4049 tokens",
-        "fastrlhf",
-        "generate, static cache",
+        "generation", "`generate`, static cache", "generation", "64 prompts, 4049 tokens", "generate, static cache"
     ),
-    Headline("SFT", f"{TRL}, padding_free", "sft", "10m, 64 sequences, loss of responses", "fastrlhf", "trl"),
-    Headline(
-        "... loss of all tokens",
-        f"{TRL}, padding_free",
-        "sft",
-        "10m, 64 sequences, loss of all tokens",
-        "fastrlhf",
-        "trl",
-    ),
-    Headline("reward model", TRL, "reward", "10m, 32 pairs", "fastrlhf", "trl"),
-    Headline("PPO, an iteration", "TRL 1.12", "ppo", "10m, 16 prompts, 64 new tokens", "fastrlhf", "trl"),
-    Headline(
-        "memory of `linear_token_logprobs`",
-        "full logits",
-        "linear_token_logprobs",
-        f"fwd+bwd, {HEAD}",
-        "fastrlhf",
-        "torch full logits",
-        "peak_mib",
-    ),
+    Headline("SFT", "TRL 1.16, padding_free", "sft", "10m, 64 sequences, loss of responses", "trl"),
+    Headline("... loss of all tokens", "TRL 1.16, padding_free", "sft", "10m, 64 sequences, loss of all tokens", "trl"),
+    Headline("reward model", "TRL 1.16", "reward", "10m, 32 pairs", "trl"),
+    Headline("PPO, an iteration", "TRL 1.12", "ppo", "10m, 16 prompts, 64 new tokens", "trl"),
 ]
 
 
@@ -98,16 +86,30 @@ def read(*paths: Path) -> dict[str, list[Row]]:
 
 
 def headlines(files: dict[str, list[Row]]) -> list[tuple[Headline, float | None]]:
-    """Each headline whose benchmark has a file, with its ratio; None where one side was not measured."""
+    """Each headline with its ratio; None where one side was not measured, as where the peer is not installed."""
     results = []
     for line in HEADLINES:
-        if line.benchmark not in files:
-            continue
-        rows = {row["name"]: row for row in files[line.benchmark] if row["case"] == line.case}
-        measured = {line.ours, line.theirs} <= rows.keys()
-        ratio = float(rows[line.theirs][line.figure]) / float(rows[line.ours][line.figure]) if measured else None
-        results.append((line, ratio))
+        rows = {row["name"]: row for row in files.get(line.benchmark, []) if row["case"] == line.case}
+        figures = [rows.get(name, {}).get(line.figure) for name in (line.theirs, line.ours)]
+        results.append((line, float(figures[0]) / float(figures[1]) if all(figures) else None))
     return results
+
+
+def peer(files: dict[str, list[Row]], line: Headline) -> str:
+    """What a headline is beside, with the version that was measured."""
+    row = files.get(line.benchmark, [{}])[0]
+    versions = dict(part.split(" ", 1) for part in row.get("peers", "").split(", ") if part)
+    return f"{line.beside} {versions[line.theirs]}" if line.theirs in versions else line.beside
+
+
+def slower(files: dict[str, list[Row]]) -> str:
+    """The sentence of README.md on every comparison in which the other one is faster."""
+    rows = [row for rows in files.values() for row in rows if not row["name"].startswith("fastrlhf")]
+    behind = sorted((float(row["ratio"]), row["benchmark"], row["case"], row["name"]) for row in rows)
+    behind = [row for row in behind if row[0] < 1]
+    texts = [f"`{benchmark}`, {case}: {name} takes {ratio:.2g}x" for ratio, benchmark, case, name in behind]
+    head = f"Of {len(rows)} comparisons, those in which the other one takes less time than ours"
+    return f"{head}: {'; '.join(texts) or 'none'}."
 
 
 def number(text: str) -> str:
@@ -129,7 +131,7 @@ def front(files: dict[str, list[Row]]) -> str:
     lines = ["| what | beside | ratio | benchmark |", "|---|---|---|---|"]
     for line, ratio in headlines(files):
         shown = "not measured" if ratio is None else f"{ratio:.3g}x"
-        lines.append(f"| {line.what} | {line.beside} | {shown} | `{line.benchmark}`: {line.case} |")
+        lines.append(f"| {line.what} | {peer(files, line)} | {shown} | `{line.benchmark}`: {line.case} |")
     return "\n".join(lines)
 
 
@@ -184,11 +186,10 @@ def between(text: str, name: str, table: str) -> str:
 def texts() -> Iterable[tuple[Path, str]]:
     """The two pages as they should be."""
     files = read()
-    for path, name, table in (
-        (HERE.parent / "README.md", "speed", front(files)),
-        (HERE / "README.md", "results", whole(files)),
-    ):
-        yield path, between(path.read_text(), name, table)
+    front_page, page = HERE.parent / "README.md", HERE / "README.md"
+    text = between(front_page.read_text(), "speed", front(files))
+    yield front_page, between(text, "slower", slower(files))
+    yield page, between(page.read_text(), "results", whole(files))
 
 
 def write() -> None:

@@ -1,29 +1,31 @@
-"""gae against the loop over time that PPO trainers run: python -m benchmarks.ops.bench_gae
+"""gae against the loop over time that PPO trainers run.
 
 Sequences of one length, as the loop likes them, with and without a mask; then ragged responses, which it pads to the
-longest. On a GPU also as a graph replays it: the kernel without what Python takes to start it.
+longest.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Report, captured, compare, expect_close
+from benchmarks.case import Case, Prepared
 from fastrlhf import gae
 
-GAMMA, LAM = 1.0, 0.95
 SIZES = {
     "cpu": [(1024, 1024), (256, 1024)],
     "cuda": [(64, 1024), (512, 1024), (4096, 1024), (512, 4096), (8192, 4096)],
     "tiny": [(3, 8)],
 }
+GAMMA, LAM = 1.0, 0.95
 
 
 def loop_over_time(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Padded (N, L): one step of L for all sequences at once."""
-    advantages, following = [], torch.zeros(())
+    advantages, following = [], 0.0
     for t in reversed(range(rewards.shape[1])):
         next_values = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
         delta = rewards[:, t] + GAMMA * next_values - values[:, t]
@@ -35,7 +37,7 @@ def loop_over_time(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def masked_loop_over_time(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Where the mask is 0, what follows is carried through."""
-    advantages, following, next_values = [], torch.zeros(len(rewards)), torch.zeros(len(rewards))
+    advantages, following, next_values = [], torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + GAMMA * next_values - values[:, t]
         following = torch.where(mask[:, t], delta + GAMMA * LAM * following, following)
@@ -45,59 +47,50 @@ def masked_loop_over_time(rewards: Tensor, values: Tensor, mask: Tensor) -> tupl
     return torch.where(mask, stacked, 0), torch.where(mask, stacked + values, 0)
 
 
-def table(
-    report: Report,
-    case: str,
-    packed: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    loop: Callable[..., tuple[Tensor, Tensor]],
-    padded: tuple[Tensor, ...],
-    inside: Tensor,
-) -> None:
-    """Ours on the packed tokens against `loop` on the padded ones; `inside` says where the padded tokens are real."""
-    rewards, values, cu_seqlens, mask = packed
-    exact = loop(*(x.double() if x.is_floating_point() else x for x in padded))
-
-    def ours() -> tuple[Tensor, Tensor]:
-        return gae(rewards, values, cu_seqlens, mask=mask, gamma=GAMMA, lam=LAM)
-
-    for actual, padded_exact in zip(ours(), exact, strict=True):
-        error = expect_close("fastrlhf", actual, padded_exact[inside], atol=1e-4)
-    functions = {"fastrlhf": ours, "loop over time": lambda: loop(*padded)}
-    if rewards.is_cuda:
-        functions["fastrlhf, as a graph"] = captured(ours)
-    timings = compare(functions, seconds=report.options.seconds)
-    moved = len(rewards) * (16 if mask is None else 17)
-    rates = {name: moved / timing.median / 1e6 for name, timing in timings.items() if "fastrlhf" in name}
-    report.add(case, timings, error={"fastrlhf": error}, gb_s=rates)
+def packed(rewards: Tensor, values: Tensor, mask: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """What `gae` takes of padded sequences of one length."""
+    cu_seqlens = torch.arange(0, rewards.numel() + 1, rewards.shape[1], dtype=torch.int32, device=rewards.device)
+    return rewards.flatten(), values.flatten(), cu_seqlens, None if mask is None else mask.flatten()
 
 
-def same_length(report: Report, num: int, length: int) -> None:
-    rewards, values, mask = torch.randn(num, length), torch.randn(num, length), torch.rand(num, length) < 0.9
-    cu_seqlens = torch.arange(0, num * length + 1, length, dtype=torch.int32)
-    flat, everything = (rewards.flatten(), values.flatten(), cu_seqlens), torch.ones_like(mask)
-    case = f"{num} x {length}"
-    table(report, case, (*flat, None), loop_over_time, (rewards, values), everything)
-    masked = (*flat, mask.flatten())
-    table(report, f"{case}, mask", masked, masked_loop_over_time, (rewards, values, mask), everything)
+def ours(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    return gae(rewards, values, cu_seqlens, mask=mask, gamma=GAMMA, lam=LAM)
 
 
-def ragged(report: Report, num: int, length: int) -> None:
-    lengths = (torch.randn(num) * 0.8 + 4.5).exp().clamp(4, length).int()
+def dense(num: int, length: int) -> tuple[Tensor, ...]:
+    return torch.randn(2, num, length).unbind()
+
+
+def holed(num: int, length: int) -> tuple[Tensor, ...]:
+    return *dense(num, length), torch.rand(num, length) < 0.9
+
+
+def ragged(num: int) -> Case:
+    """Responses of log-normal lengths."""
+    quantiles = torch.linspace(0.5 / num, 1 - 0.5 / num, num)[torch.randperm(num)]
+    lengths = torch.distributions.LogNormal(4.5, 0.8).icdf(quantiles).clamp(4, 1024).int()
     inside = torch.arange(int(lengths.max())) < lengths[:, None]
-    rewards, values = torch.randn(inside.shape) * inside, torch.randn(inside.shape) * inside
-    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    packed = rewards[inside], values[inside], cu_seqlens, None
+
+    def inputs() -> tuple[Tensor, ...]:
+        here = torch.get_default_device()
+        return *(torch.randn(2, *inside.shape) * inside.to(here)), inside.to(here)
+
+    def joined(rewards: Tensor, values: Tensor, inside: Tensor) -> tuple[Tensor | None, ...]:
+        cu_seqlens = F.pad(inside.sum(1).cumsum(0), (1, 0)).int()
+        return rewards[inside], values[inside], cu_seqlens, None
+
+    loop = Prepared(lambda *inputs: inputs[:2], loop_over_time, lambda *xs: tuple(x[inside.to(x.device)] for x in xs))
+    functions = {"fastrlhf": Prepared(joined, ours), "loop over time": loop}
+    work = {"gb_s": 16e-9 * int(lengths.sum())}
     case = f"{num} responses, {int(lengths.min())} to {int(lengths.max())} tokens"
-    table(report, case, packed, loop_over_time, (rewards, values), inside)
+    return Case(case, functions, inputs, loop, atol=1e-4, work=work)
 
 
-def main() -> None:
-    report = Report("gae", SIZES)
-    for num, length in report.sizes:
-        same_length(report, num, length)
-    ragged(report, 4 if report.options.tiny else 256, 1024)
-    report.finish()
-
-
-if __name__ == "__main__":
-    main()
+def cases(sizes: list[tuple[int, ...]], device: str) -> Iterator[Case]:
+    for shape in sizes:
+        text, size = "{} x {}".format(*shape), math.prod(shape)
+        for made, loop, what in ((dense, loop_over_time, ""), (holed, masked_loop_over_time, ", mask")):
+            functions = {"fastrlhf": Prepared(packed, ours), "loop over time": loop}
+            work = {"gb_s": (17 if what else 16) * 1e-9 * size}
+            yield Case(text + what, functions, partial(made, *shape), loop, atol=1e-4, work=work)
+    yield ragged(4 if sizes == SIZES["tiny"] else 256)

@@ -1,20 +1,25 @@
-"""kl_divergence against plain torch: python -m benchmarks.ops.bench_kl_divergence"""
+"""kl_divergence against plain torch and torch.compile."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Report, compare, expect_close, peak_mib
+from benchmarks.case import Case
+from benchmarks.competitors import compiled
 from fastrlhf import kl_divergence
 
-SHAPES = [(512, 32000), (64, 128256), (4096, 512), (8, 50)]
-Divergence = Callable[[Tensor, Tensor], Tensor]
+SIZES = {
+    "cpu": [(512, 32000), (64, 128256), (4096, 512)],
+    "cuda": [(8192, 128256), (8192, 32000)],
+    "tiny": [(5, 50)],
+}
 
 
-def by_torch(kind: str) -> Divergence:
+def by_torch(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
     def divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
         log_p, log_q = F.log_softmax(logits_p, -1), F.log_softmax(logits_q, -1)
         if kind != "js":
@@ -26,47 +31,33 @@ def by_torch(kind: str) -> Divergence:
     return divergence
 
 
-def ours(kind: str) -> Divergence:
-    return lambda logits_p, logits_q: kl_divergence(logits_p, logits_q, kind=kind)
+def inputs(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    first = 2 * torch.randn(shape)
+    return first.to(dtype), (first + torch.randn(shape)).to(dtype)
 
 
-def add(report: Report, kind: str, logits: list[Tensor], sides: list[Tensor], case: str) -> None:
-    """sides: of the logits, those that get a gradient; without one only the divergence is timed."""
-    divergences = {"fastrlhf": ours(kind), "torch": by_torch(kind)}
-    few = [x[:4].detach() for x in logits]
-    exact = by_torch(kind)(*(x.double() for x in few))
-    half = logits[0].dtype == torch.bfloat16  # of which torch rounds the terms
-    errors = {
-        name: expect_close(name, f(*few), exact, atol=0.1 if half and name == "torch" else 1e-5)
-        for name, f in divergences.items()
+def few(logits_p: Tensor, logits_q: Tensor) -> tuple[Tensor, Tensor]:
+    return logits_p[:16], logits_q[:16]
+
+
+def case(kind: str, shape: tuple[int, int], dtype: torch.dtype, grads: tuple[int, ...]) -> Case:
+    plain = by_torch(kind)
+    functions = {
+        "fastrlhf": partial(kl_divergence, kind=kind),
+        "torch": plain,
+        "torch.compile": compiled(plain),
     }
-
-    def call(divergence: Divergence) -> tuple[Tensor, ...]:
-        outputs = divergence(*logits)
-        return torch.autograd.grad(outputs.sum(), sides) if sides else (outputs,)
-
-    functions = {name: lambda f=f: call(f) for name, f in divergences.items()}
-    memory = {name: peak_mib(function) for name, function in functions.items()}
-    timings = compare(functions, seconds=report.options.seconds, min_rounds=3)
-    report.add(case, timings, peak_mib=memory, error=errors)
+    back = {(): "", (0,): " and backward to p", (0, 1): " and backward to both"}[grads]
+    name = f"{kind}{back}, {shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')}"
+    loose = {"torch": 0.1, "torch.compile": 0.1} if dtype != torch.float32 else {}  # torch rounds the terms
+    atol = 1e-5 if dtype == torch.float32 or not grads else 0.1
+    return Case(name, functions, partial(inputs, shape, dtype), plain, grads, few, atol=atol, loose=loose, memory=True)
 
 
-def main() -> None:
-    report = Report("kl_divergence")
-    for shape in SHAPES:
-        first = 2 * torch.randn(shape)
-        logits, text = [first, first + torch.randn(shape)], "x".join(map(str, shape))
-        for kind in ("forward", "js"):
-            add(report, kind, logits, [], f"{kind}, {text} float32")
-            if shape == SHAPES[0]:
-                add(report, kind, [x.bfloat16() for x in logits], [], f"{kind}, {text} bfloat16")
-        for kind in ("forward", "reverse", "js"):
-            leaves = [logits[0].requires_grad_(), logits[1].requires_grad_()]
-            add(report, kind, leaves, leaves[:1], f"{kind} and backward to p, {text} float32")
-            add(report, kind, leaves, leaves, f"{kind} and backward to both, {text} float32")
-            logits = [x.detach() for x in leaves]
-    report.finish()
-
-
-if __name__ == "__main__":
-    main()
+def cases(sizes: list[tuple[int, ...]], device: str) -> Iterator[Case]:
+    wide, half = (torch.bfloat16, ()) if device == "cuda" else (torch.float32, (torch.bfloat16,))
+    for kind in ("forward", "js"):
+        yield from (case(kind, shape, wide, ()) for shape in sizes)
+        yield from (case(kind, sizes[0], dtype, ()) for dtype in half)
+    yield from (case("forward", shape, wide, (0,)) for shape in sizes)
+    yield from (case(kind, sizes[0], wide, (0, 1)) for kind in ("reverse", "js"))

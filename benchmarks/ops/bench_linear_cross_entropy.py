@@ -1,59 +1,50 @@
-"""linear_cross_entropy against torch's own, whole and in chunks: forward and backward to hidden states and head.
+"""linear_cross_entropy against torch's own, whole and in chunks, Liger-Kernel and cut-cross-entropy.
 
-    python -m benchmarks.ops.bench_linear_cross_entropy
+Forward and backward to hidden states and head. The goal is to be no slower than F.linear_cross_entropy at a tenth of
+its extra memory, which is the peak beyond inputs, outputs and gradients."""
 
-The goal is to be no slower than F.linear_cross_entropy at a tenth of its extra memory, which is the peak beyond inputs,
-outputs and gradients."""
-
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Report, compare, expect_close, peak_mib
+from benchmarks.case import Case
+from benchmarks.competitors import find
 from fastrlhf import linear_cross_entropy, linear_token_logprobs
 
-NUM_ROWS, WIDTH, SIZE = 2048, 512, 32000
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+SIZES = {"cpu": [(2048, 512, 32000)], "cuda": [(8192, 4096, 128256)], "tiny": [(5, 4, 50)]}
 
 
-def losses() -> dict[str, Loss]:
-    chunked = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512)
-    return {
-        "fastrlhf": linear_cross_entropy,
-        "F.linear_cross_entropy": F.linear_cross_entropy,
-        "F.linear_cross_entropy in chunks": lambda h, w, t: F.linear_cross_entropy(h, w, t, options=chunked),
-        "linear_token_logprobs": lambda h, w, t: -linear_token_logprobs(h, w, t).mean(),
-    }
+def inputs(rows: int, width: int, size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return torch.randn(rows, width).to(dtype), (torch.randn(size, width) * 0.05).to(dtype), torch.randint(size, (rows,))
 
 
-def add(report: Report, case: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    leaves = [t for t in (hidden, weight) if t.requires_grad]
-    functions = {
-        name: lambda loss=loss: torch.autograd.grad(loss(hidden, weight, targets), leaves)
-        for name, loss in losses().items()
-    }
-    results = {name: function() for name, function in functions.items()}
-    errors = {
-        name: expect_close(name, grads[0], results["F.linear_cross_entropy"][0], rtol=1e-3, atol=1e-9)
-        for name, grads in results.items()
-    }
-    del results
-    outputs = sum(t.nbytes for t in leaves) / 2**20
-    extra = {name: peak_mib(function) - outputs for name, function in functions.items()}
-    timings = compare(functions, seconds=report.options.seconds, min_rounds=3)
-    report.add(case, timings, extra_mib=extra, error=errors)
+def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(hidden @ weight.t(), targets)
 
 
-def main() -> None:
-    report = Report("linear_cross_entropy")
-    hidden, weight = torch.randn(NUM_ROWS, WIDTH, requires_grad=True), torch.randn(SIZE, WIDTH) * 0.05
-    targets, shape = torch.randint(SIZE, (NUM_ROWS,)), f"{NUM_ROWS}x{WIDTH}x{SIZE}"
-    add(report, f"fwd+bwd, frozen head, {shape} float32", hidden, weight, targets)
-    add(report, f"fwd+bwd, {shape} float32", hidden, weight.requires_grad_(), targets)
-    report.finish()
+def few(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """A chunk and a half."""
+    return hidden[:768], weight, targets[:768]
 
 
-if __name__ == "__main__":
-    main()
+def cases(sizes: list[tuple[int, ...]], device: str) -> Iterator[Case]:
+    for rows, width, size in sizes:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        functions = {"fastrlhf": linear_cross_entropy}
+        if hasattr(F, "linear_cross_entropy"):
+            chunked = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512)
+            functions["F.linear_cross_entropy"] = F.linear_cross_entropy
+            functions["F.linear_cross_entropy in chunks"] = partial(F.linear_cross_entropy, options=chunked)
+        functions["fastrlhf, linear_token_logprobs"] = lambda h, w, t: -linear_token_logprobs(h, w, t).mean()
+        if liger := find("liger_kernel.transformers.functional", device):
+            functions["liger"] = liger.liger_fused_linear_cross_entropy
+        if cut := find("cut_cross_entropy", device):
+            functions["cut-cross-entropy"] = cut.linear_cross_entropy
+        near = {"rtol": 0.1, "atol": 2e-5} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-8}
+        made = partial(inputs, rows, width, size, dtype)
+        for grads, what in (((0,), "frozen head, "), ((0, 1), "")):
+            name = f"fwd+bwd, {what}{rows}x{width}x{size} {str(dtype).removeprefix('torch.')}"
+            yield Case(name, functions, made, full_logits, grads, few, memory=True, **near)

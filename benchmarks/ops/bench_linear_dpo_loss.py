@@ -1,22 +1,37 @@
 """linear_dpo_loss against DPO on full logits: forward and backward to hidden states and head.
 
-    python -m benchmarks.ops.bench_linear_dpo_loss
-
 Pairs of 256 rows fit in a chunk, which takes three matrix products; pairs of 1024 rows take four. Extra memory is the
 peak beyond inputs, outputs and gradients."""
+
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Report, compare, expect_close, peak_mib
+from benchmarks.case import Case
 from fastrlhf import linear_dpo_loss, linear_token_logprobs
 
-NUM_ROWS, WIDTH, SIZE, BETA = 2048, 512, 32000, 0.1
+SIZES = {"cpu": [(2048, 512, 32000)], "cuda": [(8192, 4096, 128256)], "tiny": [(1024, 4, 50)]}
+BETA = 0.1
+
+
+def inputs(rows: int, width: int, size: int, length: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    hidden, weight = torch.randn(rows, width).to(dtype), (torch.randn(size, width) * 0.05).to(dtype)
+    targets, cu_seqlens = torch.randint(size, (rows,)), torch.arange(0, rows + 1, length, dtype=torch.int32)
+    ref = linear_token_logprobs(hidden, weight, targets)
+    return hidden, weight, targets, cu_seqlens, ref + 0.1 * torch.randn_like(ref)
+
+
+def few(hidden: Tensor, weight: Tensor, targets: Tensor, cu_seqlens: Tensor, ref: Tensor) -> tuple[Tensor, ...]:
+    """1024 rows: a pair, or more."""
+    return hidden[:1024], weight, targets[:1024], cu_seqlens[cu_seqlens <= 1024], ref[:1024]
 
 
 def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor, cu_seqlens: Tensor, ref: Tensor) -> Tensor:
-    logprobs = F.log_softmax(hidden @ weight.t(), -1).gather(1, targets[:, None])[:, 0]
+    table = F.log_softmax(hidden @ weight.t(), -1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    logprobs = table.gather(1, targets[:, None])[:, 0]
     rewards = BETA * (logprobs - ref).view(cu_seqlens.shape[0] - 1, -1).sum(1)  # sequences are of one length here
     return -F.logsigmoid(rewards[::2] - rewards[1::2]).mean()
 
@@ -25,33 +40,13 @@ def ours(*inputs: Tensor) -> Tensor:
     return linear_dpo_loss(*inputs, beta=BETA)[0]
 
 
-def add(report: Report, case: str, inputs: tuple[Tensor, ...]) -> None:
-    leaves, losses = [t for t in inputs if t.requires_grad], {"fastrlhf": ours, "torch full logits": full_logits}
-    functions = {name: lambda loss=loss: torch.autograd.grad(loss(*inputs), leaves) for name, loss in losses.items()}
-    exact = functions["torch full logits"]()
-    errors = {
-        name: max(expect_close(name, *pair, rtol=1e-3, atol=1e-6) for pair in zip(function(), exact, strict=True))
-        for name, function in functions.items()
-    }
-    outputs = sum(t.nbytes for t in leaves) / 2**20
-    extra = {name: peak_mib(function) - outputs for name, function in functions.items()}
-    timings = compare(functions, seconds=report.options.seconds, min_rounds=3)
-    report.add(case, timings, extra_mib=extra, error=errors)
-
-
-def main() -> None:
-    report = Report("linear_dpo_loss")
-    hidden, weight = torch.randn(NUM_ROWS, WIDTH, requires_grad=True), torch.randn(SIZE, WIDTH) * 0.05
-    targets = torch.randint(SIZE, (NUM_ROWS,))
-    with torch.no_grad():
-        ref = linear_token_logprobs(hidden, weight, targets) + 0.1 * torch.randn(NUM_ROWS)
-    weight.requires_grad_()
-    for length in (128, 512):
-        cu_seqlens = torch.arange(0, NUM_ROWS + 1, length, dtype=torch.int32)
-        pairs = f"{NUM_ROWS // length // 2} pairs of {2 * length} rows"
-        add(report, f"fwd+bwd, {pairs}, {WIDTH}x{SIZE} float32", (hidden, weight, targets, cu_seqlens, ref))
-    report.finish()
-
-
-if __name__ == "__main__":
-    main()
+def cases(sizes: list[tuple[int, ...]], device: str) -> Iterator[Case]:
+    for rows, width, size in sizes:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        near = {"rtol": 0.1, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-6}
+        functions = {"fastrlhf": ours, "torch full logits": full_logits}
+        for length in (128, 512):
+            pairs = f"{rows // length // 2} pairs of {2 * length} rows"
+            name = f"fwd+bwd, {pairs}, {width}x{size} {str(dtype).removeprefix('torch.')}"
+            made = partial(inputs, rows, width, size, length, dtype)
+            yield Case(name, functions, made, full_logits, (0, 1), few, memory=True, **near)

@@ -1,57 +1,49 @@
-"""linear_kl_divergence against plain torch on whole logits: python -m benchmarks.ops.bench_linear_kl_divergence"""
+"""linear_kl_divergence against plain torch on whole logits, and Liger-Kernel."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Report, compare, expect_close, peak_mib
+from benchmarks.case import Case
+from benchmarks.competitors import find
 from fastrlhf import linear_kl_divergence
 
-NUM_ROWS, WIDTH, SIZE = 1024, 512, 32000
-Divergence = Callable[[list[Tensor]], Tensor]
+SIZES = {"cpu": [(1024, 512, 32000)], "cuda": [(4096, 4096, 128256)], "tiny": [(5, 4, 50)]}
 
 
-def by_torch(tensors: list[Tensor]) -> Tensor:
-    hidden_p, weight_p, hidden_q, weight_q = tensors
-    log_p, log_q = F.log_softmax(hidden_p @ weight_p.t(), -1), F.log_softmax(hidden_q @ weight_q.t(), -1)
-    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+def inputs(rows: int, width: int, size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Hidden states and head of p, then of q."""
+    return tuple((torch.randn(n, width) * s).to(dtype) for n, s in ((rows, 1.0), (size, 0.05)) * 2)
 
 
-DIVERGENCES: dict[str, Divergence] = {
-    "fastrlhf": lambda tensors: linear_kl_divergence(*tensors),
-    "fastrlhf, logits kept": lambda tensors: linear_kl_divergence(*tensors, memory_budget=2**40),
-    "torch": by_torch,
-}
+def few(hidden_p: Tensor, weight_p: Tensor, hidden_q: Tensor, weight_q: Tensor) -> tuple[Tensor, ...]:
+    """A chunk and a half."""
+    return hidden_p[:384], weight_p, hidden_q[:384], weight_q
 
 
-def add(report: Report, tensors: list[Tensor], sides: list[Tensor], case: str) -> None:
-    """sides: of the tensors, those that get a gradient; without one only the divergence is timed."""
-    divergences = {name: f for name, f in DIVERGENCES.items() if sides or name != "fastrlhf, logits kept"}
-    few = [t[:4].detach() if i % 2 == 0 else t.detach() for i, t in enumerate(tensors)]
-    exact = by_torch([t.double() for t in few])
-    errors = {name: expect_close(name, f(few), exact) for name, f in divergences.items()}
-
-    def call(divergence: Divergence) -> tuple[Tensor, ...]:
-        outputs = divergence(tensors)
-        return torch.autograd.grad(outputs.sum(), sides) if sides else (outputs,)
-
-    functions = {name: lambda f=f: call(f) for name, f in divergences.items()}
-    memory = {name: peak_mib(function) for name, function in functions.items()}
-    report.add(case, compare(functions, seconds=report.options.seconds, min_rounds=3), peak_mib=memory, error=errors)
+def by_torch(hidden_p: Tensor, weight_p: Tensor, hidden_q: Tensor, weight_q: Tensor) -> Tensor:
+    wide = torch.promote_types(hidden_p.dtype, torch.float32)
+    log_p, log_q = (F.log_softmax(h @ w.t(), -1, dtype=wide) for h, w in ((hidden_p, weight_p), (hidden_q, weight_q)))
+    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
 
 
-def main() -> None:
-    report = Report("linear_kl_divergence")
-    shape = f"{NUM_ROWS}x{WIDTH}x{SIZE} float32"
-    tensors = [torch.randn(n, WIDTH) * s for n, s in ((NUM_ROWS, 1.0), (SIZE, 0.05)) * 2]
-    add(report, tensors, [], f"forward, {shape}")
-    for indices, what in (((0,), "hidden_p"), ((0, 1), "p"), ((0, 1, 2, 3), "both")):
-        leaves = [t.detach().requires_grad_(i in indices) for i, t in enumerate(tensors)]
-        add(report, leaves, [leaves[i] for i in indices], f"forward and backward to {what}, {shape}")
-    report.finish()
+def ours(*inputs: Tensor, **options: int) -> Tensor:
+    return linear_kl_divergence(*inputs, **options).mean()
 
 
-if __name__ == "__main__":
-    main()
+def cases(sizes: list[tuple[int, ...]], device: str) -> Iterator[Case]:
+    for rows, width, size in sizes:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        near = {"rtol": 0.1, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-7}
+        functions = {"fastrlhf": ours, "fastrlhf, logits kept": partial(ours, memory_budget=2**40), "torch": by_torch}
+        # Liger's student is our p; its beta of 1 is KL(student, teacher)
+        if liger := find("liger_kernel.transformers.functional", device):
+            functions["liger"] = partial(liger.liger_fused_linear_jsd, jsd_beta=1.0)
+        made = partial(inputs, rows, width, size, dtype)
+        for grads, what in (((), "forward"), ((0,), "forward and backward to hidden_p"), ((0, 1), "... to p")):
+            given = {n: f for n, f in functions.items() if grads or n in ("fastrlhf", "torch")}
+            name = f"{what}, {rows}x{width}x{size} {str(dtype).removeprefix('torch.')}"
+            yield Case(name, given, made, by_torch, grads, few, memory=True, **near)

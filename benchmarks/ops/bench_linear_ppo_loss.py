@@ -1,33 +1,43 @@
 """linear_ppo_loss against PPO with entropy on full logits: forward and backward to hidden states and head.
 
-    python -m benchmarks.ops.bench_linear_ppo_loss
-
 The goal is 1.4 times the speed at a tenth of the extra memory: the peak beyond inputs, outputs and gradients."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Report, compare, expect_close, peak_mib
+from benchmarks.case import Case
 from fastrlhf import linear_ppo_loss, linear_token_logprobs, ppo_policy_loss
 
-NUM_ROWS, WIDTH, SIZE = 2048, 512, 32000
+SIZES = {"cpu": [(2048, 512, 32000)], "cuda": [(8192, 4096, 128256)], "tiny": [(5, 4, 50)]}
 CLIP, ENTROPY_COEF = 0.2, 0.01
-Loss = Callable[..., Tensor]
+
+
+def inputs(rows: int, width: int, size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    hidden, weight = torch.randn(rows, width).to(dtype), (torch.randn(size, width) * 0.05).to(dtype)
+    targets = torch.randint(size, (rows,))
+    own = linear_token_logprobs(hidden, weight, targets)
+    return hidden, weight, targets, own + 0.1 * torch.randn_like(own), torch.randn_like(own)
+
+
+def few(hidden: Tensor, weight: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    """A chunk and a half."""
+    return hidden[:768], weight, *(x[:768] for x in rest)
 
 
 def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-    table = F.log_softmax(hidden @ weight.t(), -1)
+    table = F.log_softmax(hidden @ weight.t(), -1, dtype=torch.promote_types(hidden.dtype, torch.float32))
     logprobs, entropy = table.gather(1, targets[:, None])[:, 0], -(table.exp() * table).sum(-1)
     ratio = (logprobs - old).exp()
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
     return -surrogate.mean() - ENTROPY_COEF * entropy.mean()
 
 
-def ours(hidden: Tensor, weight: Tensor, targets: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-    return linear_ppo_loss(hidden, weight, targets, old, advantages, clip_range=CLIP, entropy_coef=ENTROPY_COEF)[0]
+def ours(*inputs: Tensor) -> Tensor:
+    return linear_ppo_loss(*inputs, clip_range=CLIP, entropy_coef=ENTROPY_COEF)[0]
 
 
 def two_ops(hidden: Tensor, weight: Tensor, targets: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
@@ -35,38 +45,16 @@ def two_ops(hidden: Tensor, weight: Tensor, targets: Tensor, old: Tensor, advant
     return ppo_policy_loss(logprobs, old, advantages, clip_range=CLIP)[0] - ENTROPY_COEF * entropy.mean()
 
 
-LOSSES: dict[str, Loss] = {
-    "fastrlhf": ours,
-    "torch full logits": full_logits,
-    "linear_token_logprobs, ppo_policy_loss": two_ops,
-}
-
-
-def add(report: Report, case: str, inputs: tuple[Tensor, ...]) -> None:
-    leaves = [t for t in inputs if t.requires_grad]
-    functions = {name: lambda loss=loss: torch.autograd.grad(loss(*inputs), leaves) for name, loss in LOSSES.items()}
-    exact = functions["torch full logits"]()
-    errors = {
-        name: max(expect_close(name, *pair, rtol=1e-3, atol=1e-9) for pair in zip(function(), exact, strict=True))
-        for name, function in functions.items()
-    }
-    outputs = sum(t.nbytes for t in leaves) / 2**20
-    extra = {name: peak_mib(function) - outputs for name, function in functions.items()}
-    timings = compare(functions, seconds=report.options.seconds, min_rounds=3)
-    report.add(case, timings, extra_mib=extra, error=errors)
-
-
-def main() -> None:
-    report = Report("linear_ppo_loss")
-    hidden, weight = torch.randn(NUM_ROWS, WIDTH, requires_grad=True), torch.randn(SIZE, WIDTH) * 0.05
-    targets = torch.randint(SIZE, (NUM_ROWS,))
-    with torch.no_grad():
-        own = linear_token_logprobs(hidden, weight, targets)
-    rows, shape = (targets, own + 0.1 * torch.randn_like(own), torch.randn_like(own)), f"{NUM_ROWS}x{WIDTH}x{SIZE}"
-    add(report, f"fwd+bwd with entropy, frozen head, {shape} float32", (hidden, weight, *rows))
-    add(report, f"fwd+bwd with entropy, {shape} float32", (hidden, weight.requires_grad_(), *rows))
-    report.finish()
-
-
-if __name__ == "__main__":
-    main()
+def cases(sizes: list[tuple[int, ...]], device: str) -> Iterator[Case]:
+    for rows, width, size in sizes:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        near = {"rtol": 0.1, "atol": 1e-4} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-8}
+        functions = {
+            "fastrlhf": ours,
+            "torch full logits": full_logits,
+            "fastrlhf, linear_token_logprobs and ppo_policy_loss": two_ops,
+        }
+        made = partial(inputs, rows, width, size, dtype)
+        for grads, what in (((0,), ", frozen head"), ((0, 1), "")):
+            name = f"fwd+bwd with entropy{what}, {rows}x{width}x{size} {str(dtype).removeprefix('torch.')}"
+            yield Case(name, functions, made, full_logits, grads, few, memory=True, **near)

@@ -1,103 +1,84 @@
-"""token_logprobs against plain torch and TRL's own functions: python -m benchmarks.ops.bench_token_logprobs"""
+"""token_logprobs against plain torch, torch.compile and the functions of TRL, verl and Liger-Kernel."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Prepared, Report, compare, expect_close
+from benchmarks.case import Case, Prepared
+from benchmarks.competitors import compiled, find
 from fastrlhf import token_logprobs
 
-try:
-    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
-except ImportError:
-    selective_log_softmax = None
-    print("trl is not installed, so it is left out: pip install trl")
-
-SHAPE = (8, 256, 32000)
-Function = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+SIZES = {"cpu": [(8, 256, 32000)], "cuda": [(8, 1024, 128256)], "tiny": [(2, 3, 50)]}
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}  # the backward in the first
+Function = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]
 
 
-def torch_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    return (F.log_softmax(logits, -1).gather(-1, targets[..., None]).squeeze(-1),)
+def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return (3 * torch.randn(shape)).to(dtype), torch.randint(shape[-1], shape[:-1])
 
 
-def torch_both(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+def ours(logits: Tensor, targets: Tensor, **options: bool) -> tuple[Tensor, ...]:
+    """Peers take (B, L, V); ours takes the rows of it."""
+    outputs = token_logprobs(logits.flatten(0, -2), targets.flatten(), **options)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def by_torch(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.log_softmax(logits, -1).gather(-1, targets[..., None]).squeeze(-1)
+
+
+def both_by_torch(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     table = F.log_softmax(logits, -1)
     return table.gather(-1, targets[..., None]).squeeze(-1), -(table.exp() * table).sum(-1)
 
 
-def trl_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    return (selective_log_softmax(logits, targets),)
+def peers(device: str, entropy: bool) -> dict[str, Function]:
+    trl, verl = find("trl.trainer.utils"), find("verl.utils.torch_functional")
+    liger, functions = find("liger_kernel.transformers.functional", device), dict[str, Function]()
+    if trl:
+        one = trl.selective_log_softmax
+        functions["trl"] = (lambda x, y: (one(x, y), trl.entropy_from_logits(x))) if entropy else one
+    if verl:
+        probs = verl.logprobs_from_logits
+        functions["verl"] = (lambda x, y: (probs(x, y), verl.entropy_from_logits(x))) if entropy else probs
+    if liger and not entropy:
+        cross = partial(liger.liger_cross_entropy, reduction="none")
+        functions["liger"] = lambda x, y: -cross(x.flatten(0, -2), y.flatten())
+    return functions
 
 
-def trl_both(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    return selective_log_softmax(logits, targets), entropy_from_logits(logits)
+def few(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return logits[:1], targets[:1]
 
 
-def ours(**options: bool) -> Function:
-    """TRL's functions take (B, L, V); ours takes the rows of it."""
-
-    def function(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        outputs = token_logprobs(logits.flatten(0, -2), targets.flatten(), **options)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return tuple(output.view(targets.shape) for output in outputs)
-
-    return function
+def fresh(function: Function) -> Prepared:
+    """With logits that the function may write over, made anew for every call, untimed."""
+    return Prepared(lambda logits, targets: (logits * 1, targets), function)
 
 
-def gradient(function: Function, source: Tensor, targets: Tensor, upstream: tuple[Tensor, ...]) -> Prepared:
-    """Forward and backward to the logits, which an in-place backward consumes: they are made anew, untimed, no leaf."""
-    leaf = source.clone().requires_grad_()
-
-    def run(logits: Tensor) -> Tensor:
-        outputs = function(logits, targets)
-        return torch.autograd.grad(outputs, logits, upstream[: len(outputs)])[0]
-
-    return Prepared(lambda: (leaf * 1,), run)
+def cases(sizes: list[tuple[int, ...]], device: str) -> Iterator[Case]:
+    for shape in sizes:
+        for what, plain in (("logprobs", by_torch), ("logprobs + entropy", both_by_torch)):
+            yield from compared(what, plain, shape, device)
 
 
-def time_forward(report: Report, functions: dict[str, Function], logits: Tensor, targets: Tensor, case: str) -> None:
-    exact, errors = torch_both(logits[:1].double(), targets[:1]), {}
-    for name, function in functions.items():
-        outputs = function(logits[:1], targets[:1])
-        # TRL's and torch's log-probabilities of half-precision logits are rounded to that precision
-        atol = 1e-4 if name == "fastrlhf" or logits.dtype == torch.float32 else 0.1
-        errors[name] = max(expect_close(name, o, e, atol=atol) for o, e in zip(outputs, exact, strict=False))
-    with torch.no_grad():
-        timings = compare(
-            {n: lambda f=f: f(logits, targets) for n, f in functions.items()}, seconds=report.options.seconds
-        )
-    report.add(case, timings, error=errors)
-
-
-def time_gradient(report: Report, functions: dict[str, Function], logits: Tensor, targets: Tensor, case: str) -> None:
-    upstream = torch.randn(2, *targets.shape).unbind()
-    small = {n: gradient(f, logits[:1], targets[:1], tuple(u[:1] for u in upstream)) for n, f in functions.items()}
-    grads = {name: f.run(*f.prepare()) for name, f in small.items()}
-    errors = {name: expect_close(name, grad, grads["torch"], rtol=1e-4, atol=1e-5) for name, grad in grads.items()}
-    prepared = {n: gradient(f, logits, targets, upstream) for n, f in functions.items()}
-    report.add(case, compare(prepared, seconds=report.options.seconds), difference_to_torch=errors)
-
-
-def main() -> None:
-    report = Report("token_logprobs")
-    logits, targets = 3 * torch.randn(SHAPE), torch.randint(SHAPE[-1], SHAPE[:-1])
-    shape = "x".join(map(str, SHAPE))
-    for what, entropy, others in (
-        ("logprobs", False, {"torch": torch_logprobs, "trl": trl_logprobs}),
-        ("logprobs + entropy", True, {"torch": torch_both, "trl": trl_both}),
-    ):
-        if selective_log_softmax is None:
-            del others["trl"]
-        functions = {"fastrlhf": ours(return_entropy=entropy), **others}
-        in_place = {"fastrlhf in place": ours(return_entropy=entropy, inplace_backward=True)}
-        time_forward(report, functions, logits, targets, f"{what}, {shape} float32")
-        time_gradient(report, in_place | functions, logits, targets, f"{what} and backward, {shape} float32")
-        time_forward(report, functions, logits.bfloat16(), targets, f"{what}, {shape} bfloat16")
-    report.finish()
-
-
-if __name__ == "__main__":
-    main()
+def compared(what: str, plain: Function, shape: tuple[int, ...], device: str) -> Iterator[Case]:
+    options = {"return_entropy": plain is both_by_torch}
+    others = {"torch": plain, "torch.compile": compiled(plain)}
+    others |= peers(device, options["return_entropy"])
+    functions = {"fastrlhf": partial(ours, **options), **others}
+    writing = {name: fresh(f) if name in ("verl", "liger") else f for name, f in functions.items()}
+    in_place = {"fastrlhf in place": fresh(partial(ours, **options, inplace_backward=True)), **writing}
+    for dtype in DTYPES[device]:
+        name, made = f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}", partial(inputs, shape, dtype)
+        work = {"gb_s": math.prod(shape) * dtype.itemsize / 1e9}
+        # in half precision peers round their results to it
+        loose = {} if dtype == torch.float32 else dict.fromkeys(others, 0.1)
+        yield Case(f"{what}, {name}", functions, made, plain, few=few, atol=1e-4, loose=loose, work=work)
+        if dtype == DTYPES[device][0]:
+            near, name = 1e-5 if dtype == torch.float32 else 0.1, f"{what} and backward, {name}"
+            yield Case(name, in_place, made, plain, (0,), few=few, atol=near, memory=True)

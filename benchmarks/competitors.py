@@ -1,0 +1,39 @@
+"""What is installed of others, to be measured beside ours; a line says what is not."""
+
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+import torch
+
+GPU_ONLY = ("liger_kernel", "cut_cross_entropy")
+PEERS = ("trl", "verl", *GPU_ONLY)
+
+
+@functools.cache
+def find(module: str, device: str = "cpu") -> ModuleType | None:
+    """A module of a peer; None, and a line, where it is not installed or its kernels cannot run."""
+    peer = module.partition(".")[0]
+    if peer in GPU_ONLY and device != "cuda":
+        print(f"{peer} runs on a GPU only, so it is left out: --device cuda", file=sys.stderr)
+    elif importlib.util.find_spec(peer) is None:
+        print(f"{peer} is not installed, so it is left out: pip install {peer.replace('_', '-')}", file=sys.stderr)
+    else:
+        return importlib.import_module(module)
+    return None
+
+
+def versions() -> str:
+    """Those that took part, each with its version."""
+    return ", ".join(f"{peer} {metadata.version(peer)}" for peer in PEERS if peer in sys.modules)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of a function, for each shape anew; its compiler is imported when it is first called."""
+    made = functools.cache(lambda: torch.compile(function, dynamic=False))
+    return lambda *args: made()(*args)
