@@ -39,6 +39,7 @@ def attend(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     sequence_lengths: Sequence[int] | None = None,
+    prefix_lengths: Sequence[int] = (),
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Returns (output (1, T, H, K), None): causal attention of each sequence of the pack to itself.
@@ -67,8 +68,12 @@ def attend(
     if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
     lengths = cu_seq_lens_q.diff().tolist() if sequence_lengths is None else list(sequence_lengths)
+    queries, keys, values = (list(t.split(lengths, 2)) for t in (query, key, value))
+    for n, prefix in enumerate(prefix_lengths):
+        if prefix:  # goes on from the start of the sequence before (see Packed)
+            keys[n], values[n] = (torch.cat([t[n - 1][:, :, :prefix], t[n]], 2) for t in (keys, values))
     outputs = []
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+    for q, k, v in zip(queries, keys, values, strict=True):
         outputs.append(_one_sequence(q, k, v, scaling, sliding_window, softcap))
     return torch.cat(outputs, 2).transpose(1, 2), None
 
@@ -90,23 +95,26 @@ def _varlen(
 def _one_sequence(
     q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
-    length, grouped = q.shape[2], q.shape[1] != k.shape[1]
+    length, grouped = k.shape[2], q.shape[1] != k.shape[1]
+    past = length - q.shape[2]  # keys before those of the first query
     if softcap is not None:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
         logits = softcap * torch.tanh(logits / softcap)
-        hidden = ~causal_mask(length, window or length, q.device)
+        hidden = ~causal_mask(length, window or length, q.device, past)
         return logits.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-    mask = causal_mask(length, window, q.device) if window and length > window else None
+    cut = window and length > window
+    mask = causal_mask(length, window or length, q.device, past) if cut or past else None
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
     )
 
 
 @functools.lru_cache(maxsize=64)
-def causal_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """(length, length) bool, True where the row's token sees the column's: at most window tokens, itself included."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+def causal_mask(length: int, window: int, device: torch.device, past: int = 0) -> Tensor:
+    """(length - past, length) bool, True where the row's token, one of those from `past` on, sees the column's: at most
+    window tokens, itself included."""
+    distance = torch.arange(past, length, device=device)[:, None] - torch.arange(length, device=device)
     return (distance >= 0) & (distance < window)
 
 

@@ -32,6 +32,8 @@ class Packed:
     response_rows: (R,) int64, row of each response token
     cu_responses: (N + 1,) int32, the response tokens of sequence n are cu_responses[n] to cu_responses[n + 1]
     lengths, response_lengths: the same lengths on the host, so that nobody waits for the device to learn them
+    prefix_lengths: where a sequence goes on from the start of the one before it, how many tokens of that it does not
+        repeat but sees (its positions begin there); 0 elsewhere, () where none does. On the CPU only
     fields: per-response-token tensors (R, ...) by name
     """
 
@@ -42,6 +44,7 @@ class Packed:
     cu_responses: Tensor
     lengths: tuple[int, ...]
     response_lengths: tuple[int, ...]
+    prefix_lengths: tuple[int, ...] = ()
     fields: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -83,7 +86,13 @@ class Packed:
         return dataclasses.replace(self, fields={**self.fields, **fields})
 
     def select(self, indices: Sequence[int]) -> Packed:
-        """The pack of the given sequences, in the given order, with their fields."""
+        """The pack of the given sequences, in the given order, with their fields.
+
+        Raises: ValueError where a sequence loses the one that it goes on from."""
+        prefixes = tuple(self.prefix_lengths[i] for i in indices) if self.prefix_lengths else ()
+        for prefix, i, before in zip(prefixes, indices, [-1, *indices], strict=False):
+            if prefix and before != i - 1:
+                raise ValueError(f"Packed: sequence {i} goes on from sequence {i - 1}, select them together")
         starts, response_starts = [0, *accumulate(self.lengths)], [0, *accumulate(self.response_lengths)]
         lengths = tuple(self.lengths[i] for i in indices)
         response_lengths = tuple(self.response_lengths[i] for i in indices)
@@ -99,6 +108,7 @@ class Packed:
             cu_responses=_cumulate(response_lengths).to(self.tokens.device),
             lengths=lengths,
             response_lengths=response_lengths,
+            prefix_lengths=prefixes,
             fields={name: values[responses] for name, values in self.fields.items()},
         )
 
@@ -137,6 +147,8 @@ class Packed:
         else:
             inputs["max_length_q"] = inputs["max_length_k"] = longest
             inputs["sequence_lengths"] = self.lengths
+            if self.prefix_lengths:
+                inputs["prefix_lengths"] = self.prefix_lengths
         return inputs
 
 
@@ -145,6 +157,7 @@ def pack(
     response_masks: Sequence[Sequence[bool]] | None = None,
     *,
     prompt_lengths: Sequence[int] | None = None,
+    prefix_lengths: Sequence[int] = (),
     device: torch.device | str = "cpu",
 ) -> Packed:
     """Returns the pack of token sequences.
@@ -152,9 +165,10 @@ def pack(
     sequences: token ids of each sequence, none empty
     response_masks: for each sequence a flag a token, True where it is a response token; or
     prompt_lengths: the number of tokens before the response of each sequence. Without either, no token is one.
+    prefix_lengths: see Packed
 
-    Raises: ValueError for an empty sequence, masks of another length, or a response token at the first place (nothing
-    predicts it)."""
+    Raises: ValueError for an empty sequence, masks of another length, a response token at the first place (nothing
+    predicts it), or prefixes that are not there."""
     lengths = tuple(len(s) for s in sequences)
     if 0 in lengths:
         raise ValueError(f"pack: sequence {lengths.index(0)} is empty")
@@ -172,17 +186,35 @@ def pack(
     for n, mask in enumerate(response_masks):
         if mask[0]:
             raise ValueError(f"pack: the first token of sequence {n} is a response token, but nothing predicts it")
+    prefixes = _checked_prefixes(prefix_lengths, lengths, response_masks, torch.device(device))
     flags = torch.tensor([flag for mask in response_masks for flag in mask], dtype=torch.bool)
     response_lengths = tuple(sum(map(bool, mask)) for mask in response_masks)
     return Packed(
         tokens=torch.tensor([t for s in sequences for t in s], dtype=torch.int64).to(device),
-        position_ids=_ranges([0] * len(lengths), lengths).to(device),
+        position_ids=_ranges(prefixes or [0] * len(lengths), lengths).to(device),
         cu_seqlens=_cumulate(lengths).to(device),
         response_rows=flags.nonzero()[:, 0].to(device),
         cu_responses=_cumulate(response_lengths).to(device),
         lengths=lengths,
         response_lengths=response_lengths,
+        prefix_lengths=prefixes,
     )
+
+
+def _checked_prefixes(
+    prefixes: Sequence[int], lengths: Sequence[int], masks: Sequence[Sequence[bool]], device: torch.device
+) -> tuple[int, ...]:
+    if not any(prefixes):
+        return ()
+    if device.type != "cpu":
+        raise ValueError(f"pack: prefix_lengths need the CPU's attention, got device {device}")
+    room = zip([0, *lengths], [1, *prefixes], strict=False)  # the sequence before: its length, and 0 if it is whole
+    fits = len(prefixes) == len(lengths)
+    if not fits or any(p and not (0 < p <= n and whole == 0) for p, (n, whole) in zip(prefixes, room, strict=False)):
+        raise ValueError(f"pack: prefix_lengths {list(prefixes)} do not fit lengths {list(lengths)}")
+    if any(prefix and any(mask) for prefix, mask in zip(prefixes, masks, strict=True)):
+        raise ValueError("pack: a sequence with a prefix can have no response tokens")
+    return tuple(prefixes)
 
 
 def _cumulate(lengths: Sequence[int]) -> Tensor:

@@ -74,6 +74,35 @@ def test_each_token_attends_to_its_own_sequence_up_to_itself(case, num_kv_heads,
             assert_accurate(ours.grad, e.grad, p.grad, "gradient")
 
 
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_a_prefix_is_seen_as_if_the_sequence_repeated_it(case, num_kv_heads):
+    """20 tokens, 7 more after the first 11 of them, 1 more after all of another 20; float64 on repeated rows."""
+    lengths, prefixes, starts = (20, 7, 20, 1), (0, 11, 0, 20), (0, 20, 27, 47)
+    repeated, kept = [], []
+    for n, (length, prefix) in enumerate(zip(lengths, prefixes, strict=True)):
+        repeated += range(starts[n - 1], starts[n - 1] + prefix) if prefix else ()
+        kept += range(len(repeated), len(repeated) + length)
+        repeated += range(starts[n], starts[n] + length)
+    inputs = list(qkv(num_kv_heads, lengths=lengths))
+    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    plain_inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    options = {"scaling": case.get("scaling"), "sliding_window": case.get("window"), "softcap": case.get("softcap")}
+    out, _ = attend(MODULE, *inputs, None, prefix_lengths=prefixes, **options, **keywords(lengths))
+    whole = [n + p for n, p in zip(lengths, prefixes, strict=True)]
+    exact, plain = (
+        dense(*(t[:, :, repeated] for t in given), lengths=whole, **case)[:, kept]
+        for given in (exact_inputs, plain_inputs)
+    )
+    assert_accurate(out, exact, plain, "output")
+    grad = torch.randn(out.shape)
+    for tensor in (out, plain):
+        tensor.backward(grad)
+    exact.backward(grad.double())
+    for ours, e, p in zip(inputs, exact_inputs, plain_inputs, strict=True):
+        assert_accurate(ours.grad, e.grad, p.grad, "gradient")
+
+
 def test_a_sequence_is_untouched_by_its_neighbours():
     query, key, value = (t.detach() for t in qkv())
     whole, _ = attend(MODULE, query, key, value, None, **keywords())

@@ -66,6 +66,30 @@ def test_a_prompt_longer_than_its_sequence_is_refused():
         pack([[1, 2]], prompt_lengths=[3])
 
 
+def test_positions_go_on_after_a_prefix_and_micro_batches_keep_it():
+    batch = pack([[5, 6, 7], [8], [5, 9], [4, 4]], prefix_lengths=[0, 2, 0, 1])
+    assert batch.position_ids.tolist() == [0, 1, 2, 2, 0, 1, 1, 2]
+    parts = batch.microbatches(4, together=2)
+    assert [part.prefix_lengths for part in parts] == [(0, 2), (0, 1)]
+    assert [part.position_ids.tolist() for part in parts] == [[0, 1, 2, 2], [0, 1, 1, 2]]
+
+
+@pytest.mark.parametrize("prefixes", [[1, 0, 0], [0, 3, 0], [0, 1, 1], [0, -1, 0], [0, 1]])
+def test_a_prefix_that_is_not_there_is_refused(prefixes):
+    with pytest.raises(ValueError, match="do not fit lengths"):
+        pack([[1, 2], [3], [4, 5]], prefix_lengths=prefixes)
+
+
+def test_a_sequence_is_not_separated_from_its_prefix():
+    with pytest.raises(ValueError, match="select them together"):
+        pack([[1, 2], [3]], prefix_lengths=[0, 1]).select([1])
+
+
+def test_a_response_token_after_a_prefix_is_refused():
+    with pytest.raises(ValueError, match="no response tokens"):
+        pack([[1, 2], [3, 4]], prompt_lengths=[1, 1], prefix_lengths=[0, 1])
+
+
 def test_a_field_of_another_length_is_refused():
     with pytest.raises(ValueError, match="field values must be"):
         pack([[1, 2]], prompt_lengths=[1]).with_fields(values=torch.zeros(2))

@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loops import assert_resumes_bit_for_bit, model_folder, pairs, write_rows
+from tiny import ARCHITECTURES
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastrlhf.config import RewardConfig
+from fastrlhf.data import Pair
 from fastrlhf.models import RewardModel
 from fastrlhf.optim import NonFiniteError
 from fastrlhf.packing import pack
-from fastrlhf.reward import RewardTrainer, sides, wilson_interval
+from fastrlhf.reward import RewardTrainer, can_share_prompts, pack_pairs, sides, wilson_interval
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,6 +59,36 @@ def test_microbatches_do_not_change_the_result(settings, tmp_path, max_tokens):
     for a, b in zip(whole, parts, strict=True):
         for name in ("loss", "accuracy", "margin", "grad_norm"):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_prompt_read_once_gives_the_scores_and_gradients_of_reading_it_twice(arch, tmp_path):
+    model = RewardModel.from_pretrained(model_folder(tmp_path, arch=arch), new_head=True)
+    pairs = [
+        Pair([5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [15, 16], [17, 18, 19]),
+        Pair([], [20, 21], [22]),
+        Pair([5], [6], [7]),
+    ]
+    results = []
+    for share in (False, True):
+        batch = pack_pairs(pairs, share_prompts=share, device=torch.device("cpu"))
+        assert batch.num_tokens == (21 if share else 32)
+        scores = model(batch)
+        (scores * torch.arange(1, 7)).sum().backward()
+        results.append([scores.detach(), *(p.grad for p in model.parameters())])
+        model.zero_grad()
+    for twice, once in zip(*results, strict=True):
+        torch.testing.assert_close(once, twice, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_are_read_twice_where_more_than_attention_mixes_tokens():
+    class SumsWhatItSees:
+        autocast = None
+
+        def __call__(self, batch):
+            return torch.stack([part.double().mean() for part in batch.tokens.split(batch.lengths)])
+
+    assert not can_share_prompts(SumsWhatItSees(), torch.device("cpu"))
 
 
 def test_it_learns_separable_pairs(settings):

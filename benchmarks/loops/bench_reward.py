@@ -1,7 +1,8 @@
 """Reward modelling: our loop, TRL's RewardTrainer, and a padded loop of plain transformers.
 
 One epoch over 32 pairs of HH-RLHF lengths (task.py), 4 a step, in the same order, from the same weights, with the same
-optimizer; losses must agree step by step. Real tokens count a prompt once for each of its two responses, on all sides.
+optimizer; losses must agree step by step. Real tokens, and operations in the share of the matrix rate, count a prompt
+once for each of its two responses on all sides; ours reads it once for both, where that leaves the scores as they are.
 """
 
 import argparse
