@@ -36,5 +36,6 @@ def approx_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: int
     block = 1024
     if out.numel():
         grid = (triton.cdiv(out.numel(), block),)
-        approx_kl_kernel[grid](logprobs, ref_logprobs, out, out.numel(), ESTIMATOR=estimator, BLOCK=block)
+        with torch.cuda.device_of(logprobs):
+            approx_kl_kernel[grid](logprobs, ref_logprobs, out, out.numel(), ESTIMATOR=estimator, BLOCK=block)
     return out

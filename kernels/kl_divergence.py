@@ -1,6 +1,7 @@
 """Divergence of two rows of logits, and its gradient in both.
 
-Kullback and Leibler's takes one read of each row; that of Jensen and Shannon a second, from the cache by then.
+Kullback and Leibler's takes one read of each row; that of Jensen and Shannon two, the second from the L2 cache where it
+holds the rows of all resident programs, and else from memory.
 """
 
 import torch

@@ -71,37 +71,26 @@ def _fake(rewards: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return out, torch.empty_like(out)
 
 
+def _prepared(*given: Tensor | None) -> tuple[tuple[Tensor, Tensor], list[Tensor | None]]:
+    """(the outputs, what a kernel takes the addresses of: the inputs, contiguous, and the outputs)."""
+    _check(*given)  # type: ignore[arg-type]
+    inputs = [None if t is None else t.contiguous() for t in given]
+    outputs = _fake(inputs[0])  # type: ignore[arg-type]
+    return outputs, [*inputs, *outputs]
+
+
 def _cpu_forward(
     rewards: Tensor,
     values: Tensor,
     cu_seqlens: Tensor,
     mask: Tensor | None,
     bootstrap: Tensor | None,
-    gamma: float,
-    lam: float,
-    zero_gaps: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    _check(rewards, values, cu_seqlens, mask, bootstrap)
-    rewards, values, cu_seqlens = rewards.contiguous(), values.contiguous(), cu_seqlens.contiguous()
-    mask = None if mask is None else mask.contiguous()
-    bootstrap = None if bootstrap is None else bootstrap.contiguous()
-    advantages, returns = _fake(rewards)
+    outputs, tensors = _prepared(rewards, values, cu_seqlens, mask, bootstrap)
     kernel = getattr(_cpu, f"gae_{dtype_name(rewards)}")
-    kernel(
-        rewards.data_ptr(),
-        values.data_ptr(),
-        cu_seqlens.data_ptr(),
-        address(mask),
-        address(bootstrap),
-        advantages.data_ptr(),
-        returns.data_ptr(),
-        cu_seqlens.shape[0] - 1,
-        gamma,
-        lam,
-        zero_gaps,
-        torch.get_num_threads(),
-    )
-    return advantages, returns
+    kernel(*map(address, tensors), cu_seqlens.shape[0] - 1, *options, torch.get_num_threads())
+    return outputs
 
 
 def _cuda_forward(
@@ -110,32 +99,12 @@ def _cuda_forward(
     cu_seqlens: Tensor,
     mask: Tensor | None,
     bootstrap: Tensor | None,
-    gamma: float,
-    lam: float,
-    zero_gaps: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    _check(rewards, values, cu_seqlens, mask, bootstrap)
-    rewards, values, cu_seqlens = rewards.contiguous(), values.contiguous(), cu_seqlens.contiguous()
-    mask = None if mask is None else mask.contiguous()
-    bootstrap = None if bootstrap is None else bootstrap.contiguous()
-    advantages, returns = _fake(rewards)
-    launch(
-        f"gae_{dtype_name(rewards)}",
-        rewards,
-        rewards.data_ptr(),
-        values.data_ptr(),
-        cu_seqlens.data_ptr(),
-        address(mask),
-        address(bootstrap),
-        advantages.data_ptr(),
-        returns.data_ptr(),
-        rewards.shape[0],
-        cu_seqlens.shape[0] - 1,
-        gamma,
-        lam,
-        zero_gaps,
-    )
-    return advantages, returns
+    outputs, tensors = _prepared(rewards, values, cu_seqlens, mask, bootstrap)
+    counts = rewards.shape[0], cu_seqlens.shape[0] - 1
+    launch(f"gae_{dtype_name(rewards)}", rewards, *map(address, tensors), *counts, *options)
+    return outputs
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
+    address,
     cu_seqlens_of,
     dtype_in,
     dtype_name,
@@ -72,68 +73,34 @@ def _check(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tenso
         raise ValueError(f"{name}: sequence {empty} has no tokens, so its score would be lost")
 
 
-def _outputs(scores: Tensor, logprobs: Tensor) -> Outputs:
+def _fake(scores: Tensor, logprobs: Tensor, *_: Any) -> Outputs:
     rewards = torch.empty_like(logprobs, memory_format=torch.contiguous_format)
     return rewards, torch.empty_like(rewards), torch.empty_like(rewards), scores.new_empty(len(STATS))
 
 
-def _fake(scores: Tensor, logprobs: Tensor, *_: Any) -> Outputs:
-    return _outputs(scores, logprobs)
+def _prepared(*given: Tensor) -> tuple[Outputs, list[Tensor]]:
+    """(the outputs, what a kernel takes the addresses of: the inputs, contiguous, and the outputs)."""
+    _check(*given)
+    outputs = _fake(*given)
+    return outputs, [*(x.contiguous() for x in given), *outputs]
 
 
 def _cpu_forward(
-    scores: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor,
-    kl_coef: float,
-    gamma: float,
-    lam: float,
-    whiten: bool,
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, cu_seqlens: Tensor, *options: Any
 ) -> Outputs:
-    _check(scores, logprobs, ref_logprobs, values, cu_seqlens)
-    inputs = [x.contiguous() for x in (scores, logprobs, ref_logprobs, values, cu_seqlens)]
-    outputs = _outputs(scores, logprobs)
-    getattr(_cpu, f"ppo_advantages_{dtype_name(scores)}")(
-        *(x.data_ptr() for x in (*inputs, *outputs)),
-        scores.shape[0],
-        kl_coef,
-        gamma,
-        lam,
-        whiten,
-        EPS,
-        torch.get_num_threads(),
-    )
+    outputs, tensors = _prepared(scores, logprobs, ref_logprobs, values, cu_seqlens)
+    kernel = getattr(_cpu, f"ppo_advantages_{dtype_name(scores)}")
+    kernel(*map(address, tensors), scores.shape[0], *options, EPS, torch.get_num_threads())
     return outputs
 
 
 def _cuda_forward(
-    scores: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor,
-    kl_coef: float,
-    gamma: float,
-    lam: float,
-    whiten: bool,
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, cu_seqlens: Tensor, *options: Any
 ) -> Outputs:
-    _check(scores, logprobs, ref_logprobs, values, cu_seqlens)
-    inputs = [x.contiguous() for x in (scores, logprobs, ref_logprobs, values, cu_seqlens)]
-    outputs, rows = _outputs(scores, logprobs), scores.new_empty(ROWS, dtype=torch.float64)
-    launch(
-        f"ppo_advantages_{dtype_name(scores)}",
-        scores,
-        *(x.data_ptr() for x in (*inputs, *outputs, rows)),
-        logprobs.shape[0],
-        scores.shape[0],
-        kl_coef,
-        gamma,
-        lam,
-        whiten,
-        EPS,
-    )
+    outputs, tensors = _prepared(scores, logprobs, ref_logprobs, values, cu_seqlens)
+    tensors.append(scores.new_empty(ROWS, dtype=torch.float64))
+    counts = logprobs.shape[0], scores.shape[0]
+    launch(f"ppo_advantages_{dtype_name(scores)}", scores, *map(address, tensors), *counts, *options, EPS)
     return outputs
 
 
