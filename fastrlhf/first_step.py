@@ -19,7 +19,8 @@ def check_first_step(
     """Checks log-probabilities (R,) of the first responses. Returns a line on a KL that is not 0, or None.
 
     sampled: of the sampler; logprobs: of the trainer; ref_logprobs: of the reference
-    half: whether the policy computes in half precision; same_weights: whether the reference has the policy's weights
+    half: whether the policy computes in half precision, or something else than its module samples
+    same_weights: whether the reference has the policy's weights
 
     Raises: RuntimeError when sampler and trainer disagree, or a reference with the same weights has a KL."""
     precision = "half" if half else "exact"

@@ -9,7 +9,7 @@ Source: Ziegler et al., arXiv 1909.08593; Stiennon et al., arXiv 2009.01325; Ouy
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from fastrlhf.packing import Packed, pack
 from fastrlhf.ppo_config import PPOConfig
 from fastrlhf.rewards import RunningMoments, parse_missing_eos, shape_scores
 from fastrlhf.roles import Roles
-from fastrlhf.rollout import Engine, Sample, Sampling
+from fastrlhf.rollout import Engine
+from fastrlhf.sampling import RolloutBackend, Sample, Sampling
 from fastrlhf.scoring import Scorer
 from fastrlhf.template import check_same_vocabulary, eos_token_ids, load_tokenizer
 
@@ -41,13 +42,15 @@ NUM_SAMPLES = 4  # of a step that are left in samples.jsonl
 class PPO:
     """Iterates over PPO steps; each yields its metrics. The final policy is left in `<output>/model`.
 
+    backend: makes of the policy what draws the responses, such as a `ServerBackend`; default: an `Engine` on its module
+
     Raises: what loading raises, before any work is done; NonFiniteError when a gradient is not finite."""
 
     num_steps_done: int
     data_fingerprint: int
     log: MetricsLog
 
-    def __init__(self, config: PPOConfig) -> None:
+    def __init__(self, config: PPOConfig, *, backend: Callable[[Policy], RolloutBackend] | None = None) -> None:
         parse_missing_eos(config.missing_eos)
         self.config = config
         self.num_steps = config.steps
@@ -62,21 +65,19 @@ class PPO:
         columns = {name for prompt in self.prompts for name in prompt.columns}
         self.scorer = Scorer(config.reward, self.tokenizer, columns=columns, **options)
         reward_models = [model for model, _ in self.scorer.models]
-        self.roles = Roles(config, reward_models, checkpoint)
-        self.policy, self.reference, self.value_model = self.roles.policy, self.roles.reference, self.roles.value_model
         if config.reference:
             check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
+        self.roles = Roles(config, reward_models, checkpoint)
+        self.policy, self.reference, self.value_model = self.roles.policy, self.roles.reference, self.roles.value_model
         self.learner = Learner(
             config, self.roles, ptx=self.load_ptx(), num_value_warmup_steps=self.num_value_warmup_steps(reward_models)
         )
         self.kl_coef, self.moments, self.health = config.kl_coef, RunningMoments(), Health()
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
         self.sampling = Sampling(**{name: getattr(config, name) for name in names})
-        self.engine = Engine(
-            self.policy.model,
-            eos_token_ids=eos_token_ids(self.tokenizer, self.policy.model),
-            max_slots=min(config.max_slots, config.batch_size),
-        )
+        self.engine = self.default_engine(self.policy) if backend is None else backend(self.policy)
+        # those of the engine equal the trainer's to 1e-5, but for half precision, where the two round differently
+        self.reuses_logprobs = backend is None and self.policy.autocast is None
         longest = max(len(prompt.tokens) for prompt in self.prompts)
         for model in (self.policy, self.reference, self.value_model, *reward_models):
             if model is not None:
@@ -89,6 +90,16 @@ class PPO:
 
     def __next__(self) -> dict[str, float]:
         return advance(self)
+
+    def default_engine(self, policy: Policy) -> RolloutBackend:
+        """The engine that runs the policy's own module."""
+        config = self.config
+        return Engine(
+            policy.model,
+            eos_token_ids=eos_token_ids(self.tokenizer, policy.model),
+            max_slots=min(config.max_slots, config.batch_size),
+            kv_budget=None if config.kv_budget is None else int(config.kv_budget * 2**30),
+        )
 
     def load_ptx(self) -> list[Demonstration]:
         """The demonstrations of PPO-ptx, if there are any."""
@@ -164,12 +175,8 @@ class PPO:
         """The pack of prompts and responses with logprobs, old_logprobs, ref_logprobs and values (R,), and the scores
         (N,). The KL is that of logprobs, the policy's own; ratios are to old_logprobs, the same but for truncation."""
         batch = self.pack(samples)
-        if self.policy.autocast is None:
-            # the engine's, which equal the trainer's to 1e-5
-            logprobs = self.joined([sample.logprobs for sample in samples])
-        else:
-            # in half precision the two round differently, and the ratio of the first minibatch must be 1
-            logprobs = self.logprobs(self.policy, batch)
+        sampled = self.joined([sample.logprobs for sample in samples])
+        logprobs = sampled if self.reuses_logprobs else self.logprobs(self.policy, batch)
         by_sampler = self.config.truncation == "sampler"
         number = torch.arange(batch.num_sequences, device=self.device) // self.config.samples_per_prompt
         batch = batch.with_fields(
@@ -212,12 +219,11 @@ class PPO:
     @torch.no_grad()
     def check_first_step(self, batch: Packed, samples: list[Sample]) -> None:
         """Stops unless, before the first update, ratios are 1 and, with equal weights, the KL to the reference is 0."""
-        half = self.policy.autocast is not None
         text = check_first_step(
             self.joined([sample.logprobs for sample in samples]),
-            batch["logprobs"] if half else self.logprobs(self.policy, batch),
+            self.logprobs(self.policy, batch) if self.reuses_logprobs else batch["logprobs"],
             batch["ref_logprobs"],
-            half=half,
+            half=not self.reuses_logprobs,
             same_weights=have_same_weights(self.policy, self.reference),
         )
         if text:

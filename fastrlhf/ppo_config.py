@@ -109,6 +109,7 @@ class PPOConfig(LoopConfig):
     )
     truncation: str = option("refuse", "refuse, model or sampler: whose log-probs the ratio is to after top_k, ...")
     max_slots: int = option(64, "sequences generated at a time")
+    kv_budget: float | None = rare(None, "most GiB of their cache of keys and values; fewer run at a time if need be")
 
     def __post_init__(self) -> None:
         choose(self, "preset", tuple(PRESETS))
@@ -130,7 +131,7 @@ class PPOConfig(LoopConfig):
         at_least(self, 1, "steps", "epochs", "minibatches", "max_prompt_tokens", "max_new_tokens", "max_slots")
         at_least(self, 1, "samples_per_prompt")
         above(self, 0, "value_learning_rate", "value_coef", "temperature", "kl_target", "kl_coef_end", "score_clip")
-        above(self, 0, "clip_range", "clip_range_high", "clip_range_value", "max_update_kl")
+        above(self, 0, "clip_range", "clip_range_high", "clip_range_value", "max_update_kl", "kv_budget")
         above(self, 1, "dual_clip")
         at_least(self, 0, "kl_coef", "entropy_coef", "value_warmup_steps", "reference_every", "min_response_tokens")
         at_least(self, 0, "samples_every")

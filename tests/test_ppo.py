@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from fastrlhf import PPO, PPOConfig
 from fastrlhf.models import Policy, RewardModel
 from fastrlhf.optim import NonFiniteError
+from fastrlhf.rollout import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB = 300
@@ -278,6 +279,30 @@ def test_nan_weights_stop_the_run_and_name_step_and_checkpoint(folder):
     trainer.learner.update = poisoned
     with pytest.raises(NonFiniteError, match=r"policy's update, step 2, minibatch 1 .*step-000001"):
         next(steps)
+
+
+def test_another_backend_draws_and_the_ratios_are_to_the_policys_own_logprobs(folder):
+    class Rounding:
+        """What a server in half precision does to log-probabilities."""
+
+        def __init__(self, policy):
+            self.engine = Engine(policy.model, eos_token_ids=[1])
+
+        def generate(self, *args, **options):
+            samples = self.engine.generate(*args, **options)
+            for sample in samples:
+                sample.logprobs[:] = [logprob + 0.01 * (-1) ** n for n, logprob in enumerate(sample.logprobs)]
+            return samples
+
+    settings = config(folder, minibatches=1, epochs=1, value_warmup_steps=0)
+    metrics = next(PPO(settings, backend=Rounding))
+    assert abs(metrics["ppo/policy/ratio_max"] - 1) < 1e-4 and abs(metrics["objective/kl"]) < 1e-4
+
+
+def test_a_cache_budget_that_holds_no_sequence_is_refused(folder):
+    with pytest.raises(ValueError, match=r"kv_budget is .* but one sequence needs"):
+        next(PPO(config(folder, kv_budget=1e-6)))
+    assert next(PPO(config(folder, kv_budget=1e-3, output=str(folder / "small"))))
 
 
 def test_top_p_needs_to_be_told_which_logprobs_the_ratio_is_to(folder):
