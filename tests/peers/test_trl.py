@@ -135,8 +135,20 @@ def test_a_frozen_head_and_autocast_are_trls(pairs):
         same(*pairs["_ChunkedLogProbFunction"], (hidden, weight, bias, *rest))
 
 
+def compiled_is(theirs, ours, inputs):
+    """Compares in one graph, outputs and gradients; not by `same`, which runs what is compiled eagerly."""
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    results = []
+    for outputs in (theirs(*inputs), torch.compile(ours, fullgraph=True)(*inputs)):
+        outputs = outputs[:2] if isinstance(outputs, tuple) else (outputs,)
+        results.append((*outputs, *torch.autograd.grad(outputs[0].square().sum(), wanted)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore")  # of dynamo's own
-def test_torch_compile_takes_the_patched_functions(pairs):
-    logits, index = rows(2, 3, 40)
-    compiled = torch.compile(pairs["selective_log_softmax"][1], fullgraph=True)
-    same(pairs["selective_log_softmax"][0], compiled, (logits, index))
+def test_torch_compile_takes_the_patched_functions_in_one_graph(pairs):
+    compiled_is(*pairs["selective_log_softmax"], rows(2, 3, 40))
+    hidden, weight, bias, targets = head()
+    rest = (targets, *OPTIONS[1])
+    inputs = (hidden, weight, bias, *rest, ("log_probs", "entropy")) if HAS_TEMPERATURE else (hidden, weight, *rest)
+    compiled_is(*(function.apply for function in pairs["_ChunkedLogProbFunction"]), inputs)

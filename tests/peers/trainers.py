@@ -1,18 +1,18 @@
-"""TRL's trainers on a small model, plain and patched: python -m tests.peers.trainers [--steps 20] [--rounds 1]
+"""TRL's trainers on a small model, plain and patched: python -m tests.peers.trainers [--steps 20] [--rounds 1] [--save]
 
 SFT, DPO, GRPO and RLOO from one seed, each run in a process of its own; GRPO and RLOO on fixed completions. Prints,
-for each trainer, how far the loss curves are apart, the time of training, the memory it peaks at above what was there
-before, and how many calls our ops served. RLOO's loss is 0 by construction, so the norms of the gradients, which
-follow the weights, are compared too. Exit status 1 if a curve differs by more than 1e-4.
+for each trainer, the time of training, the memory it peaks at above what was there before, how many calls our ops
+served, and how far the curves of loss and norm of the gradient are apart, relative for values above 1. RLOO's loss
+is 0 by construction; the norms follow the weights. --lora trains adapters of PEFT. Exit status 1 if a curve differs by
+more than 1e-4. With --save the figures are kept with those of the benchmarks.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib.metadata
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,39 +21,52 @@ import time
 import warnings
 from pathlib import Path
 
+from benchmarks.harness import Report, Timing
+
 ROOT = Path(__file__).parents[2]
 TRAINERS = ("SFT", "DPO", "GRPO", "RLOO")
 NEAR = 1e-4
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=1, help="times are medians over rounds, which alternate")
-    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=TRAINERS)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(train(options.one[0], options.one[1] == "patched", options.steps)))
+    if sys.argv[1:2] == ["--one"]:
+        name, kind, steps, lora = sys.argv[2:]
+        print(json.dumps(train(name, kind == "patched", int(steps), bool(int(lora)))))
         return 0
-    apart = False
+    more = {
+        "--steps": {"type": int, "default": 20},
+        "--rounds": {"type": int, "default": 1, "help": "times are medians over rounds, which alternate"},
+        "--trainers": {"nargs": "+", "choices": TRAINERS, "default": TRAINERS},
+        "--lora": {"action": "store_true"},
+    }
+    report = Report("trainers", more=more)
+    options, apart = report.options, False
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    theirs = f"TRL {importlib.metadata.version('trl')}"
     for name in options.trainers:
-        runs = {kind: [] for kind in ("plain", "patched")}
+        runs = {"patched": [], theirs: []}
         for _ in range(options.rounds):
             for kind, found in runs.items():
-                found.append(in_process(name, kind, options.steps))
-        plain, patched = (found[0]["losses"] for found in runs.values())
-        worst = farthest(plain, patched)
-        norms = farthest(*(found[0]["grad_norms"] for found in runs.values()))
-        apart |= not (worst <= NEAR and norms <= NEAR)
-        calls = runs["patched"][0]["calls"]
-        print(f"{name:<5} {len(plain)} losses, first {plain[0]:.4f}, last {plain[-1]:.4f}, at most {worst:.1e} apart")
-        print(f"      norms of the gradients at most {norms:.1e} apart")
-        for kind, found in runs.items():
-            seconds, mib = (statistics.median(run[key] for run in found) for key in ("seconds", "mib"))
-            print(f"      {kind:<8} {seconds:6.1f} s  {mib:7.0f} MiB")
-        print(f"      our ops  {', '.join(f'{op} {n}' for op, n in calls.items() if n) or 'none called'}", flush=True)
+                found.append(in_process(name, kind, options.steps, options.lora))
+        ours, plain = (found[0] for found in runs.values())
+        figures = {
+            "losses_apart": {"patched": farthest(plain["losses"], ours["losses"])},
+            "norms_apart": {"patched": farthest(plain["grad_norms"], ours["grad_norms"])},
+            "served": {"patched": sum(ours["calls"].values())},
+            "peak_mib": {kind: statistics.median(run["mib"] for run in found) for kind, found in runs.items()},
+            "last_loss": {kind: found[0]["losses"][-1] for kind, found in runs.items()},
+        }
+        apart |= not all(figures[curve]["patched"] <= NEAR for curve in ("losses_apart", "norms_apart"))
+        model = "LoRA of a" if options.lora else "a"
+        case = f"{name}, {options.steps} steps, {model} Llama of 2 layers"
+        report.add(case, {kind: timing(found) for kind, found in runs.items()}, **figures)
+    report.finish()
     return int(apart)
+
+
+def timing(runs: list[dict]) -> Timing:
+    times = sorted(1e3 * run["seconds"] for run in runs)
+    return Timing(statistics.median(times), times[len(times) // 5], times[-1 - len(times) // 5], len(times))
 
 
 def farthest(plain: list[float], patched: list[float]) -> float:
@@ -61,28 +74,35 @@ def farthest(plain: list[float], patched: list[float]) -> float:
     return max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(plain, patched, strict=True))
 
 
-def in_process(name: str, kind: str, steps: int) -> dict:
-    command = [sys.executable, "-m", "tests.peers.trainers", "--one", name, kind, "--steps", str(steps)]
+def in_process(name: str, kind: str, steps: int, lora: bool = False) -> dict:
+    command = [sys.executable, "-m", "tests.peers.trainers", "--one", name, kind, str(steps), str(int(lora))]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests/peers"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{name}, {kind}: {done.stderr[-3000:]}")
+        raise RuntimeError(f"{name}, {kind}: {done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def train(name: str, patched: bool, steps: int) -> dict:
+def train(name: str, patched: bool, steps: int, lora: bool = False) -> dict:
     """Trains in this process; returns losses, seconds, memory and calls of our ops."""
     warnings.simplefilter("ignore")
     calls = patch_and_count() if patched else {}
-    trainer = made(name, steps)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    trainer = made(name, steps, lora)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of loading; it starts anew
+    before = resident("VmRSS")
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    mib = resident("VmHWM") - before
     curves = {"losses": [e["loss"] for e in logged], "grad_norms": [float(e["grad_norm"]) for e in logged]}
     return {**curves, "seconds": seconds, "mib": mib, "calls": calls}
+
+
+def resident(what: str) -> float:
+    """MiB of this process in memory, now (VmRSS) or at most (VmHWM), on Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(f"{what}:"))) / 1024
 
 
 def patch_and_count() -> dict[str, int]:
@@ -108,7 +128,7 @@ def patch_and_count() -> dict[str, int]:
     return calls
 
 
-def made(name: str, steps: int):
+def made(name: str, steps: int, lora: bool = False):
     """The trainer, on a Llama with a vocabulary of 32000 and on made-up text."""
     import peer_hub
     import torch
@@ -142,7 +162,12 @@ def made(name: str, steps: int):
         options |= {"num_generations": 4, "max_completion_length": 64, "beta": 0.04}
         models[0].generate = completions_of(tokens)
     extra = {"reward_funcs": share_of_e} if name in ("GRPO", "RLOO") else {}
-    extra |= {"ref_model": models[1]} if name == "DPO" else {}
+    if lora:
+        import peft
+
+        extra |= {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")}
+    elif name == "DPO":
+        extra |= {"ref_model": models[1]}
     config, trainer = getattr(trl, f"{name}Config"), getattr(trl, f"{name}Trainer")
     return trainer(models[0], args=config(**options), train_dataset=data, processing_class=tokens, **extra)
 
