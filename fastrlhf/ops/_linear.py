@@ -63,6 +63,11 @@ class Head(NamedTuple):
         """The same head on some of the rows."""
         return self._replace(hidden=self.hidden[rows])
 
+    def columns(self, columns: slice) -> Head:
+        """The same rows on the head of some tokens of the vocabulary."""
+        bias, lora_b = (None if t is None else t[columns] for t in (self.bias, self.lora_b))
+        return self._replace(weight=self.weight[columns], bias=bias, lora_b=lora_b)
+
     def temperatures(self, temperature: Tensor) -> Tensor:
         """(T,) what the logits of rows are to be divided by: without a cap the scale is applied here, at no cost."""
         return (temperature / self.scale if self.cap is None else temperature).expand(self.hidden.shape[0])

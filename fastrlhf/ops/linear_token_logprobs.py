@@ -8,7 +8,17 @@ from torch import Tensor
 
 from fastrlhf.ops._check import same_device
 from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, even_cuts
-from fastrlhf.ops._linear_backward import GRADIENT, LOGITS, PRODUCT, by_rows, keep, scaled, units
+from fastrlhf.ops._linear_backward import (
+    GRADIENT,
+    LOGITS,
+    PRODUCT,
+    by_columns,
+    by_rows,
+    columns_are_smaller,
+    keep,
+    scaled,
+    units,
+)
 from fastrlhf.ops._linear_inputs import check_targets, head_of, rows_within, wanted_gradients
 from fastrlhf.ops._linear_inputs import samples as head_samples
 from fastrlhf.ops._registry import leaf, op
@@ -73,7 +83,10 @@ def _backward_chunks(*args: Any) -> tuple[Tensor, ...]:
         kept = kept[:0]  # it is no gradient of the head
     rows = [targets, head.temperatures(temperature), entropy, highest, log_sum]
     with torch.autocast(targets.device.type, enabled=False):
-        grads = by_rows(head, upstream, rows, kept, factor if kind == GRADIENT else None, wanted)
+        if columns_are_smaller(head, kept.shape[0], wanted):
+            grads = by_columns(head, upstream, rows, wanted)
+        else:
+            grads = by_rows(head, upstream, rows, kept, factor if kind == GRADIENT else None, wanted)
     return grads.rounded(head)
 
 
@@ -190,7 +203,9 @@ def linear_token_logprobs(
     Half-precision inputs are multiplied with float32 sums and results, and their weight gradient is summed in float32
     over all chunks. Backward makes the logits again; it leaves out rows whose upstream gradient is 0, and the products
     for what needs no gradient. Where hidden alone needs one, of log-probabilities alone, the forward makes it up to a
-    factor, (T, D) float32: two matrix products in all in place of three. A second derivative raises. Deterministic.
+    factor, (T, D) float32: two matrix products in all in place of three. For half precision with T <= V / 8, nothing
+    kept and not batch_invariant, backward takes the vocabulary in blocks of at most chunk_size x V logits of all rows:
+    then the gradient of weight is never held in float32. A second derivative raises. Deterministic.
     Raises: ValueError for shapes, devices, targets or options that do not fit, TypeError for dtypes.
     Source: Gemma 2, arXiv 2408.00118, section 2 (soft cap).
     """
