@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import llama
 from benchmarks.loops import sides, task
 
 NUM_PROMPTS, NEW_TOKENS, EPOCHS, MINIBATCHES, LEARNING_RATE = 16, 64, 4, 4, 1e-8
@@ -183,7 +184,7 @@ def main() -> None:
     options = report.options
     options.pairs = NUM_PROMPTS
     pythons = sides.pythons(options.trl_ppo, "trl.experimental.ppo")
-    with sides.made(options) as folder:
+    with sides.made(options, "model", "reward") as folder:
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
         prompts = [len(tokenizer(row["prompt"]).input_ids) for row in task.read(folder / "prompts.jsonl")]
         runs = sides.alternate(pythons, options, folder)
@@ -195,7 +196,7 @@ def main() -> None:
             phase: {n: statistics.median(run[phase] for run in rs) for n, rs in runs.items() if phase in rs[0]}
             for phase in PHASES
         }
-        count = operations(task.llama(options.shape), prompts)
+        count = operations(llama.config(task.SHAPES[options.shape]), prompts)
         sides.add(report, f"{options.shape}, {NUM_PROMPTS} prompts, {NEW_TOKENS} new tokens", runs, count, **phases)
     report.finish()
 

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import llama
 from benchmarks.loops import sides, task
 
-RTOL = 1e-5  # of losses: rounding in another order gives 1e-7, a wrong mask changes the third digit
+RTOL = 1e-5  # of losses: rounding in another order makes 1e-7 of it
 FILES = {"loss of responses": "demonstrations.jsonl", "loss of all tokens": "texts.jsonl"}
 
 
@@ -94,15 +95,15 @@ def main() -> None:
     report = sides.begin("sft", sides.OPTIONS)
     options = report.options
     pythons = sides.pythons(options.trl) | {"padded": sys.executable}
-    with sides.made(options) as folder:
+    with sides.made(options, "model") as folder:
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
         for what, file in FILES.items():
             rows = task.read(folder / file)
             order = batch_rows(len(rows), len(rows), 0, seed=0)
             task.write(folder / ("ordered_" + file), [rows[i] for i in order])
             runs = sides.alternate(pythons, options, folder, file=file)
-            count = operations(task.llama(options.shape), [tokens_of(row, tokenizer) for row in rows])
-            error = sides.expect_equal_losses(runs, RTOL)
+            count = operations(llama.config(task.SHAPES[options.shape]), [tokens_of(row, tokenizer) for row in rows])
+            error = sides.expect_equal_losses(runs, RTOL, options.device)
             sides.add(report, f"{options.shape}, {len(rows)} sequences, {what}", runs, count, loss_error=error)
     report.finish()
 

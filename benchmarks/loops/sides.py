@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks.loops import task
 
 ROOT = Path(__file__).parents[2]
+BF16_RTOL = 0.05  # of losses on a GPU, where the forward is in bfloat16
 LEARNING_RATE, ADAM_BETAS, ADAM_EPS, MAX_GRAD_NORM = 5e-4, (0.9, 0.95), 1e-5, 1.0
 Side = Callable[[argparse.Namespace, Path], dict[str, Any]]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -58,10 +59,10 @@ def begin(name: str, more: dict[str, dict[str, Any]]) -> Any:
 
 
 @contextmanager
-def made(options: argparse.Namespace) -> Iterator[Path]:
-    """A folder with the task, deleted at the end."""
+def made(options: argparse.Namespace, *kinds: str) -> Iterator[Path]:
+    """A folder with the task and models of the given kinds, deleted at the end."""
     with tempfile.TemporaryDirectory() as folder:
-        task.make(Path(folder), options.shape, options.pairs, options.data)
+        task.make(Path(folder), options.shape, options.pairs, options.data, kinds)
         yield Path(folder)
 
 
@@ -241,10 +242,11 @@ def our_options(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def expect_equal_losses(results: dict[str, list[dict]], rtol: float) -> dict[str, float]:
+def expect_equal_losses(results: dict[str, list[dict]], rtol: float, device: str) -> dict[str, float]:
     """Returns the largest relative difference of each side's losses, step by step, to those of the first side.
 
-    Raises: AssertionError above rtol."""
+    Raises: AssertionError above rtol, on a GPU BF16_RTOL."""
+    rtol = rtol if device == "cpu" else BF16_RTOL
     first, errors = next(iter(results.values()))[0]["losses"], {}
     for name, runs in results.items():
         pairs = [pair for run in runs for pair in zip(first, run["losses"], strict=True)]

@@ -14,47 +14,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SHAPES: dict[str, dict[str, Any]] = {  # of Llama models with random weights: sizes of the names behind them
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "10m": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 4},
-    "135m": {  # SmolLM2-135M
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "1.5b": {  # Qwen2.5-1.5B
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "3b": {  # Llama-3.2-3B
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
+from benchmarks import llama
+
+SHAPES = {
+    "tiny": llama.TINY,
+    "10m": llama.SMALL,
+    "135m": llama.SMOLLM2_135M,
+    "1.5b": llama.QWEN2_1_5B,
+    "3b": llama.LLAMA3_3B,
 }
-PAD, EOS, MAX_LENGTH = "<pad>", "<eos>", 512
+SPECIAL = PAD, _, EOS = "<pad>", "<unused>", "<eos>"  # 0, 1, 2, which is llama.EOS
+MAX_LENGTH = 512
 
 
-def make(folder: Path, shape: str, num_pairs: int, data: str | None) -> None:
-    """Writes model/, reward/ (each with the tokenizer), pairs, demonstrations, texts and prompts (JSON lines)."""
-    config = llama(shape)
+def make(folder: Path, shape: str, num_pairs: int, data: str | None, kinds: tuple[str, ...]) -> None:
+    """Writes the models of the given kinds (model/, reward/), with the tokenizer, and pairs, demonstrations, texts and
+    prompts (JSON lines)."""
+    config = llama.config(SHAPES[shape])
     raw = list(read_pairs(data)) if data else None
     tokenizer = words(config.vocab_size) if raw is None else byte_pairs(raw, config.vocab_size)
-    write_models(folder, config, tokenizer)
-    candidates = random_pairs(config.vocab_size - 2) if raw is None else shuffled(raw)
+    write_models(folder, config, tokenizer, kinds)
+    candidates = random_pairs(config.vocab_size - len(SPECIAL)) if raw is None else shuffled(raw)
     pairs: list[dict[str, str]] = []
     while len(pairs) < num_pairs:
         pair = next(candidates, None)
@@ -70,32 +50,26 @@ def make(folder: Path, shape: str, num_pairs: int, data: str | None) -> None:
     write(folder / "prompts.jsonl", [{"prompt": pair["prompt"]} for pair in pairs])
 
 
-def llama(shape: str) -> Any:
-    """The configuration of a shape."""
-    from transformers import LlamaConfig
-
-    ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
-    return LlamaConfig(**{"vocab_size": 8192, "max_position_embeddings": 1024, **ids, **SHAPES[shape]})
-
-
-def write_models(folder: Path, config: Any, tokenizer: Any) -> None:
-    """The causal language model, and a reward model of the same shape, with weights of their own."""
+def write_models(folder: Path, config: Any, tokenizer: Any, kinds: tuple[str, ...]) -> None:
+    """A causal language model, a reward model of the same shape, or both, with weights of their own."""
     import torch
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
     config.num_labels = 1
-    LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
-    for name in ("model", "reward"):
-        tokenizer.save_pretrained(folder / name)
+    classes = {"model": LlamaForCausalLM, "reward": LlamaForSequenceClassification}
+    for seed, kind in enumerate(kinds):
+        torch.manual_seed(seed)
+        classes[kind](config).save_pretrained(folder / kind)
+        tokenizer.save_pretrained(folder / kind)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the sides' processes need it
 
 
 def words(vocab_size: int) -> Any:
     """A tokenizer whose every token is a word between blanks."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {name: i for i, name in enumerate([PAD, EOS, *map(str, range(vocab_size - 2))])}
+    vocabulary = {name: i for i, name in enumerate([*SPECIAL, *map(str, range(vocab_size - len(SPECIAL)))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return fast(tokenizer)
@@ -109,7 +83,7 @@ def byte_pairs(pairs: list[dict[str, str]], vocab_size: int) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator((pair["prompt"] + pair["chosen"] + pair["rejected"] for pair in pairs), trainer)
     return fast(tokenizer)
