@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 GPU_ONLY = ("liger_kernel", "cut_cross_entropy")
-PEERS = ("trl", "verl", *GPU_ONLY)
+_found = set[str]()
 
 
 @functools.cache
@@ -24,13 +24,21 @@ def find(module: str, device: str = "cpu") -> ModuleType | None:
     elif importlib.util.find_spec(peer) is None:
         print(f"{peer} is not installed, so it is left out: pip install {peer.replace('_', '-')}", file=sys.stderr)
     else:
+        _found.add(peer)
         return importlib.import_module(module)
     return None
 
 
 def versions() -> str:
-    """Those that took part, each with its version."""
-    return ", ".join(f"{peer} {metadata.version(peer)}" for peer in PEERS if peer in sys.modules)
+    """Those that were found, each with its version."""
+    return ", ".join(f"{peer} {_version(peer)}" for peer in sorted(_found))
+
+
+def _version(peer: str) -> str:
+    try:
+        return metadata.version(peer)
+    except metadata.PackageNotFoundError:  # a checkout
+        return getattr(sys.modules[peer], "__version__", "of unknown version")
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.case import Case
 from fastrlhf import linear_dpo_loss, linear_token_logprobs
 
-SIZES = {"cpu": [(2048, 512, 32000)], "cuda": [(8192, 4096, 128256)], "tiny": [(1024, 4, 50)]}
+SIZES = {"cpu": [(1024, 512, 32000)], "cuda": [(8192, 4096, 128256)], "tiny": [(1024, 4, 50)]}
 BETA = 0.1
 
 

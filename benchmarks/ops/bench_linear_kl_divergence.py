@@ -11,7 +11,7 @@ from benchmarks.case import Case
 from benchmarks.competitors import find
 from fastrlhf import linear_kl_divergence
 
-SIZES = {"cpu": [(1024, 512, 32000)], "cuda": [(4096, 4096, 128256)], "tiny": [(5, 4, 50)]}
+SIZES = {"cpu": [(512, 512, 32000)], "cuda": [(4096, 4096, 128256)], "tiny": [(5, 4, 50)]}
 
 
 def inputs(rows: int, width: int, size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from benchmarks.case import Case
 from benchmarks.competitors import compiled
 from fastrlhf import pairwise_reward_loss
 
-SIZES = {"cpu": [(16,), (64,), (4096,), (65536,)], "cuda": [(64,), (65536,)], "tiny": [(3,)]}
+SIZES = {"cpu": [(16,), (64,), (4096,)], "cuda": [(64,), (65536,)], "tiny": [(3,)]}
 Outputs = tuple[Tensor, ...]
 
 

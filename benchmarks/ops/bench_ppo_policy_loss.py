@@ -1,5 +1,6 @@
 """ppo_policy_loss, its statistics included, against plain torch, torch.compile and verl's loss."""
 
+import inspect
 from collections.abc import Iterator
 from functools import partial
 
@@ -60,13 +61,15 @@ def sequence_inputs(num: int, length: int) -> tuple[Tensor, ...]:
 def cases(sizes: list[tuple[int, ...]], device: str) -> Iterator[Case]:
     verl = find("verl.trainer.ppo.core_algos")
 
+    # without the warning that it is deprecated, which takes time at every call
+    policy_loss = inspect.unwrap(verl.compute_policy_loss) if verl else None
+
     def by_verl(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Outputs:
-        return verl.compute_policy_loss(old_logprobs, logprobs, advantages, mask, cliprange=0.2)[:1]
+        return policy_loss(old_logprobs, logprobs, advantages, mask, cliprange=0.2)[:1]
 
     functions = {"fastrlhf": ours, "torch": by_torch, "torch.compile": compiled(by_torch)}
     functions |= {"verl": by_verl} if verl else {}
     sequences = {"fastrlhf": sequence_ours, "torch": sequence_torch}
-    sequences["torch.compile"] = compiled(sequence_torch)
     for grads, what in (((), "forward"), ((0,), "forward + backward")):
         for shape in sizes:
             name = f"{'x'.join(map(str, shape))} tokens, {what}"
