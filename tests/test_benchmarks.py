@@ -11,6 +11,7 @@ import torch
 from benchmarks import competitors, tables
 from benchmarks.__main__ import FILES
 from benchmarks.case import Case, Prepared, peak_mib
+from benchmarks.harness import Report
 from fastrlhf.ops._registry import OPS
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,23 @@ def test_the_peak_counts_what_lives_at_a_time_and_the_extra_is_beside_outputs():
     function = Prepared(tuple, lambda: torch.ones(2**18) * 2)
     assert peak_mib(function) == pytest.approx(2, abs=0.01)
     assert peak_mib(function, beside_outputs=True) == pytest.approx(1, abs=0.01)
+
+
+def test_on_a_gpu_the_peak_is_what_torch_counted_there(monkeypatch):
+    counts = {"memory_allocated": 100 * 2**20, "max_memory_allocated": 103 * 2**20, "reset_peak_memory_stats": None}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for name, count in counts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda count=count: count)
+    function = Prepared(tuple, lambda: torch.ones(2**18))
+    assert peak_mib(function) == 3 and peak_mib(function, beside_outputs=True) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        Report("gae", {"cuda": [(1, 1)]})
+    assert "torch sees no GPU" in capsys.readouterr().err
 
 
 def test_peers_that_need_a_gpu_are_left_out_without_one(capsys):
