@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <utility>
+
 #define FASTRLHF_INLINE inline __attribute__((always_inline))
 #define FASTRLHF_LAMBDA __attribute__((always_inline))
 
@@ -27,6 +29,8 @@ struct VectorOf {
 };
 template <class T>
 using Lanes = typename VectorOf<T, kBytes / sizeof(T)>::Type;
+static FASTRLHF_INLINE float first_of(float x) { return x; }
+static FASTRLHF_INLINE double first_of(double x) { return x; }
 template <class V>
 static FASTRLHF_INLINE auto first_of(V v) {
   return v[0];
@@ -99,7 +103,13 @@ static FASTRLHF_INLINE BitsOf<V> load_mask(const bool* mask, int64_t i, int size
   }
 }
 
-static FASTRLHF_INLINE double sum_lanes(double x) { return x; }
+// Lanes From to From + sizeof...(I). Not by memcpy: a vector whose address is taken, even here, is
+// kept in memory all through the loop that adds to it.
+template <int From, class V, int... I>
+static FASTRLHF_INLINE auto part_of(V v, std::integer_sequence<int, I...>) {
+  return typename VectorOf<ElementOf<V>, sizeof...(I)>::Type{v[From + I]...};
+}
+
 // In double, and in an order that depends on the number of lanes alone.
 template <class V>
 static FASTRLHF_INLINE double sum_lanes(V v) {
@@ -107,12 +117,10 @@ static FASTRLHF_INLINE double sum_lanes(V v) {
   if constexpr (half == 1) {
     return static_cast<double>(v[0]) + static_cast<double>(v[1]);
   } else {
-    typedef typename VectorOf<ElementOf<V>, half>::Type Half;
     typedef typename VectorOf<double, half>::Type Wide;
-    Half a, b;
-    memcpy(&a, &v, sizeof a);
-    memcpy(&b, reinterpret_cast<const char*>(&v) + sizeof a, sizeof b);
-    return sum_lanes(__builtin_convertvector(a, Wide) + __builtin_convertvector(b, Wide));
+    const auto lanes = std::make_integer_sequence<int, half>{};
+    return sum_lanes(__builtin_convertvector(part_of<0>(v, lanes), Wide) +
+                     __builtin_convertvector(part_of<half>(v, lanes), Wide));
   }
 }
 
@@ -179,14 +187,19 @@ static FASTRLHF_INLINE V exp_minus_linear(V r, V exp_r) {
                 exp_r - 1 - r);
 }
 
-// log(1 + x) for x in [0, 1], within 3 ulp: 2 artanh(x / (2 + x)) by its series.
+// log((1 + s) / (1 - s)) = 2 artanh(s) for s in [0, 1/3], within 3 ulp, by its series.
 template <class V>
-static FASTRLHF_INLINE V log1p_lanes(V x) {
+static FASTRLHF_INLINE V twice_artanh(V s) {
   constexpr double c[] = {2.0,      2.0 / 3,  2.0 / 5,  2.0 / 7,  2.0 / 9,  2.0 / 11,
                           2.0 / 13, 2.0 / 15, 2.0 / 17, 2.0 / 19, 2.0 / 21, 2.0 / 23,
                           2.0 / 25, 2.0 / 27, 2.0 / 29, 2.0 / 31, 2.0 / 33};
-  const V s = x / (x + 2);
-  return s * polynomial(c, sizeof(x[0]) == 8 ? 17 : 8, s * s);
+  return s * polynomial(c, sizeof(ElementOf<V>) == 8 ? 17 : 8, s * s);
+}
+
+// log(1 + x) for x in [0, 1], within 3 ulp.
+template <class V>
+static FASTRLHF_INLINE V log1p_lanes(V x) {
+  return twice_artanh(x / (x + 2));
 }
 
 constexpr int64_t kChunks = 64, kChunkSize = 2048;

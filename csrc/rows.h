@@ -6,26 +6,37 @@
 
 #include "half.h"
 #include "kernel.h"
+#include "numeric.h"
 
 namespace FASTRLHF_ISA {
 namespace {
 
-constexpr int64_t BLOCK =
-    1024;  // columns whose maximum is found, and which are then still in the L1 cache
+// Columns whose maximum is found, and which are then still in the L1 cache. Their sums are kept in
+// vectors: 64 floats a lane, so that rounding is alike in all instruction sets, before a sum goes on
+// in double.
+constexpr int64_t BLOCK = 64 * kLanesOf<Lanes<float>>;
 
 template <class In>
 using Wide = decltype(load(In()));
 
-// Returns the block in the type that is computed in: itself, or widened into `buffer`.
+// Returns a block of at most BLOCK columns in the type that is computed in, followed by -inf up to
+// whole vectors: the block itself, or a copy in `buffer`.
 template <class In>
 inline const Wide<In>* widen(const In* block, Wide<In>* buffer, int64_t size) {
+  constexpr int64_t lanes = kLanesOf<Lanes<Wide<In>>>;
   if constexpr (std::is_same_v<In, Wide<In>>) {
-    return block;
-  } else {
-#pragma omp simd
-    for (int64_t v = 0; v < size; v++) buffer[v] = load(block[v]);
-    return buffer;
+    if (size % lanes == 0) return block;
   }
+#pragma omp simd
+  for (int64_t v = 0; v < size; v++) buffer[v] = load(block[v]);
+  for (int64_t v = size; v % lanes != 0; v++) buffer[v] = -INFINITY;
+  return buffer;
+}
+
+// A whole vector of such a block.
+template <class T>
+static FASTRLHF_INLINE Lanes<T> lanes_at(const T* x) {
+  return load<Lanes<T>>(x, kLanesOf<Lanes<T>>);
 }
 
 template <class T>

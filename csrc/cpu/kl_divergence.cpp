@@ -19,26 +19,23 @@ struct Statistics {
 struct Sums {
   double highest_p, highest_q, exps_p, exps_q, crossed;
 
-  // Moves to maxima that are at least the present ones.
+  // Moves to maxima that are at least the present ones. Equal moves cancel, so that equal rows have
+  // a divergence of exactly 0; q moving from 0 makes `crossed` infinite.
   void rise(double p, double q, double scale) {
-    if (p > highest_p) {
-      const double shift = (highest_p - p) * scale, factor = exp(shift);
-      crossed = exps_p * factor > 0 ? factor * (crossed + exps_p * shift) : 0;
-      exps_p *= factor;
-      highest_p = p;
-    }
-    if (q > highest_q) {
-      const double shift = (highest_q - q) * scale;
-      if (exps_p > 0) crossed -= exps_p * shift;  // infinite if so far q was 0
-      exps_q *= exp(shift);
-      highest_q = q;
-    }
+    const double shift_p = p > highest_p ? (highest_p - p) * scale : 0, factor = exp(shift_p);
+    const double shift_q = q > highest_q ? (highest_q - q) * scale : 0;
+    crossed = exps_p * factor > 0 ? factor * (crossed + exps_p * (shift_p - shift_q)) : 0;
+    exps_p *= factor;
+    exps_q *= exp(shift_q);
+    highest_p = p > highest_p ? p : highest_p;
+    highest_q = q > highest_q ? q : highest_q;
   }
 };
 
 template <class In>
 Sums sums_of(const In* row_p, const In* row_q, int64_t size, double scale) {
   using T = Wide<In>;
+  using V = Lanes<T>;
   T buffer_p[BLOCK], buffer_q[BLOCK];
   Sums sums = {-INFINITY, -INFINITY, 0, 0, 0};
   for (int64_t start = 0; start < size; start += BLOCK) {
@@ -49,46 +46,30 @@ Sums sums_of(const In* row_p, const In* row_q, int64_t size, double scale) {
     const T origin_p = sums.highest_p == -INFINITY ? 0 : static_cast<T>(sums.highest_p);
     const T origin_q = sums.highest_q == -INFINITY ? 0 : static_cast<T>(sums.highest_q);
     const T factor = static_cast<T>(scale);
-    T exps_p = 0, exps_q = 0, crossed = 0;
-#pragma omp simd reduction(+ : exps_p, exps_q, crossed)
-    for (int64_t v = 0; v < width; v++) {
-      const T zp = (p[v] - origin_p) * factor, zq = (q[v] - origin_q) * factor;
-      const T e = exp_nonpositive(zp);
+    V exps_p = {}, exps_q = {}, crossed = {};
+    for (int64_t v = 0; v < width; v += kLanesOf<V>) {
+      const V to_p = lanes_at(p + v) - origin_p, to_q = lanes_at(q + v) - origin_q;
+      const V e = exp_nonpositive(to_p * factor);
       exps_p += e;
-      exps_q += exp_nonpositive(zq);
-      crossed += e > 0 ? e * (zp - zq) : 0;  // a NaN stays in exps_p
+      exps_q += exp_nonpositive(to_q * factor);
+      crossed += select(e > 0, e * (to_p - to_q), all<V>(0));  // a NaN stays in exps_p
     }
-    sums.exps_p += exps_p;
-    sums.exps_q += exps_q;
-    sums.crossed += crossed;
+    sums.exps_p += sum_lanes(exps_p);
+    sums.exps_q += sum_lanes(exps_q);
+    sums.crossed += sum_lanes(crossed) * scale;
   }
   return sums;
 }
 
-inline double log_one_plus(double x) { return log1p(x); }
-
-// log(1 + x) for 0 <= x <= 1, as 2 artanh(x / (2 + x)); the first term left out is below 1e-8 of
-// it.
-inline float log_one_plus(float x) {
-  const float u = x / (2 + x), square = u * u;
-  float y = 1.f / 13;
-  y = y * square + 1.f / 11;
-  y = y * square + 1.f / 9;
-  y = y * square + 1.f / 7;
-  y = y * square + 1.f / 5;
-  y = y * square + 1.f / 3;
-  return 2 * u * (y * square + 1);
-}
-
 // log(p / m) and log(q / m) where m = (p + q) / 2, from the logarithms of p and q; exactly 0 where
-// they are equal.
-template <class T>
-inline void log_of_ratios(T log_p, T log_q, T* of_p, T* of_q) {
-  const T difference = log_p - log_q, gap = difference < 0 ? -difference : difference;
-  const T e = exp_nonpositive(-gap);
-  const T of_larger = log_one_plus((1 - e) / (1 + e)), of_smaller = of_larger - gap;
-  *of_p = difference < 0 ? of_smaller : of_larger;
-  *of_q = difference < 0 ? of_larger : of_smaller;
+// they are equal. With e the smaller over the larger, that of the larger is log(2 / (1 + e)).
+template <class X>
+static FASTRLHF_INLINE void log_of_ratios(X log_p, X log_q, X* of_p, X* of_q) {
+  const X difference = log_p - log_q, gap = absolute(difference);
+  const X e = exp_nonpositive(-gap);
+  const X of_larger = twice_artanh((1 - e) / (3 + e)), of_smaller = of_larger - gap;
+  *of_p = select(difference < 0, of_smaller, of_larger);
+  *of_q = select(difference < 0, of_larger, of_smaller);
 }
 
 // Logits as logarithms of probabilities.
@@ -97,26 +78,34 @@ struct Logs {
   using T = Wide<In>;
   const In* row;
   T highest, log_sum, scale;
-  T operator[](int64_t v) const { return (load(row[v]) - highest) * scale - log_sum; }
+  template <class X>
+  FASTRLHF_INLINE X of(X logits) const {
+    return (logits - highest) * scale - log_sum;
+  }
+  FASTRLHF_INLINE T operator[](int64_t v) const { return of(load(row[v])); }
 };
 
 template <class In>
 void add_jensen_shannon(Logs<In> logs_p, Logs<In> logs_q, int64_t size, Statistics* at) {
   using T = Wide<In>;
+  using V = Lanes<T>;
+  T buffer_p[BLOCK], buffer_q[BLOCK];
   for (int64_t start = 0; start < size; start += BLOCK) {
-    const int64_t end = size - start < BLOCK ? size : start + BLOCK;
-    T sum_p = 0, sum_q = 0;
-#pragma omp simd reduction(+ : sum_p, sum_q)
-    for (int64_t v = start; v < end; v++) {
-      const T log_p = logs_p[v], log_q = logs_q[v];
-      const T p = exp_nonpositive(log_p), q = exp_nonpositive(log_q);
-      T of_p, of_q;
+    const int64_t width = size - start < BLOCK ? size - start : BLOCK;
+    const T* p = widen(logs_p.row + start, buffer_p, width);
+    const T* q = widen(logs_q.row + start, buffer_q, width);
+    V sum_p = {}, sum_q = {};
+    for (int64_t v = 0; v < width; v += kLanesOf<V>) {
+      const V log_p = logs_p.of(lanes_at(p + v));
+      const V log_q = logs_q.of(lanes_at(q + v));
+      const V share_p = exp_nonpositive(log_p), share_q = exp_nonpositive(log_q);
+      V of_p, of_q;
       log_of_ratios(log_p, log_q, &of_p, &of_q);
-      sum_p += p == 0 ? 0 : p * of_p;
-      sum_q += q == 0 ? 0 : q * of_q;
+      sum_p += select(share_p == 0, all<V>(0), share_p * of_p);
+      sum_q += select(share_q == 0, all<V>(0), share_q * of_q);
     }
-    at->of_p += sum_p;
-    at->of_q += sum_q;
+    at->of_p += sum_lanes(sum_p);
+    at->of_q += sum_lanes(sum_q);
   }
 }
 

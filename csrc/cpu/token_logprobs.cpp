@@ -11,9 +11,10 @@ template <class T>
 constexpr T LOWEST = sizeof(T) == 4 ? T(-87.3) : T(-746);  // e to this and below is 0
 
 // Keeps 0 log 0 from being 0 * -inf = NaN; NaN stays NaN.
-template <class T>
-inline T finite_log(T x) {
-  return x < LOWEST<T> ? LOWEST<T> : x;
+template <class X>
+static FASTRLHF_INLINE X finite_log(X x) {
+  const X lowest = all<X>(LOWEST<ElementOf<X>>);
+  return select<X>(!(x < lowest), x, lowest);
 }
 
 // Over a row, with z = (x - highest) / temperature: the sum of e^z and of z e^z.
@@ -24,6 +25,7 @@ struct Sums {
 template <class In>
 Sums sums_of(const In* row, int64_t size, double scale) {
   using T = Wide<In>;
+  using V = Lanes<T>;
   T buffer[BLOCK];
   T highest = -INFINITY;
   double exps = 0, weighted = 0;
@@ -40,15 +42,14 @@ Sums sums_of(const In* row, int64_t size, double scale) {
       highest = block_highest;
     }
     const T origin = highest == -INFINITY ? 0 : highest, factor = static_cast<T>(scale);
-    T block_exps = 0, block_weighted = 0;
-#pragma omp simd reduction(+ : block_exps, block_weighted)
-    for (int64_t v = 0; v < width; v++) {
-      const T z = (x[v] - origin) * factor, e = exp_nonpositive(z);
+    V block_exps = {}, block_weighted = {};
+    for (int64_t v = 0; v < width; v += kLanesOf<V>) {
+      const V z = (lanes_at(x + v) - origin) * factor, e = exp_nonpositive(z);
       block_exps += e;
       block_weighted += e * finite_log(z);
     }
-    exps += block_exps;
-    weighted += block_weighted;
+    exps += sum_lanes(block_exps);
+    weighted += sum_lanes(block_weighted);
   }
   return {static_cast<double>(highest), exps, weighted};
 }
