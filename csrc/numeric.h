@@ -7,10 +7,11 @@
 #include <stdint.h>
 #include <string.h>
 
-#include <utility>
+#include "kernel.h"
 
 #define FASTRLHF_INLINE inline __attribute__((always_inline))
 #define FASTRLHF_LAMBDA __attribute__((always_inline))
+#define FASTRLHF_ONCE __attribute__((noinline))
 
 namespace FASTRLHF_ISA {
 namespace {
@@ -213,6 +214,18 @@ static FASTRLHF_INLINE void for_lanes(int64_t begin, int64_t end, const Body& bo
   if (i < end) body(i, static_cast<int>(end - i));
 }
 
+// Calls run, which shares a loop out by `omp for`, on all threads or, where that is not worth it, on
+// this one. A parallel region of one thread would take as long as a small kernel.
+template <class Run>
+static FASTRLHF_INLINE void on_threads(bool worth, int64_t num_threads, const Run& run) {
+  if (worth) {
+#pragma omp parallel num_threads(num_threads)
+    run();
+  } else {
+    run();
+  }
+}
+
 // Calls body(begin, end, chunk) for pieces of [0, n) of at most kPiece elements, on all threads. A
 // chunk is the pieces that one thread works through. The cut depends on n alone.
 constexpr int64_t kPiece = 512;
@@ -220,8 +233,7 @@ template <class Body>
 static FASTRLHF_INLINE void for_pieces(int64_t n, int64_t num_threads, const Body& shared) {
   const int64_t even = (n + kChunks - 1) / kChunks, size = even > kChunkSize ? even : kChunkSize;
   const int64_t num_chunks = (n + size - 1) / size;
-#pragma omp parallel num_threads(num_threads) if (n > kWorthThreads)
-  {
+  on_threads(n > kWorthThreads, num_threads, [=, &shared]() FASTRLHF_ONCE {
     const Body body = shared;  // in registers, where what it captured by value cannot be aliased
 #pragma omp for
     for (int64_t c = 0; c < num_chunks; c++) {
@@ -229,7 +241,7 @@ static FASTRLHF_INLINE void for_pieces(int64_t n, int64_t num_threads, const Bod
       for (int64_t i = c * size; i < end; i += kPiece)
         body(i, i + kPiece < end ? i + kPiece : end, c);
     }
-  }
+  });
 }
 
 // Calls body(i, size) for the elements i to i + size of [0, n), on all threads.

@@ -48,17 +48,18 @@ void gae(const T* rewards, const T* values, const int32_t* cu_seqlens, const boo
          double lam, bool zero_gaps, int64_t num_threads) {
   const T g = static_cast<T>(gamma), gl = static_cast<T>(gamma * lam);
   const Decay<T> decay(gamma * lam);
-#pragma omp parallel for num_threads(num_threads) \
-    schedule(dynamic, 16) if (cu_seqlens[num_segments] > kWorthThreads)
-  for (int64_t n = 0; n < num_segments; n++) {
-    const int64_t begin = cu_seqlens[n], end = cu_seqlens[n + 1];
-    const T last_value = bootstrap ? bootstrap[n] : T(0);
-    if (mask)
-      gae_masked(rewards, values, mask, last_value, advantages, returns, begin, end, g, gl,
-                 zero_gaps);
-    else
-      gae_plain(rewards, values, last_value, advantages, returns, begin, end, g, decay);
-  }
+  on_threads(cu_seqlens[num_segments] > kWorthThreads, num_threads, [=]() FASTRLHF_ONCE {
+#pragma omp for schedule(dynamic, 16)
+    for (int64_t n = 0; n < num_segments; n++) {
+      const int64_t begin = cu_seqlens[n], end = cu_seqlens[n + 1];
+      const T last_value = bootstrap ? bootstrap[n] : T(0);
+      if (mask)
+        gae_masked(rewards, values, mask, last_value, advantages, returns, begin, end, g, gl,
+                   zero_gaps);
+      else
+        gae_plain(rewards, values, last_value, advantages, returns, begin, end, g, decay);
+    }
+  });
 }
 
 FASTRLHF_KERNEL(gae_float32, gae<float>)

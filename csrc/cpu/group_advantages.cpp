@@ -1,7 +1,6 @@
 // Scores of the responses to one prompt against each other.
-#include <math.h>
-
 #include "kernel.h"
+#include "numeric.h"
 
 namespace FASTRLHF_ISA {
 namespace {
@@ -10,22 +9,31 @@ namespace {
 // is taken of differences to the first score, so that it is exact where all are equal.
 template <class T>
 void group_advantages(const T* scores, const int32_t* cu_groups, T* advantages, int64_t num_groups,
-                      int64_t kind, double eps) {
-  for (int64_t g = 0; g < num_groups; g++) {
-    const int64_t begin = cu_groups[g], end = cu_groups[g + 1];
-    if (begin == end) continue;
-    const double n = static_cast<double>(end - begin), others = n > 1 ? n - 1 : 1,
-                 first = scores[begin];
-    double sum = 0, squares = 0;
-    for (int64_t i = begin; i < end; i++) sum += scores[i] - first;
-    const double mean = first + sum / n;
-    for (int64_t i = begin; i < end; i++) squares += (scores[i] - mean) * (scores[i] - mean);
-    const double scale = kind == 1   ? 1 / (sqrt(squares / others) + eps)
-                         : kind == 2 ? 1
-                                     : n / others;
-    for (int64_t i = begin; i < end; i++)
-      advantages[i] = static_cast<T>((scores[i] - mean) * scale);
-  }
+                      int64_t kind, double eps, int64_t num_threads) {
+  on_threads(cu_groups[num_groups] > kWorthThreads, num_threads, [=]() FASTRLHF_ONCE {
+#pragma omp for
+    for (int64_t g = 0; g < num_groups; g++) {
+      const int64_t begin = cu_groups[g], end = cu_groups[g + 1];
+      if (begin == end) continue;
+      const double n = static_cast<double>(end - begin), others = n > 1 ? n - 1 : 1,
+                   first = scores[begin];
+      const auto sum = [&](double origin, bool squared) FASTRLHF_LAMBDA {
+        Vec total = {};
+        for_lanes(begin, end, [&](int64_t i, int size) FASTRLHF_LAMBDA {
+          const Vec d = load(scores + i, size) - origin;
+          total += select(load_mask(nullptr, i, size), squared ? d * d : d, all(0));
+        });
+        return sum_lanes(total);
+      };
+      const double mean = first + sum(first, false) / n;
+      const double scale = kind == 1   ? 1 / (sqrt(sum(mean, true) / others) + eps)
+                           : kind == 2 ? 1
+                                       : n / others;
+      for_lanes(begin, end, [&](int64_t i, int size) FASTRLHF_LAMBDA {
+        store(advantages + i, (load(scores + i, size) - mean) * scale, size);
+      });
+    }
+  });
 }
 
 FASTRLHF_KERNEL(group_advantages_float32, group_advantages<float>)

@@ -31,13 +31,29 @@ static std::string choose_isa() {
                            all);
 }
 
+// Checks of arguments, which in torch or numpy would take longer than a small kernel.
+static bool rises(intptr_t address, int64_t count, int64_t last, int64_t least) {
+  const auto* bounds = reinterpret_cast<const int32_t*>(address);
+  bool good = bounds[0] == 0 && bounds[count - 1] == last;
+  for (int64_t i = 1; i < count; i++)
+    good &= static_cast<int64_t>(bounds[i]) - bounds[i - 1] >= least;
+  return good;
+}
+
+static bool within(intptr_t address, int64_t count, int64_t bound) {
+  const auto* indices = reinterpret_cast<const int64_t*>(address);
+  bool good = true;
+  for (int64_t i = 0; i < count; i++) good &= indices[i] >= 0 && indices[i] < bound;
+  return good;
+}
+
 }  // namespace fastrlhf
 
 PYBIND11_MODULE(_cpu, m) {
   const std::string isa = fastrlhf::choose_isa();
   m.attr("isa") = isa;
   for (const auto* k = fastrlhf::first; k; k = k->next)
-    if (isa == k->isa)
-      m.attr(k->name) = py::cpp_function([k](const py::args& args) { fastrlhf::call(k, args); },
-                                         py::name(k->name));
+    if (isa == k->isa) m.attr(k->name) = fastrlhf::function_of(k);
+  m.def("rises", fastrlhf::rises, "whether int32 at an address rise from 0 to last by >= least");
+  m.def("within", fastrlhf::within, "whether int64 at an address are in [0, bound)");
 }

@@ -95,20 +95,21 @@ void ppo_advantages(const T* scores, const T* logprobs, const T* ref_logprobs, c
   const int64_t size = (num_groups + kChunks - 1) / kChunks * kGroup;
   const Decay<T> decay(gamma * lam);
   Row rows[kChunks] = {};
-#pragma omp parallel for num_threads(num_threads) \
-    schedule(dynamic, 1) if (num_tokens > kWorthThreads)
-  for (int64_t c = 0; c < kChunks; c++) {
-    const int64_t stop = (c + 1) * size < num_sequences ? (c + 1) * size : num_sequences;
-    for (int64_t first = c * size; first < stop; first += kGroup) {
-      const int64_t last = stop - first < kGroup ? stop : first + kGroup;
-      for (int64_t n = first; n < last; n++)
-        shape(scores[n], logprobs, ref_logprobs, values, rewards, advantages, returns,
-              cu_seqlens[n], cu_seqlens[n + 1], static_cast<T>(kl_coef), static_cast<T>(gamma),
-              decay);
-      merge(rows[c], row_of(logprobs, ref_logprobs, values, rewards, advantages, returns,
-                            cu_seqlens[first], cu_seqlens[last]));
+  on_threads(num_tokens > kWorthThreads, num_threads, [=, &rows]() FASTRLHF_ONCE {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t c = 0; c < kChunks; c++) {
+      const int64_t stop = (c + 1) * size < num_sequences ? (c + 1) * size : num_sequences;
+      for (int64_t first = c * size; first < stop; first += kGroup) {
+        const int64_t last = stop - first < kGroup ? stop : first + kGroup;
+        for (int64_t n = first; n < last; n++)
+          shape(scores[n], logprobs, ref_logprobs, values, rewards, advantages, returns,
+                cu_seqlens[n], cu_seqlens[n + 1], static_cast<T>(kl_coef), static_cast<T>(gamma),
+                decay);
+        merge(rows[c], row_of(logprobs, ref_logprobs, values, rewards, advantages, returns,
+                              cu_seqlens[first], cu_seqlens[last]));
+      }
     }
-  }
+  });
   Row all_rows = {};
   for (const Row& row : rows) merge(all_rows, row);
   const double n = num_tokens > 0 ? static_cast<double>(num_tokens) : 1.0;

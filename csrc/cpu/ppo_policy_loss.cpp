@@ -121,39 +121,41 @@ void ppo_sequence_loss(const T* logprobs, const T* old_logprobs, const T* advant
   const Bounds bounds = {1 - clip_low, 1 + clip_high, dual};
   Totals totals;
   const int64_t size = num_sequences / kChunks + 1;
-#pragma omp parallel for num_threads(num_threads) if (cu_seqlens[num_sequences] > kWorthThreads)
-  for (int64_t chunk = 0; chunk < kChunks; chunk++) {
-    const int64_t last = (chunk + 1) * size < num_sequences ? (chunk + 1) * size : num_sequences;
-    for (int64_t n = chunk * size; n < last; n++) {
-      const int64_t start = cu_seqlens[n], end = cu_seqlens[n + 1], num_kept = kept_in(n);
-      const double weight = num_kept > 0 ? 1 / static_cast<double>(num_kept) : 0.0;
-      const auto log_ratios = [&](int64_t i, int lanes, Bits counts) FASTRLHF_LAMBDA {
-        return select(counts, load(logprobs + i, lanes) - load(old_logprobs + i, lanes), all(0));
-      };
-      Vec total = {};
-      for_lanes(start, end, [&](int64_t i, int lanes) FASTRLHF_LAMBDA {
-        total += log_ratios(i, lanes, load_mask(mask, i, lanes));
-      });
-      const double ratio = exp(sum_lanes(total) * weight);
-      Vec slope = {};
-      Sums<Vec> sums;
-      for_lanes(start, end, [&](int64_t i, int lanes) FASTRLHF_LAMBDA {
-        const Bits counts = load_mask(mask, i, lanes);
-        const Vec log_ratio = log_ratios(i, lanes, counts);
-        const Vec advantage = select(counts, load(advantages + i, lanes), all(0));
-        const Vec here = select(counts, all(ratio), all(1));
-        const Term<Vec> term = surrogate(here, advantage, bounds);
-        slope += select(term.held, all(0), term.plain);
-        sums.add(term, log_ratio, exp_lanes(log_ratio), here, counts,
-                 select(counts, all(weight), all(0)));
-      });
-      totals.add(chunk, sums);
-      const Vec each = all(sum_lanes(slope) * weight * weight * scale);
-      for_lanes(start, end, [&](int64_t i, int lanes) FASTRLHF_LAMBDA {
-        store(grad + i, select(load_mask(mask, i, lanes), each, all(0)), lanes);
-      });
+  on_threads(cu_seqlens[num_sequences] > kWorthThreads, num_threads, [=, &totals]() FASTRLHF_ONCE {
+#pragma omp for
+    for (int64_t chunk = 0; chunk < kChunks; chunk++) {
+      const int64_t last = (chunk + 1) * size < num_sequences ? (chunk + 1) * size : num_sequences;
+      for (int64_t n = chunk * size; n < last; n++) {
+        const int64_t start = cu_seqlens[n], end = cu_seqlens[n + 1], num_kept = kept_in(n);
+        const double weight = num_kept > 0 ? 1 / static_cast<double>(num_kept) : 0.0;
+        const auto log_ratios = [&](int64_t i, int lanes, Bits counts) FASTRLHF_LAMBDA {
+          return select(counts, load(logprobs + i, lanes) - load(old_logprobs + i, lanes), all(0));
+        };
+        Vec total = {};
+        for_lanes(start, end, [&](int64_t i, int lanes) FASTRLHF_LAMBDA {
+          total += log_ratios(i, lanes, load_mask(mask, i, lanes));
+        });
+        const double ratio = exp(sum_lanes(total) * weight);
+        Vec slope = {};
+        Sums<Vec> sums;
+        for_lanes(start, end, [&](int64_t i, int lanes) FASTRLHF_LAMBDA {
+          const Bits counts = load_mask(mask, i, lanes);
+          const Vec log_ratio = log_ratios(i, lanes, counts);
+          const Vec advantage = select(counts, load(advantages + i, lanes), all(0));
+          const Vec here = select(counts, all(ratio), all(1));
+          const Term<Vec> term = surrogate(here, advantage, bounds);
+          slope += select(term.held, all(0), term.plain);
+          sums.add(term, log_ratio, exp_lanes(log_ratio), here, counts,
+                   select(counts, all(weight), all(0)));
+        });
+        totals.add(chunk, sums);
+        const Vec each = all(sum_lanes(slope) * weight * weight * scale);
+        for_lanes(start, end, [&](int64_t i, int lanes) FASTRLHF_LAMBDA {
+          store(grad + i, select(load_mask(mask, i, lanes), each, all(0)), lanes);
+        });
+      }
     }
-  }
+  });
   totals.write(loss, stats, scale, kept > 0);
 }
 

@@ -1,5 +1,4 @@
-// The losses of a reward model on rankings, with their statistics and their gradient. Groups are
-// small and few: plain loops.
+// The losses of a reward model on rankings, with their statistics and their gradient.
 #include "kernel.h"
 #include "numeric.h"
 
@@ -46,41 +45,73 @@ double plackett_luce(Group<const T> scores, const bool* ties, Group<T> grad, dou
   return loss;
 }
 
-// The mean over pairs of -log sigmoid(s_i - s_j), a tie being half a win of each. Adds the gradient
-// times scale to `slopes`.
+// Sums over pairs.
+struct Pairs {
+  double loss = 0, right = 0, margins = 0;
+};
+
+// Over the pairs of a group: -log sigmoid(s_i - s_j), a tie being half a win of each, where `slopes`
+// are given, to which the gradient times scale is added; how many stand in the right order, half for
+// equal scores or ranks; and their margins. For each i a vector of j at a time.
 template <class T>
-double pairwise(Group<const T> scores, const bool* ties, double* slopes, int64_t k, double scale) {
-  const double share = 2 / (static_cast<double>(k) * (k - 1));
-  double loss = 0;
-  for (int64_t i = 0; i < k; i++) {
-    bool tied = true;
-    for (int64_t j = i + 1; j < k; j++) {
-      tied = tied && ties && ties[j];
-      const double h = static_cast<double>(scores[i]) - scores[j], e = exp(-fabs(h));
-      const double win = tied ? 0.5 : 1.0, small = e / (1 + e), large = 1 / (1 + e);
-      loss += log1p(e) + (h > 0 ? (1 - win) * h : -win * h);
-      const double slope = (1 - win) * (h > 0 ? large : small) - win * (h > 0 ? small : large);
-      slopes[i] += slope * share * scale;
-      slopes[j] -= slope * share * scale;
+Pairs over_pairs(const T* scores, const bool* ties, T* slopes, int64_t k, T scale) {
+  typedef Lanes<T> V;
+  constexpr int64_t kOften = 64 * kLanesOf<V>;  // pairs after which the sums go on in double
+  const V zero = {}, half = all<V>(0.5), one = all<V>(1);
+  V loss = {}, right = {}, margins = {};
+  Pairs pairs;
+  int64_t since = 0;
+  for (int64_t i = 0, tied = 0; i < k; i++) {
+    tied = tied > i ? tied : i + 1;
+    while (ties && tied < k && ties[tied]) tied++;  // the first whose rank is not that of i
+    V slope_of_i = {};
+    for_lanes<V>(i + 1, k, [&](int64_t j, int size) FASTRLHF_LAMBDA {
+      const BitsOf<V> inside = load_mask<V>(nullptr, 0, size);
+      const BitsOf<V> level = load_mask<V>(nullptr, 0, static_cast<int>(tied - j));
+      const V h = select(inside, scores[i] - load<V>(scores + j, size), zero);
+      if (slopes) {
+        const BitsOf<V> up = h > 0;
+        const V win = select(level, half, one), lose = 1 - win;
+        const V e = exp_lanes(-absolute(h)), large = 1 / (1 + e), small = e * large;
+        loss += select(inside, log1p_lanes(e) + select(up, lose * h, -win * h), zero);
+        const V slope = select(up, lose * large - win * small, lose * small - win * large);
+        const V step = select(inside, slope * scale, zero);
+        slope_of_i += step;
+        store(slopes + j, load<V>(slopes + j, size) - step, size);
+      }
+      const V margin = select(level, zero, one) * h;
+      margins += margin;
+      const V won = select(margin > 0, one, select(margin < 0, zero, half + 0 * margin));  // NaN stays
+      right += select(inside, won, zero);
+    });
+    if (slopes) slopes[i] += static_cast<T>(sum_lanes(slope_of_i));
+    since += k - i;
+    if (since > kOften || i == k - 1) {
+      pairs.loss += sum_lanes(loss);
+      pairs.right += sum_lanes(right);
+      pairs.margins += sum_lanes(margins);
+      loss = right = margins = zero;
+      since = 0;
     }
   }
-  return loss * share;
+  return pairs;
 }
 
-// How many pairs stand in the right order, half for equal scores or ranks, and the sum of their
-// margins.
+// What a group gives to the loss, and to the statistics of its pairs, of which each weighs `share`.
 template <class T>
-void count_pairs(Group<const T> scores, const bool* ties, int64_t k, double* right,
-                 double* margins) {
+Pairs add_group(Group<const T> scores, const bool* ties, Group<T> grad, double* scratch, int64_t k,
+                int64_t kind, double scale) {
+  const double share = 2 / (static_cast<double>(k) * (k - 1));
+  double loss = 0;
+  if (kind == 0) loss = plackett_luce(scores, ties, grad, scratch, scratch + k, k, scale);
+  T *row = reinterpret_cast<T*>(scratch), *slopes = row + k;
   for (int64_t i = 0; i < k; i++) {
-    bool tied = true;
-    for (int64_t j = i + 1; j < k; j++) {
-      tied = tied && ties && ties[j];
-      const double margin = (tied ? 0 : 1) * (static_cast<double>(scores[i]) - scores[j]);
-      *right += isnan(margin) ? NAN : margin > 0 ? 1.0 : margin == 0 ? 0.5 : 0.0;
-      *margins += margin;
-    }
+    row[i] = scores[i];
+    slopes[i] = 0;
   }
+  Pairs pairs = over_pairs(row, ties, kind ? slopes : nullptr, k, static_cast<T>(share * scale));
+  for (int64_t i = 0; kind && i < k; i++) grad[i] = slopes[i];
+  return {kind ? pairs.loss * share : loss, pairs.right * share, pairs.margins * share};
 }
 
 // kind 0 is Plackett-Luce, 1 pairwise; scratch has room for two doubles a score. A denominator of 0
@@ -89,35 +120,38 @@ void count_pairs(Group<const T> scores, const bool* ties, int64_t k, double* rig
 template <class T>
 void ranking_loss(const T* scores, const int32_t* cu_groups, const int64_t* rows, const bool* ties,
                   T* loss, T* stats, T* grad, double* scratch, int64_t num_groups, int64_t kind,
-                  double denominator) {
+                  double denominator, int64_t num_threads) {
   int64_t kept = 0;
   for (int64_t n = 0; n < num_groups; n++) kept += cu_groups[n + 1] - cu_groups[n] > 1;
   const double scale = mean_scale(denominator, kept);
-  double sum_loss = 0, accuracy = 0, margin = 0;
-  for (int64_t n = 0; n < num_groups; n++) {
-    const int64_t start = cu_groups[n], k = cu_groups[n + 1] - start;
-    const bool* tie = ties ? ties + start : nullptr;
-    const Group<const T> group(scores, rows, start);
-    const Group<T> group_grad(grad, rows, start);
-    if (k < 2) {
-      if (k == 1) group_grad[0] = 0;
-      continue;
+  const int64_t size = num_groups / kChunks + 1;
+  Pairs chunks[kChunks];
+  on_threads(cu_groups[num_groups] > kWorthThreads / 16, num_threads, [=, &chunks]() FASTRLHF_ONCE {
+#pragma omp for
+    for (int64_t c = 0; c < kChunks; c++) {
+      const int64_t last = (c + 1) * size < num_groups ? (c + 1) * size : num_groups;
+      for (int64_t n = c * size; n < last; n++) {
+        const int64_t start = cu_groups[n], k = cu_groups[n + 1] - start;
+        const Group<T> group_grad(grad, rows, start);
+        if (k == 1) group_grad[0] = 0;
+        if (k < 2) continue;
+        const Pairs found = add_group(Group<const T>(scores, rows, start), ties ? ties + start : ties,
+                                      group_grad, scratch + 2 * start, k, kind, scale);
+        chunks[c].loss += found.loss;
+        chunks[c].right += found.right;
+        chunks[c].margins += found.margins;
+      }
     }
-    if (kind == 0) {
-      sum_loss += plackett_luce(group, tie, group_grad, scratch, scratch + k, k, scale);
-    } else {
-      for (int64_t i = 0; i < k; i++) scratch[i] = 0;
-      sum_loss += pairwise(group, tie, scratch, k, scale);
-      for (int64_t i = 0; i < k; i++) group_grad[i] = static_cast<T>(scratch[i]);
-    }
-    double right = 0, margins = 0;
-    count_pairs(group, tie, k, &right, &margins);
-    accuracy += 2 * right / (static_cast<double>(k) * (k - 1));
-    margin += 2 * margins / (static_cast<double>(k) * (k - 1));
+  });
+  Pairs sums;
+  for (const Pairs& chunk : chunks) {
+    sums.loss += chunk.loss;
+    sums.right += chunk.right;
+    sums.margins += chunk.margins;
   }
-  *loss = static_cast<T>(sum_loss * scale);
-  stats[0] = static_cast<T>(accuracy * scale);
-  stats[1] = static_cast<T>(margin * scale);
+  *loss = static_cast<T>(sums.loss * scale);
+  stats[0] = static_cast<T>(sums.right * scale);
+  stats[1] = static_cast<T>(sums.margins * scale);
 }
 
 FASTRLHF_KERNEL(ranking_loss_float32, ranking_loss<float>)

@@ -2,7 +2,6 @@
 // GPU or driver.
 #include <cuda_runtime.h>
 
-#include <stdexcept>
 #include <string>
 
 #include "module.h"
@@ -21,13 +20,9 @@ PYBIND11_MODULE(_cuda, m) {
       },
       "(number of GPUs, why there is none or an empty text)");
   for (const auto* k = fastrlhf::first; k; k = k->next)
-    m.attr(k->name) = py::cpp_function(
-        [k](const py::args& args) {
-          fastrlhf::call(k, args);
-          const cudaError_t status =
-              cudaGetLastError();  // of the launch: nothing waits for the kernel to run
-          if (status != cudaSuccess)
-            throw std::runtime_error(std::string(k->name) + ": " + cudaGetErrorString(status));
-        },
-        py::name(k->name));
+    m.attr(k->name) = fastrlhf::function_of(k);
+  fastrlhf::failure = [] {
+    const cudaError_t status = cudaGetLastError();  // of the launch: nothing waits for the kernel
+    return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  };
 }

@@ -8,19 +8,26 @@ import os
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from fastrlhf import _cpu
+
+HALF = (torch.float16, torch.bfloat16)
+NAMES = {d: str(d).removeprefix("torch.") for d in (*HALF, torch.float32, torch.float64)}
 DEBUG = os.environ.get("FASTRLHF_DEBUG", "0") == "1"
 
 
 def readable(tensor: Tensor) -> bool:
     """Whether value checks may read this tensor: real data, and on the CPU or in debug mode."""
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter):
         return False
-    return tensor.device.type == "cpu" or (DEBUG and tensor.device.type == "cuda")
+    return tensor.is_cpu or (DEBUG and tensor.is_cuda)
 
 
 def same_device(function: str, **tensors: Tensor | None) -> None:
     """Raises unless all tensors are on one device: a kernel takes addresses, and a mix would be a wild read."""
+    if all([t is None or t.is_cpu for t in tensors.values()]):
+        return
     found = {name: t.device for name, t in tensors.items() if t is not None}
     if len(set(found.values())) > 1:
         what = ", ".join(f"{name} on {device}" for name, device in found.items())
@@ -44,10 +51,8 @@ def same_shape(function: str, **tensors: Tensor | None) -> None:
 
 def has_shape(function: str, name: str, tensor: Tensor, shape: tuple[int | None, ...], letters: str) -> None:
     """Raises unless `tensor` has `shape` (None: any size); `letters` says it in words: "(T, V)"."""
-    fits = tensor.ndim == len(shape) and all(
-        want is None or got == want for want, got in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
+    fits = tensor.ndim == len(shape)
+    if not fits or not all([want is None or got == want for want, got in zip(shape, tensor.shape, strict=True)]):
         expected = ", ".join("*" if size is None else str(size) for size in shape) + "," * (len(shape) == 1)
         raise ValueError(f"{function}: {name} must be {letters} = ({expected}), got {tuple(tensor.shape)}")
 
@@ -57,21 +62,26 @@ def cu_seqlens_of(function: str, name: str, cu_seqlens: Tensor, num_tokens: int)
     dtype_in(function, name, cu_seqlens, (torch.int32,))
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{function}: {name} must be (N + 1,), got {tuple(cu_seqlens.shape)}")
-    if not readable(cu_seqlens):
-        return
-    values = cu_seqlens.detach().cpu().numpy()
-    if values[0] != 0 or values[-1] != num_tokens or (values[1:] < values[:-1]).any():
-        bounds = values.tolist()
+    if readable(cu_seqlens) and not bounds_rise(cu_seqlens, num_tokens):
+        bounds = cu_seqlens.tolist()
         shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
         raise ValueError(f"{function}: {name} must rise from 0 to {num_tokens}, got {shown}")
 
 
+def bounds_rise(bounds: Tensor, last: int, least: int = 0) -> bool:
+    """Whether readable int32 bounds rise from 0 to `last` in steps of at least `least`."""
+    bounds = bounds.cpu().contiguous()
+    return _cpu.rises(bounds.data_ptr(), bounds.shape[0], last, least)
+
+
 def indices_below(function: str, name: str, indices: Tensor, bound: int) -> None:
     """Raises unless 0 <= indices < bound."""
-    if readable(indices) and indices.numel():
-        low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high >= bound:
-            raise ValueError(f"{function}: {name} must be in [0, {bound}), got values from {low} to {high}")
+    if not readable(indices):
+        return
+    held = indices.to("cpu", torch.int64).contiguous()
+    if not _cpu.within(held.data_ptr(), held.numel(), bound):
+        low, high = int(held.min()), int(held.max())
+        raise ValueError(f"{function}: {name} must be in [0, {bound}), got values from {low} to {high}")
 
 
 def rows_of(function: str, name: str, rows: Tensor, bound: int) -> None:
@@ -89,12 +99,12 @@ def alike(
     """Raises unless all `tensors` have the device, shape and dtype of the first, one of `dtypes`, and `mask` fits."""
     rest = iter(tensors.values())
     first = next(rest)
-    device, dtype, shape = first.device, first.dtype, first.shape
-    fits = dtype in dtypes
+    dtype, shape, fits, cpu = first.dtype, first.shape, first.dtype in dtypes, first.is_cpu
     for t in rest:
-        fits = fits and t.dtype is dtype and t.device == device and t.shape == shape
+        fits = fits and t.dtype is dtype and t.shape == shape and (t.is_cpu if cpu else t.device == first.device)
     if mask is not None:
-        fits = fits and mask.dtype is torch.bool and mask.device == device and mask.shape == shape
+        fits = fits and mask.dtype is torch.bool and mask.shape == shape
+        fits = fits and (mask.is_cpu if cpu else mask.device == first.device)
     if fits:  # ops are called on small tensors, too: what is wrong is only found out when something is
         return
     same_device(function, **tensors, mask=mask)
@@ -121,7 +131,7 @@ def denominator_of(function: str, denominator: float | None) -> None:
 
 def widen(tensor: Tensor) -> Tensor:
     """The tensor, in float32 if it was in half precision."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def address(tensor: Tensor | None) -> int:
@@ -131,4 +141,4 @@ def address(tensor: Tensor | None) -> int:
 
 def dtype_name(tensor: Tensor) -> str:
     """The suffix of a kernel's name: float32."""
-    return str(tensor.dtype).removeprefix("torch.")
+    return NAMES[tensor.dtype]

@@ -24,6 +24,8 @@ from torch.nn import Parameter
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 _trace, _profiled = torch._C._get_tracing_state, torch._C._autograd._profiler_enabled
 
+SCALARS = frozenset((type(None), bool, int, float, str))
+
 _lib = torch.library.Library("fastrlhf", "DEF")
 BACKEND = os.environ.get("FASTRLHF_BACKEND", "native")
 if BACKEND not in ("native", "ref"):
@@ -120,9 +122,9 @@ def op(
     setup_context(ctx, inputs, output) and backward(ctx, *grads) are those of torch.library.register_autograd."""
     name = forward._schema.name.split("::")[1]  # type: ignore[attr-defined]
     parameters = [a.name for a in forward._schema.arguments]  # type: ignore[attr-defined]
-    constant = [i for i, parameter in enumerate(parameters) if parameter not in grads]
+    constant = [i for i, a in enumerate(forward._schema.arguments) if a.name not in grads and "Tensor" in str(a.type)]  # type: ignore[attr-defined]
     serving = SERVING[name]
-    function: Any = None
+    function_apply: Any = None
     if backward is not None:
         torch.library.register_autograd(f"fastrlhf::{name}", backward, setup_context=setup_context, lib=_lib)
         once = once_differentiable(backward)
@@ -139,22 +141,27 @@ def op(
         # setup_context stays a plain call: as a staticmethod of the Function its argument binding costs 37 µs
         methods = {"forward": staticmethod(function_forward), "backward": staticmethod(function_backward)}
         function = type(name, (torch.autograd.Function,), methods)
+        # past the Python of Function.apply, which is for functorch (see _is_watched) and as long as a small kernel
+        function_apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def apply(*args: Any) -> Any:
-        straight, plain, wanted = serving.get(args[0].device.type), not torch.compiler.is_compiling(), False
+        plain, wanted = not torch.compiler.is_compiling(), False
         for a in args:
-            if isinstance(a, Tensor):
+            kind = type(a)
+            if kind is Tensor or kind is Parameter:
                 wanted = wanted or a.requires_grad
-                # the memory of a subclass or of a negative view does not hold what it shows
-                plain = plain and type(a) in (Tensor, Parameter) and not a.is_neg()
+                plain = plain and not a.is_neg()  # the memory of a negative view does not hold what it shows,
+            elif kind not in SCALARS and isinstance(a, Tensor):
+                wanted, plain = wanted or a.requires_grad, False  # nor has that of a subclass to
         wanted = wanted and torch.is_grad_enabled()
         if wanted:
             for i in constant:
-                if isinstance(args[i], Tensor) and args[i].requires_grad:
+                if args[i] is not None and args[i].requires_grad:
                     raise ValueError(f"{name}: {parameters[i]} gets no gradient, so it must be detached")
+        straight = serving.get("cpu" if args[0].is_cpu else args[0].device.type)
         if straight is None or not plain or _is_watched():
             return forward(*args)
-        return function.apply(*args) if wanted else straight(*args)
+        return function_apply(*args) if wanted else straight(*args)
 
     OPS[name] = Op(name, forward, reference, samples, grads, apply)
     return OPS[name]

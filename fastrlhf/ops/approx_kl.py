@@ -73,10 +73,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(logprobs, ref_logprobs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
     logprobs, ref_logprobs = ctx.saved_tensors
-    grad_logprobs = grad * kl_slope(logprobs, ref_logprobs, ctx.estimator)
-    return grad_logprobs, -grad_logprobs, None
+    if ctx.estimator == 1:
+        return grad, -grad, None
+    slope = ref_logprobs - logprobs  # of the estimate in ref_logprobs
+    if ctx.estimator == 3:
+        slope.expm1_()
+    of_ref = grad * slope if ctx.needs_input_grad[1] else None
+    return -of_ref if of_ref is not None else grad * slope.neg_(), of_ref, None
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -126,4 +131,7 @@ def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") 
     logprobs, ref_logprobs = widen(logprobs), widen(ref_logprobs)
     if estimator not in ESTIMATORS:
         raise ValueError(f"approx_kl: estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    if estimator == "k1":  # which torch cannot be beaten at
+        _check(logprobs, ref_logprobs, 1)
+        return logprobs - ref_logprobs
     return _op(logprobs, ref_logprobs, ESTIMATORS[estimator])

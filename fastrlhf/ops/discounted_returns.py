@@ -23,7 +23,7 @@ def discounted_returns_ref(rewards: Tensor, cu_seqlens: Tensor, gamma: float) ->
     return returns
 
 
-def _check(rewards: Tensor, cu_seqlens: Tensor) -> None:
+def _check(rewards: Tensor, cu_seqlens: Tensor, *_: Any) -> None:
     same_device("discounted_returns", rewards=rewards, cu_seqlens=cu_seqlens)
     dtype_in("discounted_returns", "rewards", rewards, FLOATS)
     has_shape("discounted_returns", "rewards", rewards, (None,), "(T,)")
@@ -35,7 +35,6 @@ def _fake(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
 
 
 def _cpu_forward(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
-    _check(rewards, cu_seqlens)
     rewards, cu_seqlens = rewards.contiguous(), cu_seqlens.contiguous()
     returns = torch.empty_like(rewards)
     kernel = getattr(_cpu, f"discounted_returns_{dtype_name(rewards)}")
@@ -51,7 +50,6 @@ def _cpu_forward(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
 
 
 def _cuda_forward(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
-    _check(rewards, cu_seqlens)
     rewards, cu_seqlens = rewards.contiguous(), cu_seqlens.contiguous()
     returns = torch.empty_like(rewards)
     launch(
@@ -83,6 +81,7 @@ _op = op(
         fake=_fake,
         cpu=_cpu_forward,
         cuda=if_built(_cuda_forward),
+        check=_check,
     ),
     reference=discounted_returns_ref,
     samples=samples,
@@ -103,7 +102,6 @@ def discounted_returns(rewards: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.
     Source: Sutton and Barto, "Reinforcement Learning" (2018), equation 3.9.
     """
     rewards = widen(rewards)
-    _check(rewards, cu_seqlens)
     if not 0 <= gamma <= 1:
         raise ValueError(f"discounted_returns: gamma must be in [0, 1], got {gamma}")
     return _op(rewards, cu_seqlens, gamma)

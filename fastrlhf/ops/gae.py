@@ -53,7 +53,9 @@ def gae_ref(
     return advantages, returns
 
 
-def _check(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, mask: Tensor | None, bootstrap: Tensor | None) -> None:
+def _check(
+    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, mask: Tensor | None, bootstrap: Tensor | None, *_: Any
+) -> None:
     same_device("gae", rewards=rewards, values=values, cu_seqlens=cu_seqlens, mask=mask, bootstrap=bootstrap)
     dtype_in("gae", "rewards", rewards, FLOATS)
     dtype_in("gae", "values", values, (rewards.dtype,))
@@ -73,7 +75,6 @@ def _fake(rewards: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 def _prepared(*given: Tensor | None) -> tuple[tuple[Tensor, Tensor], list[Tensor | None]]:
     """(the outputs, what a kernel takes the addresses of: the inputs, contiguous, and the outputs)."""
-    _check(*given)  # type: ignore[arg-type]
     inputs = [None if t is None else t.contiguous() for t in given]
     outputs = _fake(inputs[0])  # type: ignore[arg-type]
     return outputs, [*inputs, *outputs]
@@ -126,6 +127,7 @@ _forward = leaf(
     fake=_fake,
     cpu=_cpu_forward,
     cuda=if_built(_cuda_forward),
+    check=_check,
 )
 _op = op(_forward, reference=gae_ref, samples=samples)
 
@@ -162,7 +164,6 @@ def gae(
     """
     rewards, values = widen(rewards), widen(values)
     bootstrap = None if bootstrap is None else widen(bootstrap)
-    _check(rewards, values, cu_seqlens, mask, bootstrap)
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gae: gamma and lam must be in [0, 1], got gamma={gamma} and lam={lam}")
     if gaps not in GAPS:

@@ -29,7 +29,7 @@ def group_advantages_ref(scores: Tensor, cu_groups: Tensor, kind: int, eps: floa
     return advantages
 
 
-def _check(scores: Tensor, cu_groups: Tensor) -> None:
+def _check(scores: Tensor, cu_groups: Tensor, *_: Any) -> None:
     same_device("group_advantages", scores=scores, cu_groups=cu_groups)
     dtype_in("group_advantages", "scores", scores, FLOATS)
     has_shape("group_advantages", "scores", scores, (None,), "(N,)")
@@ -41,16 +41,15 @@ def _fake(scores: Tensor, *_: Any) -> Tensor:
 
 
 def _cpu_forward(scores: Tensor, cu_groups: Tensor, kind: int, eps: float) -> Tensor:
-    _check(scores, cu_groups)
     scores, cu_groups = scores.contiguous(), cu_groups.contiguous()
     advantages = torch.empty_like(scores)
     kernel = getattr(_cpu, f"group_advantages_{dtype_name(scores)}")
-    kernel(scores.data_ptr(), cu_groups.data_ptr(), advantages.data_ptr(), cu_groups.shape[0] - 1, kind, eps)
+    addresses = scores.data_ptr(), cu_groups.data_ptr(), advantages.data_ptr()
+    kernel(*addresses, cu_groups.shape[0] - 1, kind, eps, torch.get_num_threads())
     return advantages
 
 
 def _cuda_forward(scores: Tensor, cu_groups: Tensor, kind: int, eps: float) -> Tensor:
-    _check(scores, cu_groups)
     scores, cu_groups = scores.contiguous(), cu_groups.contiguous()
     advantages = torch.empty_like(scores)
     launch(
@@ -84,6 +83,7 @@ _op = op(
         fake=_fake,
         cpu=_cpu_forward,
         cuda=if_built(_cuda_forward),
+        check=_check,
     ),
     reference=group_advantages_ref,
     samples=samples,
@@ -109,7 +109,6 @@ def group_advantages(scores: Tensor, cu_groups: Tensor, *, kind: str = "grpo", e
     2402.14740 (rloo).
     """
     scores = widen(scores)
-    _check(scores, cu_groups)
     if kind not in KINDS:
         raise ValueError(f"group_advantages: kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not eps > 0:

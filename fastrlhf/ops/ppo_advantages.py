@@ -11,6 +11,7 @@ from torch import Tensor
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
     address,
+    bounds_rise,
     cu_seqlens_of,
     dtype_in,
     dtype_name,
@@ -58,7 +59,7 @@ def ppo_advantages_ref(
     return rewards, advantages, returns, torch.stack([s.to(values.dtype) for s in stats])
 
 
-def _check(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, cu_seqlens: Tensor) -> None:
+def _check(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, cu_seqlens: Tensor, *_: Any) -> None:
     name, tokens = "ppo_advantages", {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
     same_device(name, scores=scores, **tokens, cu_seqlens=cu_seqlens)
     dtype_in(name, "scores", scores, FLOATS)
@@ -68,7 +69,7 @@ def _check(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tenso
     same_shape(name, **tokens)
     cu_seqlens_of(name, "cu_seqlens", cu_seqlens, logprobs.shape[0])
     has_shape(name, "scores", scores, (cu_seqlens.shape[0] - 1,), "(N,)")
-    if readable(cu_seqlens) and not bool((cu_seqlens.diff() > 0).all()):
+    if readable(cu_seqlens) and not bounds_rise(cu_seqlens, logprobs.shape[0], least=1):
         empty = cu_seqlens.diff().tolist().index(0)
         raise ValueError(f"{name}: sequence {empty} has no tokens, so its score would be lost")
 
@@ -80,7 +81,6 @@ def _fake(scores: Tensor, logprobs: Tensor, *_: Any) -> Outputs:
 
 def _prepared(*given: Tensor) -> tuple[Outputs, list[Tensor]]:
     """(the outputs, what a kernel takes the addresses of: the inputs, contiguous, and the outputs)."""
-    _check(*given)
     outputs = _fake(*given)
     return outputs, [*(x.contiguous() for x in given), *outputs]
 
@@ -124,6 +124,7 @@ _op = op(
         fake=_fake,
         cpu=_cpu_forward,
         cuda=if_built(_cuda_forward),
+        check=_check,
     ),
     reference=ppo_advantages_ref,
     samples=samples,
@@ -171,7 +172,6 @@ def ppo_advantages(
     Source: Ziegler et al., arXiv 1909.08593, equation 2; Schulman et al., arXiv 1506.02438, equation 16.
     """
     scores, logprobs, ref_logprobs, values = (widen(x) for x in (scores, logprobs, ref_logprobs, values))
-    _check(scores, logprobs, ref_logprobs, values, cu_seqlens)
     if not 0 <= kl_coef < math.inf:
         raise ValueError(f"ppo_advantages: kl_coef must be a number from 0 up, got {kl_coef}")
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):

@@ -123,7 +123,7 @@ def _cpu_forward(
 ) -> Outputs:
     addresses, outputs, _kept = _addresses(scores, cu_groups, rows, ties)
     kernel = getattr(_cpu, f"ranking_loss_{dtype_name(scores)}")
-    kernel(*addresses, cu_groups.shape[0] - 1, KINDS.index(kind), denominator or 0.0)
+    kernel(*addresses, cu_groups.shape[0] - 1, KINDS.index(kind), denominator or 0.0, torch.get_num_threads())
     return outputs
 
 
