@@ -8,8 +8,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-parts=(tests gae attention generation)
-declare -A seconds=([tests]=400 [gae]=60 [attention]=60 [generation]=150)
+parts=(tests ops heads gae attention generation loops)
+declare -A seconds=([tests]=300 [ops]=330 [heads]=150 [gae]=50 [attention]=50 [generation]=130 [loops]=480)
 part=${1:-all} dry=${2:-}
 if [[ $part == all ]]; then
     for part in "${parts[@]}"; do
@@ -47,6 +47,7 @@ trap finish EXIT
 
 step() { # step SECONDS COMMAND ...: goes on after a failure, and ends when the part has to
     local left=$((end - SECONDS)) most=$1 code=0
+    [[ -z $dry ]] || left=600 most=600 # however slow the machine is
     shift
     echo $'\n'"== $*"
     timeout --kill-after=5 "$((left < 1 ? 1 : left < most ? left : most))" "$@" &
@@ -87,7 +88,26 @@ tests)
     step 120 "${pytest[@]}" "${native[@]::2}" tests/gpu -m "not slow"
     step 100 "${pytest[@]}" "${native[@]::2}" tests/gpu -m slow
     ;;
-gae) bench 60 gae --seconds 1 ;;
-attention) bench 60 packing --seconds 2 ;;
-generation) bench 150 generation --seconds 2 ;;
+ops)
+    ops=(benchmarks/ops/bench_*.py)
+    ops=("${ops[@]#*bench_}")
+    [[ -z $dry ]] || ops=(approx_kl.py kl_divergence.py group_advantages.py) # the others: tests/test_benchmarks.py
+    bench 330 "${ops[@]%.py}" --seconds 0.3
+    ;;
+heads)
+    sizes=(2048x2048x32000 8192x4096x32000 8192x4096x128256 32768x4096x128256 8192x8192x256000 2048x4096x256000)
+    [[ -z $dry ]] || sizes=(6x4x50)
+    bench 80 linear_cross_entropy --sizes "${sizes[@]}" --seconds 0.3
+    bench 150 linear_token_logprobs --sizes "${sizes[@]}" --seconds 0.3
+    ;;
+gae) bench 50 gae --seconds 1 ;;
+attention) bench 50 packing --seconds 1 ;;
+generation) bench 130 generation --seconds 1 ;;
+loops) # the largest last, as they may not fit in memory or time
+    shapes=(135m 1.5b 3b)
+    [[ -z $dry ]] || shapes=(tiny)
+    for shape in "${shapes[@]}"; do
+        for loop in sft reward ppo; do bench 100 "$loop" --shape "$shape" --repeats 1 --only responses; done
+    done
+    ;;
 esac

@@ -12,7 +12,7 @@ import csv
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -130,16 +130,36 @@ class Report:
             case = replace(case, functions={n: f for n, f in case.functions.items() if n != "torch.compile"})
         inputs = case.make(self.device)
         figures = {"error": case.errors(inputs)}
-        functions = {name: case.timed(name, inputs) for name in figures["error"]}
+        functions = self._that_fit(case, inputs, figures["error"])
         if case.memory:
             figures["extra_mib"] = {n: peak_mib(f, beside_outputs=True) for n, f in functions.items()}
         if self.device == "cuda" and not case.grads:
             first = next(iter(functions))
-            functions[f"{first}, as a graph"] = captured(functions[first])
+            try:
+                functions[f"{first}, as a graph"] = captured(functions[first])
+            except RuntimeError as failure:
+                print(f"{case.name}: no graph: {failure}")
         timings = compare(functions, seconds=self.options.seconds)
         for figure, amount in case.work.items():
             figures[figure] = {name: amount / timing.median * 1e3 for name, timing in timings.items()}
+        if "tflop_s" in figures:
+            limit = self.machine["matrix_gflop_s" if self.device == "cpu" else "matrix_bf16_gflop_s"] / 1e3
+            figures["matrix_share"] = {name: rate / limit for name, rate in figures["tflop_s"].items()}
         self.add(case.name, timings, **figures)
+
+    def _that_fit(self, case: Case, inputs: tuple[Any, ...], names: Iterable[str]) -> dict[str, Prepared]:
+        """What is timed of each function; on a GPU without those for which its memory is too small, with a line."""
+        functions = {}
+        for name in names:
+            try:
+                functions[name] = case.timed(name, inputs)
+                if self.device == "cuda":
+                    once(functions[name])
+            except torch.OutOfMemoryError as failure:
+                functions.pop(name, None)
+                print(f"{case.name}: {name} is left out: {str(failure).partition('.')[0]}")
+                torch.cuda.empty_cache()
+        return functions
 
     def add(self, case: str, timings: dict[str, Timing], **figures: dict[str, float]) -> None:
         """Adds one comparison; the first name is ours, and ratios say how many times longer the others take.
@@ -163,9 +183,12 @@ class Report:
             print(f"{self.name}: {len(self.rows)} rows are in {self.path}")
 
     def _write(self, path: Path) -> None:
-        """Writes all rows so far, in place of those of the last run: what stops a run leaves the cases it finished."""
+        """Writes all rows so far: what stops a run leaves the cases it finished. They take the place of the last run's
+        in the benchmark's own file, of the same cases in another."""
         when, last = datetime.now(UTC).isoformat(timespec="seconds"), {**self.machine, "peers": competitors.versions()}
-        rows = [row for row in rows_in(path) if row["benchmark"] != self.name] if path.exists() else []
+        ours = {(self.name, row["case"]) for row in self.rows}
+        old = rows_in(path) if self.options.into and path.exists() else []
+        rows: list[dict[str, Any]] = [row for row in old if (row["benchmark"], row["case"]) not in ours]
         rows += [{"benchmark": self.name, "when": when, **row, **last} for row in self.rows]
         path.parent.mkdir(parents=True, exist_ok=True)
         figures = sorted(set().union(*rows) - set(FIRST) - set(last))

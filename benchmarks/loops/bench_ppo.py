@@ -32,6 +32,9 @@ TRL_PPO = {
 def fastrlhf(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     trainer = our_trainer(options, folder)
     clock = sides.Clock()
+    if options.device != "cpu":  # once before, to load kernels
+        trainer.step()
+        trainer.log.timer.lap()
     with clock:
         metrics = trainer.step()
     phases = trainer.log.timer.lap()

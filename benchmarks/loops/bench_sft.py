@@ -98,6 +98,8 @@ def main() -> None:
     with sides.made(options, "model") as folder:
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
         for what, file in FILES.items():
+            if getattr(options, "only", "") not in what:
+                continue
             rows = task.read(folder / file)
             order = batch_rows(len(rows), len(rows), 0, seed=0)
             task.write(folder / ("ordered_" + file), [rows[i] for i in order])

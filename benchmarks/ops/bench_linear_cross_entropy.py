@@ -47,4 +47,5 @@ def cases(sizes: list[tuple[int, ...]], device: str) -> Iterator[Case]:
         made = partial(inputs, rows, width, size, dtype)
         for grads, what in (((0,), "frozen head, "), ((0, 1), "")):
             name = f"fwd+bwd, {what}{rows}x{width}x{size} {str(dtype).removeprefix('torch.')}"
-            yield Case(name, functions, made, full_logits, grads, few, memory=True, **near)
+            work = {"tflop_s": 2 * (1 + len(grads)) * rows * width * size / 1e12}  # matrix products
+            yield Case(name, functions, made, full_logits, grads, few, memory=True, work=work, **near)

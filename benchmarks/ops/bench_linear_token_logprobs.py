@@ -52,12 +52,13 @@ def compared(rows: int, width: int, size: int, dtype: torch.dtype, device: str) 
         plain["cut-cross-entropy"] = lambda h, w, t: -cut.linear_cross_entropy(h, w, t, reduction="none")
     given = {"inputs": partial(inputs, rows, width, size, dtype), "exact": full_logits, "few": few, "memory": True}
     given |= {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
-    yield Case(f"forward, {shape}", plain, **given)
-    yield Case(f"fwd+bwd, frozen head, {shape}", plain, grads=(0,), **given)
+    once, twice, thrice = ({"tflop_s": 2 * n * rows * width * size / 1e12} for n in (1, 2, 3))  # matrix products
+    yield Case(f"forward, {shape}", plain, work=once, **given)
+    yield Case(f"fwd+bwd, frozen head, {shape}", plain, grads=(0,), work=twice, **given)
     kept = {"fastrlhf, gradients kept": partial(linear_token_logprobs, **budget)}
-    yield Case(f"fwd+bwd, {shape}", plain | kept, grads=(0, 1), **given)
+    yield Case(f"fwd+bwd, {shape}", plain | kept, grads=(0, 1), work=thrice, **given)
     if dtype == torch.float32 or device == "cuda":
         given["exact"] = both["torch full logits"]
         kept = {"fastrlhf, logits kept": partial(linear_token_logprobs, return_entropy=True, **budget)}
-        yield Case(f"fwd+bwd with entropy, frozen head, {shape}", both, grads=(0,), **given)
-        yield Case(f"fwd+bwd with entropy, {shape}", both | kept, grads=(0, 1), **given)
+        yield Case(f"fwd+bwd with entropy, frozen head, {shape}", both, grads=(0,), work=twice, **given)
+        yield Case(f"fwd+bwd with entropy, {shape}", both | kept, grads=(0, 1), work=thrice, **given)
