@@ -123,10 +123,14 @@ class Head(NamedTuple):
 
     def turn_into_gradient(self, logits: Tensor, upstream: list[Tensor | None], rows: list[Tensor]) -> None:
         """Writes d loss / d x over the logits, but for the scale that `temperatures` holds."""
-        slope = None if self.cap is None else (logits / self.cap).square_().neg_().add_(1).mul_(self.scale)
+        slope = self.slope(logits)
         torch.ops.fastrlhf.token_logprobs_backward_(*upstream, logits, *rows)
         if slope is not None:
             logits.mul_(slope)
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """d logits / d x of capped logits."""
+        return None if self.cap is None else (logits / self.cap).square_().neg_().add_(1).mul_(self.scale)
 
     def low(self) -> Tensor:
         """lora_scale hidden lora_a^T of these rows and those that fill the tile, in float32 for half precision."""

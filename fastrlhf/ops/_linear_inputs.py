@@ -12,29 +12,32 @@ from fastrlhf.ops._linear import TILE, Head
 from fastrlhf.ops.token_logprobs import FLOATS, computed_in
 
 
-def head_of(function: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Any, *options: Any) -> Head:
+def head_of(
+    function: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Any, *options: Any, suffix: str = ""
+) -> Head:
     """The head of these arguments of a public function, DTensors gathered; raises unless they fit each other.
 
-    options: logit_scale, logit_softcap, chunk_size, batch_invariant"""
-    a, b, lora_scale = _low_rank(function, lora)
+    options: logit_scale, logit_softcap, chunk_size, batch_invariant; suffix: what the names of tensors end in there"""
+    a, b, lora_scale = _low_rank(function, f"lora{suffix}", lora)
     weight, bias, a, b = map(gathered, (weight, bias, a, b))
-    same_device(function, hidden=hidden, weight=weight, bias=bias, lora_a=a, lora_b=b)
-    dtype_in(function, "hidden", hidden, FLOATS)
-    dtype_in(function, "weight", weight, (hidden.dtype,))
-    has_shape(function, "hidden", hidden, (None, None), "(T, D)")
-    has_shape(function, "weight", weight, (None, hidden.shape[1]), "(V, D)")
+    tensors = dict(hidden=hidden, weight=weight, bias=bias, lora_a=a, lora_b=b)
+    same_device(function, **{name + suffix: t for name, t in tensors.items()})
+    dtype_in(function, f"hidden{suffix}", hidden, FLOATS)
+    dtype_in(function, f"weight{suffix}", weight, (hidden.dtype,))
+    has_shape(function, f"hidden{suffix}", hidden, (None, None), "(T, D)")
+    has_shape(function, f"weight{suffix}", weight, (None, hidden.shape[1]), "(V, D)")
     if weight.shape[0] == 0:
-        raise ValueError(f"{function}: weight must have at least one row, got {tuple(weight.shape)}")
+        raise ValueError(f"{function}: weight{suffix} must have at least one row, got {tuple(weight.shape)}")
     if bias is not None:
-        dtype_in(function, "bias", bias, (hidden.dtype,))
-        has_shape(function, "bias", bias, weight.shape[:1], "(V,)")
+        dtype_in(function, f"bias{suffix}", bias, (hidden.dtype,))
+        has_shape(function, f"bias{suffix}", bias, weight.shape[:1], "(V,)")
     if a is not None and b is not None:
         for name, tensor in (("lora_a", a), ("lora_b", b)):
-            dtype_in(function, name, tensor, tuple(dict.fromkeys((hidden.dtype, computed_in(hidden)))))
-        has_shape(function, "lora_a", a, (None, hidden.shape[1]), "(r, D)")
-        has_shape(function, "lora_b", b, (weight.shape[0], a.shape[0]), "(V, r)")
+            dtype_in(function, name + suffix, tensor, tuple(dict.fromkeys((hidden.dtype, computed_in(hidden)))))
+        has_shape(function, f"lora_a{suffix}", a, (None, hidden.shape[1]), "(r, D)")
+        has_shape(function, f"lora_b{suffix}", b, (weight.shape[0], a.shape[0]), "(V, r)")
         if a.shape[0] == 0:
-            raise ValueError(f"{function}: lora_a must have at least one row, got {tuple(a.shape)}")
+            raise ValueError(f"{function}: lora_a{suffix} must have at least one row, got {tuple(a.shape)}")
     _check_options(function, *options)
     return Head(hidden, weight, bias, a, b, lora_scale, *options)
 
@@ -49,7 +52,7 @@ def _check_options(function: str, scale: float, cap: float | None, chunk_size: i
         raise ValueError(f"{function}: with batch_invariant chunk_size must be a multiple of {TILE}, got {chunk_size}")
 
 
-def _low_rank(function: str, lora: Any) -> tuple[Tensor | None, Tensor | None, float]:
+def _low_rank(function: str, name: str, lora: Any) -> tuple[Tensor | None, Tensor | None, float]:
     """The fields of a head for lora = (a, b, scale), or for None; raises unless it is one of these."""
     if lora is None:
         return None, None, 1.0
@@ -57,10 +60,10 @@ def _low_rank(function: str, lora: Any) -> tuple[Tensor | None, Tensor | None, f
     kinds: list[Any] = [Tensor, Tensor, (int, float)]
     if len(given) != 3 or not all(isinstance(x, kind) for x, kind in zip(given, kinds, strict=True)):
         got = ", ".join(type(x).__name__ for x in given)
-        raise TypeError(f"{function}: lora must be (a, b, scale), two tensors and a number, got {got}")
+        raise TypeError(f"{function}: {name} must be (a, b, scale), two tensors and a number, got {got}")
     a, b, scale = given
     if not math.isfinite(scale):
-        raise ValueError(f"{function}: the scale of lora must be finite, got {scale}")
+        raise ValueError(f"{function}: the scale of {name} must be finite, got {scale}")
     return a, b, float(scale)
 
 

@@ -55,6 +55,48 @@ def test_it_is_that_of_the_whole_logits(chunk_size, memory_budget, kind):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@kinds
+@pytest.mark.parametrize(
+    "chunks",
+    [{"chunk_size": 7}, {"chunk_size": 64, "batch_invariant": True}, {"memory_budget": 20 * 2 * V * 4}],
+    ids=str,
+)
+def test_each_head_has_a_bias_a_low_rank_change_a_scale_and_a_cap(chunks, kind):
+    """Against the logits of the summed weight, handed on by a head that is the identity."""
+    (a_p, b_p), (a_q, b_q) = ((torch.randn(4, n) / n, torch.randn(V, 4)) for n in (24, 40))
+    tensors = [*inputs(), torch.randn(V), torch.randn(V), a_p, b_p, a_q, b_q]
+    upstream = torch.randn(T).masked_fill(torch.rand(T) < 0.3, 0.0)
+
+    def ours(hidden_p, weight_p, hidden_q, weight_q, bias_p, bias_q, a_p, b_p, a_q, b_q):
+        options = {"bias_p": bias_p, "bias_q": bias_q, "lora_p": (a_p, b_p, 0.6), "lora_q": (a_q, b_q, 2.0)}
+        options |= {"logit_scale": (0.7, 1.3), "logit_softcap": (None, 2.5), "kind": kind, "temperature": 0.7}
+        return linear_kl_divergence(hidden_p, weight_p, hidden_q, weight_q, **options, **chunks)
+
+    def whole(*tensors):
+        hidden_p, weight_p, hidden_q, weight_q, bias_p, bias_q, a_p, b_p, a_q, b_q = (t.double() for t in tensors)
+        logits_p = 0.7 * (hidden_p @ (weight_p + 0.6 * b_p @ a_p).t() + bias_p)
+        logits_q = 2.5 * torch.tanh(1.3 / 2.5 * (hidden_q @ (weight_q + 2 * b_q @ a_q).t() + bias_q))
+        return exact(logits_p, torch.eye(V), logits_q, torch.eye(V), kind=kind, temperature=0.7)
+
+    torch.testing.assert_close(ours(*tensors).double(), whole(*tensors), rtol=1e-5, atol=1e-6)
+    pairs = zip(gradients(ours, tensors, upstream), gradients(whole, tensors, upstream), strict=True)
+    for actual, expected in pairs:
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * max(1.0, expected.abs().max().item()))
+
+
+def test_batch_invariant_rows_do_not_depend_on_the_others():
+    hidden_p, weight_p, hidden_q, weight_q = inputs()
+    results = []
+    for rows in (slice(20, 27), slice(20, 21), slice(3, 27), slice(0, 50)):
+        leaves = [hidden_p[rows].clone().requires_grad_(), hidden_q[rows].clone().requires_grad_()]
+        options = {"chunk_size": 64, "batch_invariant": True, "logit_softcap": 3.0}
+        divergence = linear_kl_divergence(leaves[0], weight_p, leaves[1], weight_q, **options)
+        row = 20 - rows.start
+        results.append([divergence[row], *(g[row] for g in torch.autograd.grad(divergence.sum(), leaves))])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_inputs_lose_nothing_further(dtype):
     tensors, upstream = inputs(dtype), torch.randn(T)
@@ -119,6 +161,16 @@ def test_memory_is_that_of_a_chunk():
         ({"kind": "both"}, ValueError, "kind must be one of forward, reverse, js, got 'both'"),
         ({"temperature": -1.0}, ValueError, "temperature must be above 0 and finite, got -1.0"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
+        ({"bias_q": torch.zeros(4)}, ValueError, "bias_q must be (V,) = (5,), got (4,)"),
+        (
+            {"lora_p": (torch.zeros(1, 3), torch.zeros(5, 1), 1.0)},
+            ValueError,
+            "lora_a_p must be (r, D) = (*, 2), got (1, 3)",
+        ),
+        ({"lora_q": torch.zeros(2)}, TypeError, "lora_q must be (a, b, scale)"),
+        ({"logit_scale": (1.0, 0.0)}, ValueError, "logit_scale must be above 0 and finite, got 0.0"),
+        ({"logit_softcap": (1.0,)}, ValueError, "logit_softcap must be one for both heads or two, got 1"),
+        ({"batch_invariant": True, "chunk_size": 100}, ValueError, "chunk_size must be a multiple of 64, got 100"),
         ({"memory_budget": -1}, ValueError, "memory_budget must be a number of bytes, got -1"),
     ],
 )
