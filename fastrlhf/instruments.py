@@ -44,7 +44,7 @@ def describe(
             metrics[f"ppo/{name}"] = shaped[value]
     if "explained_variance" in shaped:
         metrics["ppo/value/explained_variance"] = shaped["explained_variance"]
-    if "ppo/policy/ratio_max" in stats[0].values:  # before the first update every ratio should be 1
+    if "ppo/policy/ratio_max" in stats[0].values:  # before the first update
         metrics["ppo/policy/first_ratio_max"] = stats[0].values["ppo/policy/ratio_max"]
         metrics["ppo/policy/first_ratio_min"] = stats[0].values["ppo/policy/ratio_min"]
     return metrics | Statistics.mean(stats)
@@ -66,9 +66,12 @@ def diversity(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 class Health:
-    """Says in words when a run looks ill, each rule once; `state` belongs to a checkpoint."""
+    """Says in words when a run looks ill, each rule once; `state` belongs to a checkpoint.
 
-    def __init__(self) -> None:
+    ratios_start_at_one: whether the ratios of a step's first update should be 1"""
+
+    def __init__(self, *, ratios_start_at_one: bool = True) -> None:
+        self.ratios_start_at_one = ratios_start_at_one
         self.state: dict[str, Any] = {"first": {}, "said": []}
 
     def check(self, metrics: dict[str, float]) -> list[str]:
@@ -87,7 +90,7 @@ class Health:
                 "distribution that is trained (top_k, top_p, another temperature)",
             ),
             "ratio": (
-                worst > 0.1,
+                self.ratios_start_at_one and worst > 0.1,
                 f"before the first update of the step a ratio is {worst:.2f} away from 1: sampler and trainer disagree",
             ),
             "entropy": (

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrlhf.checkpoint import fingerprint
 from fastrlhf.data import Demonstration, batch_rows, shuffled
 from fastrlhf.estimators import token_weights
 from fastrlhf.metrics import Statistics
@@ -91,7 +92,7 @@ class Learner:
             self.policy_optimizer.drop_gradients()
         elif trains_policy:
             if self.ptx:
-                self.ptx_loss(minibatch.num_sequences, stats).backward()
+                self.add_ptx_gradients(stats)
             learning_rate = self.policy_optimizer.learning_rate
             stats.add("ppo/policy/", {"learning_rate": torch.tensor(learning_rate, dtype=torch.float64)})
             stats.add("ppo/policy/", {"grad_norm": self.policy_optimizer.step(f"the policy's update, {where}")})
@@ -133,22 +134,30 @@ class Learner:
         stats.add("ppo/value/", {"loss": loss, **loss_stats})
         return self.config.value_coef * loss
 
-    def ptx_loss(self, num_rows: int, stats: Statistics) -> Tensor:
-        """The loss of demonstrations that is added to an update's (PPO-ptx: Ouyang et al., arXiv 2203.02155)."""
-        number = self.policy_optimizer.num_steps_done
-        rows = [self.ptx[row] for row in batch_rows(len(self.ptx), num_rows, number, seed=self.config.seed)]
+    def add_ptx_gradients(self, stats: Statistics) -> None:
+        """Adds the gradients of as many demonstrations to an update's (PPO-ptx: Ouyang et al., arXiv 2203.02155)."""
+        config, number = self.config, self.policy_optimizer.num_steps_done
+        num_rows = config.batch_size // config.minibatches  # alike each time: pieces of one stream
+        rows = [self.ptx[row] for row in batch_rows(len(self.ptx), num_rows, number, seed=config.seed)]
         batch = pack([row.tokens for row in rows], [row.response_mask for row in rows], device=self.policy.model.device)
-        loss = -self.policy(batch).mean()
-        stats.add("ppo/policy/", {"ptx_loss": loss})
-        return self.config.ptx_coef * loss
+        for part in batch.microbatches(config.max_tokens):
+            loss = -self.policy(part).sum() / batch.num_responses
+            stats.add("ppo/policy/", {"ptx_loss": loss})
+            (config.ptx_coef * loss).backward()
+
+    def ptx_fingerprint(self) -> int:
+        """A checksum of the demonstrations."""
+        return fingerprint(row.tokens for row in self.ptx)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizers."""
-        state = {"policy_optimizer": self.policy_optimizer.state_dict()}
+        """The optimizers, and a checksum of the demonstrations."""
+        state = {"policy_optimizer": self.policy_optimizer.state_dict(), "ptx": self.ptx_fingerprint()}
         return state if self.value_model is None else {**state, "value_optimizer": self.value_optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what state_dict gave."""
+        """Takes up what state_dict gave; raises ValueError when the demonstrations are others."""
+        if state["ptx"] != self.ptx_fingerprint():
+            raise ValueError(f"resume: the tokens of {self.config.ptx_data} are no longer those of the checkpoint")
         self.policy_optimizer.load_state_dict(state["policy_optimizer"])
         if self.value_model is not None:
             self.value_optimizer.load_state_dict(state["value_optimizer"])

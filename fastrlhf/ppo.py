@@ -72,7 +72,8 @@ class PPO:
         self.learner = Learner(
             config, self.roles, ptx=self.load_ptx(), num_value_warmup_steps=self.num_value_warmup_steps(reward_models)
         )
-        self.kl_coef, self.moments, self.health = config.kl_coef, RunningMoments(), Health()
+        self.kl_coef, self.moments = config.kl_coef, RunningMoments()
+        self.health = Health(ratios_start_at_one=config.truncation != "sampler")
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
         self.sampling = Sampling(**{name: getattr(config, name) for name in names})
         self.engine = self.default_engine(self.policy) if backend is None else backend(self.policy)
@@ -114,6 +115,7 @@ class PPO:
             max_rejected=config.max_rejected,
         )
         print(loaded.report, flush=True)
+        check_fits(self.policy.model, self.tokenizer, longest_demonstration=max(len(row.tokens) for row in loaded.rows))
         return loaded.rows
 
     def num_value_warmup_steps(self, reward_models: list[RewardModel]) -> int:
@@ -133,11 +135,10 @@ class PPO:
             batch, scores = self.score(prompts, samples)
         if self.num_steps_done == 0:
             self.check_first_step(batch, samples)
-        finished = torch.tensor([sample.finished for sample in samples], device=self.device)
         self.moments.add(scores)
         batch, shaped = estimate_advantages(
             batch,
-            shape_scores(scores, batch.cu_responses.diff(), finished, config, self.moments),
+            self.paid(samples, batch, scores),
             config,
             kl_coef=self.kl_coef,
             baseline=self.greedy_scores(prompts) if config.estimator == "remax" else None,
@@ -195,12 +196,17 @@ class PPO:
         """What would be paid (N,) for the likeliest response to each prompt."""
         each = self.config.samples_per_prompt
         asked = prompts[::each]
-        samples = self.generate(asked, greedy=True)
-        batch = self.pack(samples)
+        with self.log.timer("generate"):
+            samples = self.generate(asked, greedy=True)
+        with self.log.timer("score"):
+            batch = self.pack(samples)
+            scores = self.scorer(asked, samples, batch)
+        return self.paid(samples, batch, scores).repeat_interleave(each)
+
+    def paid(self, samples: list[Sample], batch: Packed, scores: Tensor) -> Tensor:
+        """What is paid for the responses (N,), whose scores are (N,)."""
         finished = torch.tensor([sample.finished for sample in samples], device=self.device)
-        scores = self.scorer(asked, samples, batch)
-        paid = shape_scores(scores, batch.cu_responses.diff(), finished, self.config, self.moments)
-        return paid.repeat_interleave(each)
+        return shape_scores(scores, batch.cu_responses.diff(), finished, self.config, self.moments)
 
     def pack(self, samples: list[Sample]) -> Packed:
         """The pack of prompts and responses."""

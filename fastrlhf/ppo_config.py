@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -59,7 +59,7 @@ class PPOConfig(LoopConfig):
     # the KL to the reference
     kl_coef: float = option(None, "weight of the KL penalty")
     kl_estimator: str = rare("k1", "of the KL at a token: k1, k2 or k3 (docs/ops.md, approx_kl)")
-    kl_in: str = rare("reward", "where the penalty is: reward or loss (use k2 or k3 there)")
+    kl_in: str = rare("reward", "where the penalty is: reward or loss (of k2 or k3)")
     kl_target: float | None = option(None, "adapt kl_coef to reach this KL (nats a response); default: fixed")
     kl_coef_end: float | None = rare(None, "kl_coef goes to this by the last step, its logarithm linearly")
     reference_every: int = rare(0, "steps after which the reference becomes the policy; 0: never")
@@ -119,6 +119,7 @@ class PPOConfig(LoopConfig):
         super().__post_init__()
         self._check_ranges()
         self._check_combinations()
+        self._check_unused()
 
     def _check_ranges(self) -> None:
         choose(self, "value_schedule", SCHEDULES)
@@ -134,9 +135,11 @@ class PPOConfig(LoopConfig):
         above(self, 0, "clip_range", "clip_range_high", "clip_range_value", "max_update_kl", "kv_budget")
         above(self, 1, "dual_clip")
         at_least(self, 0, "kl_coef", "entropy_coef", "value_warmup_steps", "reference_every", "min_response_tokens")
-        at_least(self, 0, "samples_every")
-        at_least(self, 0, "overlong_tokens", "overlong_penalty", "ptx_coef", "ema_decay")
-        within(self, 0, 1, "gamma", "lam", "ema_decay")
+        at_least(self, 0, "samples_every", "overlong_tokens", "overlong_penalty", "ptx_coef", "top_k")
+        above(self, 0, "top_p")
+        within(self, 0, 1, "gamma", "lam", "ema_decay", "top_p", "min_p")
+        if self.ema_decay == 1:
+            raise ValueError("ema_decay must be below 1, or the final model is the one that the run starts from")
 
     def _check_combinations(self) -> None:
         if self.truncation == "refuse" and (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0):
@@ -155,17 +158,35 @@ class PPOConfig(LoopConfig):
         if self.value_warmup_steps is not None and self.value_warmup_steps >= self.steps:
             counts = f"value_warmup_steps ({self.value_warmup_steps}) must be less than steps ({self.steps})"
             raise ValueError(f"{counts}, or the policy is never trained")
-        if self.value_warmup_steps is not None and self.estimator != "gae":
-            raise ValueError(f"value_warmup_steps: {self.estimator} has no value model")
         if self.kl_target is not None and self.kl_coef_end is not None:
             raise ValueError("give kl_target (adapts kl_coef) or kl_coef_end (plans it), not both")
-        if self.kl_coef_end is not None and self.kl_coef == 0:
-            raise ValueError("kl_coef_end: kl_coef must start above 0, its logarithm goes linearly")
-        if self.min_response_tokens and self.missing_eos == "none":
-            raise ValueError("min_response_tokens: set missing_eos, which says what short responses get")
-        if self.overlong_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"overlong_tokens ({self.overlong_tokens}) must not exceed max_new_tokens ({self.max_new_tokens})"
-            )
-        if self.whiten_rewards and self.estimator in (*GROUPED, "remax"):
-            raise ValueError(f"whiten_rewards: {self.estimator} compares whole responses; use gae or reinforce++")
+        if self.kl_coef == 0 and (self.kl_target is not None or self.kl_coef_end is not None):
+            raise ValueError("kl_target and kl_coef_end multiply kl_coef, which must start above 0")
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError("kl_in=loss: the mean gradient of k1 is 0, so it penalises nothing; use k2 or k3")
+        if self.max_update_kl is not None and self.truncation == "sampler":
+            raise ValueError("max_update_kl: with truncation=sampler ratios start away from 1, which it takes for a KL")
+        for name in ("overlong_tokens", "min_response_tokens"):
+            if getattr(self, name) > self.max_new_tokens:
+                sizes = f"{name} ({getattr(self, name)}) must not exceed max_new_tokens ({self.max_new_tokens})"
+                raise ValueError(sizes)
+
+    def _check_unused(self) -> None:
+        """Raises ValueError for an option that would do nothing beside the others, unless it has its default."""
+        no_values = f"{self.estimator} has no value model" if self.estimator != "gae" else ""
+        whole = f"{self.estimator} compares whole responses" if self.estimator in GROUPED else ""
+        baseline = "the baseline of remax is not whitened" if self.estimator == "remax" else ""
+        reasons = {
+            "value_warmup_steps": no_values,
+            "value_schedule": no_values,
+            "value_coef": no_values,
+            "clip_range_value": no_values,
+            "gamma": whole,
+            "whiten_rewards": whole or baseline,
+            "min_response_tokens": "" if self.missing_eos != "none" else "set missing_eos: what short responses get",
+            "overlong_penalty": "" if self.overlong_tokens else "set overlong_tokens: where it begins",
+            "ptx_coef": "" if self.ptx_data is not None else "give ptx_data",
+        }
+        for field in fields(self):
+            if reasons.get(field.name) and getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name}: {reasons[field.name]}")

@@ -28,6 +28,8 @@ class Roles:
         moved = checkpoint is not None and config.reference_every > 0
         reference = checkpoint / "reference" if checkpoint and moved else config.reference or config.model
         self.reference = Policy.from_pretrained(reference, freeze=True, **common)
+        if config.reference_every and shapes_of(self.reference) != shapes_of(self.policy):
+            raise ValueError(f"reference_every: the reference {reference} cannot become a policy of other shapes")
         self.average: Policy | None = None
         if config.ema_decay is not None:
             source = checkpoint / "average" if checkpoint else config.model
@@ -70,3 +72,8 @@ class Roles:
             self.reference.save_pretrained(folder / "reference")
         if self.average is not None:
             self.average.save_pretrained(folder / "average")
+
+
+def shapes_of(policy: Policy) -> list[torch.Size]:
+    """The shapes of its parameters, in order."""
+    return [parameter.shape for parameter in policy.parameters()]

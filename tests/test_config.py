@@ -75,6 +75,23 @@ def test_wrong_values_are_refused_by_name(values, error, text):
         ({"preset": "chatt"}, ValueError, "did you mean chat?"),
         ({"steps": 2, "value_warmup_steps": 2}, ValueError, r"value_warmup_steps \(2\) must be less than steps \(2\)"),
         ({"gamma": 1.1}, ValueError, "gamma must be between 0 and 1, got 1.1"),
+        ({"ema_decay": 1}, ValueError, "ema_decay must be below 1"),
+        ({"top_p": 0, "truncation": "model"}, ValueError, "top_p must be above 0, got 0.0"),
+        ({"top_k": -1, "truncation": "model"}, ValueError, "top_k must be at least 0, got -1"),
+        ({"min_p": 2, "truncation": "model"}, ValueError, "min_p must be between 0 and 1, got 2.0"),
+        ({"kl_target": 6, "kl_coef": 0}, ValueError, "kl_coef, which must start above 0"),
+        ({"kl_coef_end": 1e-3, "kl_coef": 0}, ValueError, "kl_coef, which must start above 0"),
+        ({"kl_target": 6, "kl_coef_end": 1e-3}, ValueError, "not both"),
+        ({"kl_in": "loss"}, ValueError, "the mean gradient of k1 is 0"),
+        ({"max_update_kl": 0.1, "truncation": "sampler"}, ValueError, "max_update_kl: with truncation=sampler"),
+        (
+            {"min_response_tokens": 129, "missing_eos": "replace:0"},
+            ValueError,
+            r"min_response_tokens \(129\) must not exceed max_new_tokens \(128\)",
+        ),
+        ({"overlong_tokens": 129}, ValueError, r"overlong_tokens \(129\) must not exceed max_new_tokens \(128\)"),
+        ({"batch_size": 9, "samples_per_prompt": 2}, ValueError, r"multiple of samples_per_prompt \(2\)"),
+        ({"estimator": "grpo"}, ValueError, "samples_per_prompt must be above 1"),
         ({"kl_target": 0}, ValueError, "kl_target must be above 0, got 0.0"),
         ({"reward": ["a", "b"]}, TypeError, r"reward must be text, got \['a', 'b'\]"),
         ({"limit": length_reward}, TypeError, "limit must be a whole number"),
@@ -83,6 +100,31 @@ def test_wrong_values_are_refused_by_name(values, error, text):
 def test_wrong_ppo_values_are_refused_by_name(values, error, text):
     with pytest.raises(error, match=text):
         PPOConfig(**{**GIVEN, "reward": "r", **values})
+
+
+WITHOUT_VALUES = {"estimator": "rloo", "samples_per_prompt": 2}
+
+
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        (WITHOUT_VALUES, {"value_warmup_steps": 1}),
+        (WITHOUT_VALUES, {"value_schedule": "constant"}),
+        (WITHOUT_VALUES, {"value_coef": 0.5}),
+        (WITHOUT_VALUES, {"clip_range_value": None}),
+        (WITHOUT_VALUES, {"gamma": 0.9}),
+        (WITHOUT_VALUES, {"whiten_rewards": True}),
+        ({"estimator": "remax"}, {"whiten_rewards": True}),
+        ({}, {"min_response_tokens": 2}),
+        ({}, {"overlong_penalty": 2.0}),
+        ({}, {"ptx_coef": 0.5}),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(given, unused):
+    config = PPOConfig(**GIVEN, reward="r", **given)
+    assert PPOConfig(**yaml.safe_load(dump(config))) == config  # with all defaults told, none is refused
+    with pytest.raises(ValueError, match=next(iter(unused))):
+        PPOConfig(**GIVEN, reward="r", **given, **unused)
 
 
 def test_cuda_without_a_gpu_is_an_error(monkeypatch):

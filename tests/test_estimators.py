@@ -17,8 +17,9 @@ KL = {"k1": lambda r: -r, "k2": lambda r: r * r / 2, "k3": lambda r: math.exp(r)
 
 
 def config(**changes):
+    gamma = 1.0 if changes.get("estimator") in GROUPED else 0.9
     given = {"model": "m", "data": "d", "output": "o", "reward": "r", "batch_size": 6, "samples_per_prompt": 3}
-    return PPOConfig(**{**given, "kl_coef": 0.3, "gamma": 0.9, "lam": 0.8, "whiten": False, **changes})
+    return PPOConfig(**{**given, "kl_coef": 0.3, "gamma": gamma, "lam": 0.8, "whiten": False, **changes})
 
 
 @pytest.fixture

@@ -80,6 +80,12 @@ def test_a_run_that_looks_ill_says_so_once_even_when_it_is_resumed(ill, words):
     assert resumed.check({**WELL, **ill}) == []
 
 
+def test_ratios_that_should_not_start_at_one_raise_no_warning():
+    """truncation=sampler takes them to the log-probabilities after top_k, top_p and min_p."""
+    assert Health(ratios_start_at_one=False).check({**WELL, "ppo/policy/first_ratio_min": 0.5}) == []
+    assert len(Health().check({**WELL, "ppo/policy/first_ratio_min": 0.5})) == 1
+
+
 def test_samples_are_left_with_score_and_kl_and_cut_back_on_resume(tmp_path):
     batch = pack([s.prompt + s.response for s in SAMPLES], prompt_lengths=[1] * 4)
     logprobs = torch.zeros(13)

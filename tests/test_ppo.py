@@ -140,6 +140,20 @@ def test_demonstrations_beside_ppo_keep_their_likelihood(folder):
     assert with_them[-1] < 0.8 * with_them[0] and with_them[-1] < 0.8 * without[-1]
 
 
+def test_demonstrations_longer_than_the_context_are_refused(folder):
+    rows = write_rows(folder / "long.jsonl", [{"prompt": "a b", "completion": "c" * 300}])
+    with pytest.raises(ValueError, match=r"longest_demonstration \(\d+\) must not exceed the model's context of 256"):
+        PPO(config(folder, ptx_data=rows))
+
+
+def test_a_run_is_resumed_with_its_own_demonstrations_only(folder):
+    rows = demonstrations(folder / "demonstrations.jsonl")
+    next(PPO(config(folder, ptx_data=rows, save_every=1)))
+    demonstrations(folder / "demonstrations.jsonl", seed=1)
+    with pytest.raises(ValueError, match=r"resume: the tokens of .*demonstrations.jsonl are no longer those"):
+        PPO(config(folder, ptx_data=rows, save_every=1, resume=True))
+
+
 def test_at_the_first_minibatch_ratios_are_one_and_the_kl_is_zero(folder):
     metrics = next(PPO(config(folder, minibatches=1, epochs=1)))
     assert abs(metrics["objective/kl"]) < 1e-4
@@ -167,10 +181,12 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(folder, monkeyp
 
 
 def test_micro_batches_do_not_change_the_metrics(folder):
-    runs = []
+    runs, rows = [], demonstrations(folder / "demonstrations.jsonl")
     for max_tokens in (16, 10_000):
         output = str(folder / f"out{max_tokens}")
-        trainer = PPO(config(folder, output=output, max_tokens=max_tokens, steps=2))
+        trainer = PPO(
+            config(folder, output=output, max_tokens=max_tokens, steps=2, ptx_data=rows, value_warmup_steps=0)
+        )
         runs.append(list(trainer))
     for small, large in zip(*runs, strict=True):
         assert small.keys() == large.keys()
@@ -363,6 +379,12 @@ def test_another_reference_is_said(folder, capsys):
     other = model_folder(folder / "other", num_hidden_layers=1)
     next(PPO(config(folder, reference=other)))
     assert "the reference is another model: KL before the first update is" in capsys.readouterr().out
+
+
+def test_a_reference_that_cannot_become_the_policy_is_refused(folder):
+    other = model_folder(folder / "other", num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"reference_every: the reference .*other cannot become a policy"):
+        PPO(config(folder, reference=other, reference_every=2))
 
 
 def test_a_pad_that_is_the_eos_changes_nothing(folder):
