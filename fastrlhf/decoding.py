@@ -125,8 +125,8 @@ class Run:
         for row in self.rows[self.num_started : self.num_started + free]:
             if row.group != group:
                 num_tokens, group = num_tokens + len(row.prompt), row.group
-            if new and num_tokens > PREFILL_TOKENS:
-                break
+                if new and num_tokens > PREFILL_TOKENS:  # never within a group: without a spare slot all of it fits
+                    break
             new.append(row)
         return new
 

@@ -133,11 +133,12 @@ def test_a_repeated_prompt_passes_the_model_once_and_changes_no_sample(max_slots
         torch.testing.assert_close(torch.tensor(sample.logprobs), torch.tensor(expected.logprobs), rtol=0, atol=1e-5)
 
 
-def test_a_prompt_longer_than_a_pass_is_read_once_for_its_samples(monkeypatch):
+@pytest.mark.parametrize("max_slots", [7, 64])
+def test_a_prompt_longer_than_a_pass_is_read_once_for_its_samples(max_slots, monkeypatch):
     monkeypatch.setattr("fastrlhf.decoding.PREFILL_TOKENS", 30)
     model, prompts = model_of(), prompts_of()
     repeated = [prompt for prompt in prompts for _ in range(3)]
-    engine = engine_of(model, max_slots=7)
+    engine = engine_of(model, max_slots=max_slots)
     samples, num_read = tokens_read(model, lambda: engine.generate(repeated, Sampling(9), seeds=range(27)))
     assert num_read == sum(map(len, prompts)) + sum(len(s.response) - 1 for s in samples)
     for sample in samples:
