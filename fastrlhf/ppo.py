@@ -29,7 +29,7 @@ from fastrlhf.metrics import MetricsLog, Statistics
 from fastrlhf.models import Policy, RewardModel, autocasting
 from fastrlhf.packing import Packed, pack
 from fastrlhf.ppo_config import PPOConfig
-from fastrlhf.rewards import RunningMoments, parse_missing_eos, shape_scores
+from fastrlhf.rewards import RunningMoments, shape_scores
 from fastrlhf.roles import Roles
 from fastrlhf.rollout import Engine
 from fastrlhf.sampling import RolloutBackend, Sample, Sampling
@@ -51,7 +51,6 @@ class PPO:
     log: MetricsLog
 
     def __init__(self, config: PPOConfig, *, backend: Callable[[Policy], RolloutBackend] | None = None) -> None:
-        parse_missing_eos(config.missing_eos)
         self.config = config
         self.num_steps = config.steps
         self.device = config.resolve_device()

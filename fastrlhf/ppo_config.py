@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -129,6 +130,7 @@ class PPOConfig(LoopConfig):
         choose(self, "score_norm", ("none", "scale", "whiten"))
         choose(self, "loss_mean", ("token", "sequence", "prompt", "max_length"))
         choose(self, "truncation", ("refuse", "model", "sampler"))
+        parse_missing_eos(self.missing_eos)
         at_least(self, 1, "steps", "epochs", "minibatches", "max_prompt_tokens", "max_new_tokens", "max_slots")
         at_least(self, 1, "samples_per_prompt")
         above(self, 0, "value_learning_rate", "value_coef", "temperature", "kl_target", "kl_coef_end", "score_clip")
@@ -137,7 +139,7 @@ class PPOConfig(LoopConfig):
         at_least(self, 0, "kl_coef", "entropy_coef", "value_warmup_steps", "reference_every", "min_response_tokens")
         at_least(self, 0, "samples_every", "overlong_tokens", "overlong_penalty", "ptx_coef", "top_k")
         above(self, 0, "top_p")
-        within(self, 0, 1, "gamma", "lam", "ema_decay", "top_p", "min_p")
+        within(self, 0, 1, "gamma", "lam", "ema_decay", "top_p", "min_p", "clip_range")
         if self.ema_decay == 1:
             raise ValueError("ema_decay must be below 1, or the final model is the one that the run starts from")
 
@@ -190,3 +192,18 @@ class PPOConfig(LoopConfig):
         for field in fields(self):
             if reasons.get(field.name) and getattr(self, field.name) != field.default:
                 raise ValueError(f"{field.name}: {reasons[field.name]}")
+
+
+def parse_missing_eos(rule: str) -> tuple[str, float]:
+    """Returns ("none" | "subtract" | "replace", V) of a rule such as "subtract:1.0"."""
+    kind, _, value = rule.partition(":")
+    if rule == "none":
+        return "none", 0.0
+    if kind in ("subtract", "replace"):
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return kind, number
+    raise ValueError(f"missing_eos: expected none, subtract:V or replace:V with a number V, got {rule!r}")

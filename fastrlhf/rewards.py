@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastrlhf.ppo_config import PPOConfig
+from fastrlhf.ppo_config import PPOConfig, parse_missing_eos
 
 
 @dataclass
@@ -73,18 +73,3 @@ def apply_missing_eos(scores: Tensor, finished: Tensor, rule: str) -> Tensor:
     if kind == "replace":
         return torch.where(finished, scores, torch.full_like(scores, value))
     return scores
-
-
-def parse_missing_eos(rule: str) -> tuple[str, float]:
-    """Returns ("none" | "subtract" | "replace", V) of a rule such as "subtract:1.0"."""
-    kind, _, value = rule.partition(":")
-    if rule == "none":
-        return "none", 0.0
-    if kind in ("subtract", "replace"):
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if math.isfinite(number):
-            return kind, number
-    raise ValueError(f"missing_eos: expected none, subtract:V or replace:V with a number V, got {rule!r}")

@@ -75,6 +75,8 @@ def test_wrong_values_are_refused_by_name(values, error, text):
         ({"preset": "chatt"}, ValueError, "did you mean chat?"),
         ({"steps": 2, "value_warmup_steps": 2}, ValueError, r"value_warmup_steps \(2\) must be less than steps \(2\)"),
         ({"gamma": 1.1}, ValueError, "gamma must be between 0 and 1, got 1.1"),
+        ({"clip_range": 1.5}, ValueError, "clip_range must be between 0 and 1, got 1.5"),
+        ({"missing_eos": "drop"}, ValueError, "missing_eos: expected none, subtract:V or replace:V"),
         ({"ema_decay": 1}, ValueError, "ema_decay must be below 1"),
         ({"top_p": 0, "truncation": "model"}, ValueError, "top_p must be above 0, got 0.0"),
         ({"top_k": -1, "truncation": "model"}, ValueError, "top_k must be at least 0, got -1"),
