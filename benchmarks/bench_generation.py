@@ -11,7 +11,7 @@ Then several samples of each prompt: side by side, where it is read once, and ap
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from benchmarks import llama
 from benchmarks.case import expect_close
-from benchmarks.harness import Report, compare
+from benchmarks.harness import Prepared, Report, compare
 from fastrlhf.attention import ATTENTION
 from fastrlhf.rollout import Engine, Sample, Sampling
 
@@ -58,7 +58,7 @@ def left_padded(prompts: list[list[int]], device: str) -> tuple[torch.Tensor, to
 def continuous_batching(
     model: PreTrainedModel, prompts: list[list[int]], limits: list[int]
 ) -> Iterator[Callable[[], list[list[int]]]]:
-    """Makes a function that does what `generate_batch` does, with a limit for each prompt; its cache is kept."""
+    """Makes a function that does what `generate_batch` does, with a limit for each prompt."""
     context = copy.deepcopy(model).continuous_batching_context_manager(
         generation_config=GenerationConfig(max_new_tokens=MAX_NEW, eos_token_id=-1, pad_token_id=0, **SAMPLE),
         continuous_batching_config=ContinuousBatchingConfig(page_size=32, num_blocks=1024, max_batch_tokens=1024),
@@ -80,6 +80,16 @@ def continuous_batching(
 
     with context as manager:
         yield generate
+
+
+def in_its_turns(make: Callable[[], AbstractContextManager[Callable[[], Any]]]) -> Prepared:
+    """A function that exists in its own turns only, as the thread of continuous batching, which slows all others."""
+
+    def prepare() -> tuple[ExitStack, Callable[[], Any]]:
+        opened = ExitStack()
+        return opened, opened.enter_context(make())
+
+    return Prepared(prepare, lambda opened, function: function(), finish=lambda opened, function: opened.close())
 
 
 def limits_ms(report: Report, engine: Engine, prompts: list[list[int]], limits: list[int]) -> dict[str, float]:
@@ -163,16 +173,15 @@ def measure(report: Report, shape: tuple[int, ...], num_prompts: int) -> None:
     }
     case = f"{num_prompts} prompts, {sum(limits)} tokens" + f", {shape[0]} wide" * (device == "cuda")
     bounds = {name: {"fastrlhf": ms} for name, ms in limits_ms(report, engine, prompts, limits).items()}
-    with ExitStack() as opened:
-        if device == "cpu":
-            functions["generate_batch"] = opened.enter_context(continuous_batching(theirs, prompts, limits))
-        # on a GPU transformers compiles for its static cache, which may take longer than there is time
-        for left_out in ["static", "dynamic"] if device == "cuda" else ["none"]:
-            some = {name: function for name, function in functions.items() if left_out not in name}
-            timings = compare(some, seconds=report.options.seconds, min_rounds=3)
-            tokens = {name: sum(limits) / timing.median * 1e3 for name, timing in timings.items()}
-            title = case + ", compiled" * (left_out == "dynamic")
-            report.add(title, timings, tokens_per_s=tokens, logprob_error={"fastrlhf": error}, **bounds)
+    if device == "cpu":
+        functions["generate_batch"] = in_its_turns(lambda: continuous_batching(theirs, prompts, limits))
+    # on a GPU transformers compiles for its static cache, which may take longer than there is time
+    for left_out in ["static", "dynamic"] if device == "cuda" else ["none"]:
+        some = {name: function for name, function in functions.items() if left_out not in name}
+        timings = compare(some, seconds=report.options.seconds, min_rounds=3)
+        tokens = {name: sum(limits) / timing.median * 1e3 for name, timing in timings.items()}
+        title = case + ", compiled" * (left_out == "dynamic")
+        report.add(title, timings, tokens_per_s=tokens, logprob_error={"fastrlhf": error}, **bounds)
     several_samples(report, engine, vocab)
 
 

@@ -28,11 +28,13 @@ def _same(*inputs: Any) -> tuple[Any, ...]:
 class Prepared:
     """A function whose arguments are made anew for every call, outside the timed region: run(*prepare(*inputs)).
 
-    shown: what the check compares, made of the outputs, where they are laid out in another way than the others'"""
+    shown: what the check compares, made of the outputs, where they are laid out in another way than the others'
+    finish: what is to be done with the arguments after the call, outside the timed region too"""
 
     prepare: Callable[..., tuple[Any, ...]]
     run: Function
     shown: Callable[..., tuple[Tensor, ...]] = _same
+    finish: Callable[..., object] = _same
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,10 @@ def once(function: Prepared, calls: int = 1) -> float:
     for args in arguments:
         results.append(function.run(*args))
     synchronize()
-    return (time.perf_counter() - start) * 1e3 / calls
+    took = time.perf_counter() - start
+    for args in arguments:
+        function.finish(*args)
+    return took * 1e3 / calls
 
 
 def peak_mib(function: Function | Prepared, *, beside_outputs: bool = False) -> float:

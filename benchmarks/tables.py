@@ -63,7 +63,7 @@ HEADLINES = [
         "fastrlhf, packed",
     ),
     Headline(
-        "generation", "`generate`, static cache", "generation", "64 prompts, 4049 tokens", "generate, static cache"
+        "generation", "`generate`, static cache", "generation", "64 prompts, 3679 tokens", "generate, static cache"
     ),
     Headline("SFT", "TRL 1.16, padding_free", "sft", "10m, 64 sequences, loss of responses", "trl"),
     Headline("... loss of all tokens", "TRL 1.16, padding_free", "sft", "10m, 64 sequences, loss of all tokens", "trl"),
