@@ -1,7 +1,7 @@
 """The output folder of a run, and checkpoints that a killed run continues from.
 
 <output>/config.yaml           the resolved configuration; its first line marks the folder as ours
-<output>/metrics.jsonl         deterministic values, a line a step (timing.jsonl: times)
+<output>/metrics.jsonl         deterministic values, a line a step (timing.jsonl: times; samples.jsonl: of PPO)
 <output>/checkpoints/step-*    everything the run needs; complete or not there
 <output>/model                 the final model
 """
@@ -30,12 +30,16 @@ from fastrlhf.config import dump
 
 KEEP = 2  # the newest, and the one before it
 MARK = "# settings of a fastrlhf run\n"
-OURS = ("config.yaml", "metrics.jsonl", "timing.jsonl", "checkpoints", "model", "tensorboard")
+LINES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
+OURS = ("config.yaml", *LINES, "checkpoints", "model", "tensorboard")
 # a resumed run may change how it runs, not what it computes
 MAY_DIFFER = {
     "resume",
     "overwrite",
     "save_every",
+    "samples_every",
+    "max_slots",
+    "kv_budget",
     "tensorboard",
     "device",
     "output",
@@ -111,7 +115,7 @@ def save_checkpoint(output: str | Path, step: int, write: Callable[[Path], None]
         everything = {**state, "step": step, "random": random_state(), "environment": environment()}
         torch.save(everything, partial / "state.pt")
 
-    for name in ("metrics.jsonl", "timing.jsonl"):
+    for name in LINES:
         if (Path(output) / name).exists():
             _flush(Path(output) / name)
     write_whole(folder, write_all)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from fastrlhf.checkpoint import write_file
+from fastrlhf.checkpoint import LINES, write_file
 
 COLUMNS = {  # of the table on the terminal, most important first; a loop shows those that it has
     "loss": "loss",
@@ -48,7 +48,7 @@ class MetricsLog:
     def __init__(self, output: str | Path, *, num_steps: int, step: int = 0, tensorboard: bool = False) -> None:
         self.output = Path(output)
         self.num_steps = num_steps
-        for name in ("metrics.jsonl", "timing.jsonl", "samples.jsonl"):
+        for name in LINES:
             cut_back(self.output / name, step)
         self.writer = tensorboard_writer(self.output / "tensorboard", step) if tensorboard else None
         self.columns: list[str] = []

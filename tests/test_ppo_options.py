@@ -154,3 +154,15 @@ def test_another_reference_is_said(folder, capsys):
     other = model_folder(folder / "other", num_hidden_layers=1)
     next(PPO(config(folder, reference=other)))
     assert "the reference is another model: KL before the first update is" in capsys.readouterr().out
+
+
+def test_a_run_may_be_resumed_with_a_smaller_cache(folder):
+    next(PPO(config(folder, save_every=1)))
+    resumed = PPO(config(folder, save_every=1, resume=True, kv_budget=1e-3, max_slots=2, samples_every=1))
+    assert resumed.num_steps_done == 1 and len(list(resumed)) == 2
+
+
+def test_samples_of_an_earlier_run_do_not_survive_overwrite(folder):
+    list(PPO(config(folder)))
+    next(PPO(config(folder, overwrite=True, samples_every=0)))
+    assert not (folder / "out/samples.jsonl").exists()
