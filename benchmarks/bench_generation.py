@@ -173,8 +173,6 @@ def measure(report: Report, shape: tuple[int, ...], num_prompts: int) -> None:
     }
     case = f"{num_prompts} prompts, {sum(limits)} tokens" + f", {shape[0]} wide" * (device == "cuda")
     bounds = {name: {"fastrlhf": ms} for name, ms in limits_ms(report, engine, prompts, limits).items()}
-    if device == "cpu":
-        functions["generate_batch"] = in_its_turns(lambda: continuous_batching(theirs, prompts, limits))
     # on a GPU transformers compiles for its static cache, which may take longer than there is time
     for left_out in ["static", "dynamic"] if device == "cuda" else ["none"]:
         some = {name: function for name, function in functions.items() if left_out not in name}
@@ -182,6 +180,10 @@ def measure(report: Report, shape: tuple[int, ...], num_prompts: int) -> None:
         tokens = {name: sum(limits) / timing.median * 1e3 for name, timing in timings.items()}
         title = case + ", compiled" * (left_out == "dynamic")
         report.add(title, timings, tokens_per_s=tokens, logprob_error={"fastrlhf": error}, **bounds)
+    if device == "cpu":  # by itself: what its threads leave behind slows the others
+        theirs_batched = in_its_turns(lambda: continuous_batching(theirs, prompts, limits))
+        pair = {"fastrlhf": fastrlhf, "generate_batch": theirs_batched}
+        report.add(f"{case}, continuous batching", compare(pair, seconds=report.options.seconds, min_rounds=3))
     several_samples(report, engine, vocab)
 
 
