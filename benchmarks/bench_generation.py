@@ -109,7 +109,7 @@ def limits_ms(report: Report, engine: Engine, prompts: list[list[int]], limits: 
 def several_samples(report: Report, engine: Engine, vocab: int, num_samples: int = 4) -> None:
     """Samples of each prompt in two orders: neighbours share one reading of their prompt, others do not."""
     tiny = report.options.tiny
-    num_prompts, length, num_new = (2, 12, 2) if tiny else (16, 384, 32)
+    num_prompts, length, num_new = (2, 12, 2) if tiny else (8, 256, 16)
     prompts, num_rows = torch.randint(3, vocab, (num_prompts, length)).tolist(), num_prompts * num_samples
     together, apart = [*range(num_rows)], [n for k in range(num_samples) for n in range(k, num_rows, num_samples)]
 

@@ -19,7 +19,7 @@ Row = dict[str, str]
 
 
 class Headline(NamedTuple):
-    """A line of the front page: how many times more of `figure` the peer needs than we do."""
+    """A line of the front page: how many times more of `figure` the peer needs than we do, and how many we aim at."""
 
     what: str
     beside: str
@@ -28,31 +28,33 @@ class Headline(NamedTuple):
     theirs: str
     ours: str = "fastrlhf"
     figure: str = "median"
+    goal: float | None = None
 
 
 LOGITS, HEAD, TOKENS = "8x256x32000 float32", "2048x512x32000 float32", "64x1024 tokens, forward + backward"
 PLAIN, BOTH = f"logprobs, {LOGITS}", f"logprobs + entropy, {LOGITS}"
 BACK, IN_PLACE = f"logprobs and backward, {LOGITS}", "fastrlhf in place"
+GENERATION = "64 prompts, 3679 tokens"
 PPO_HEAD, FULL = f"fwd+bwd with entropy, {HEAD}", "torch full logits"
 HEADLINES = [
-    Headline("`token_logprobs`", "TRL", "token_logprobs", PLAIN, "trl"),
-    Headline("... with entropy", "TRL", "token_logprobs", BOTH, "trl"),
-    Headline("... forward + backward, in place", "TRL", "token_logprobs", BACK, "trl", IN_PLACE),
+    Headline("`token_logprobs`", "TRL", "token_logprobs", PLAIN, "trl", goal=4.5),
+    Headline("... with entropy", "TRL", "token_logprobs", BOTH, "trl", goal=12),
+    Headline("... forward + backward, in place", "TRL", "token_logprobs", BACK, "trl", IN_PLACE, goal=8),
     Headline("... into a fresh buffer", "TRL", "token_logprobs", BACK, "trl"),
-    Headline("`gae`, 256 x 1024", "a loop over time", "gae", "256 x 1024", "loop over time"),
+    Headline("`gae`, 256 x 1024", "a loop over time", "gae", "256 x 1024", "loop over time", goal=100),
     *(
-        Headline(f"`{loss}` forward + backward", beside, loss, TOKENS, theirs)
+        Headline(f"`{loss}` forward + backward", beside, loss, TOKENS, theirs, goal=goal)
         for loss in ("ppo_policy_loss", "value_loss")
-        for beside, theirs in (("`torch.compile`", "torch.compile"), ("verl", "verl"))
+        for beside, theirs, goal in (("`torch.compile`", "torch.compile", 1.5), ("verl", "verl", 5))
     ),
     *(
-        Headline(f"{what}`{op}` forward + backward", beside, op, case, theirs, figure=figure)
-        for op, beside, case, theirs in (
-            ("linear_cross_entropy", "`F.linear_cross_entropy`", f"fwd+bwd, {HEAD}", "F.linear_cross_entropy"),
-            ("linear_ppo_loss", "full logits", PPO_HEAD, FULL),
-            ("linear_token_logprobs", "full logits", f"fwd+bwd, {HEAD}", FULL),
+        Headline(f"{what}`{op}` forward + backward", beside, op, case, theirs, figure=figure, goal=goal)
+        for op, beside, case, theirs, goals in (
+            ("linear_cross_entropy", "`F.linear_cross_entropy`", f"fwd+bwd, {HEAD}", "F.linear_cross_entropy", (1, 10)),
+            ("linear_ppo_loss", "full logits", PPO_HEAD, FULL, (1.4, 10)),
+            ("linear_token_logprobs", "full logits", f"fwd+bwd, {HEAD}", FULL, (None, None)),
         )
-        for what, figure in (("", "median"), ("extra memory of ", "extra_mib"))
+        for what, figure, goal in (("", "median", goals[0]), ("extra memory of ", "extra_mib", goals[1]))
     ),
     Headline(
         "packed forward + backward",
@@ -62,13 +64,12 @@ HEADLINES = [
         "padded, random order",
         "fastrlhf, packed",
     ),
-    Headline(
-        "generation", "`generate`, static cache", "generation", "64 prompts, 3679 tokens", "generate, static cache"
-    ),
-    Headline("SFT", "TRL 1.16, padding_free", "sft", "10m, 64 sequences, loss of responses", "trl"),
+    Headline("generation", "`generate`", "generation", GENERATION, "generate, dynamic cache", goal=3),
+    Headline("generation", "`generate`, static cache", "generation", GENERATION, "generate, static cache"),
+    Headline("SFT", "TRL 1.16, padding_free", "sft", "10m, 64 sequences, loss of responses", "trl", goal=1.7),
     Headline("... loss of all tokens", "TRL 1.16, padding_free", "sft", "10m, 64 sequences, loss of all tokens", "trl"),
-    Headline("reward model", "TRL 1.16", "reward", "10m, 32 pairs", "trl"),
-    Headline("PPO, an iteration", "TRL 1.12", "ppo", "10m, 16 prompts, 64 new tokens", "trl"),
+    Headline("reward model", "TRL 1.16", "reward", "10m, 32 pairs", "trl", goal=2.8),
+    Headline("PPO, an iteration", "TRL 1.12", "ppo", "10m, 16 prompts, 64 new tokens", "trl", goal=2.2),
 ]
 
 
@@ -128,10 +129,11 @@ def machine(row: Row) -> str:
 
 def front(files: dict[str, list[Row]]) -> str:
     """The table of README.md."""
-    lines = ["| what | beside | ratio | benchmark |", "|---|---|---|---|"]
+    lines = ["| what | beside | ratio | goal | benchmark |", "|---|---|---|---|---|"]
     for line, ratio in headlines(files):
         shown = "not measured" if ratio is None else f"{ratio:.3g}x"
-        lines.append(f"| {line.what} | {peer(files, line)} | {shown} | `{line.benchmark}`: {line.case} |")
+        goal = "" if line.goal is None else f"{line.goal:g}x"
+        lines.append(f"| {line.what} | {peer(files, line)} | {shown} | {goal} | `{line.benchmark}`: {line.case} |")
     return "\n".join(lines)
 
 
