@@ -60,7 +60,7 @@ HEADLINES = [
         "packed forward + backward",
         "padding in random order",
         "packing",
-        "24 sequences, 3854 tokens",
+        "24 sequences, 3106 tokens",
         "padded, random order",
         "fastrlhf, packed",
     ),

@@ -31,14 +31,8 @@ VERL_CPU = (
     "value_loss_normalization",
 )
 # peer -> (the tests that exercise what we replace and need neither network nor GPU, in batches of one process each,
-#          plugins that stand in for the rest)
+#          plugins that stand in for the rest); TRL's take the longest
 DEFAULTS = {
-    "trl": (
-        [["tests/test_utils.py"]]
-        + [[f"tests/experimental/test_{name}_trainer.py" for name in TRL_LOSSES]]
-        + [[f"tests/test_{name}_trainer.py"] for name in TRL_TRAINERS],
-        ["peer_hub"],
-    ),
     "verl": (
         [
             [f"tests/trainer/ppo/test_{name}_on_cpu.py" for name in VERL_CPU]
@@ -50,6 +44,12 @@ DEFAULTS = {
     ),
     # these load OpenRLHF's files by path, so no replacement is called: they show that a patched process still works
     "openrlhf": ([[f"tests/test_{name}.py" for name in ("experience", "loss_aggregation")]], ["peer_openrlhf"]),
+    "trl": (
+        [["tests/test_utils.py"]]
+        + [[f"tests/experimental/test_{name}_trainer.py" for name in TRL_LOSSES]]
+        + [[f"tests/test_{name}_trainer.py"] for name in TRL_TRAINERS],
+        ["peer_hub"],
+    ),
 }
 
 
