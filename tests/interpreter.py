@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 
 KERNELS = sorted(path.stem for path in (Path(__file__).parents[1] / "kernels").glob("*.py"))
@@ -17,6 +18,7 @@ def replace_cpu_kernels() -> None:
     if "triton" in sys.modules:
         raise RuntimeError("Triton reads TRITON_INTERPRET when it is imported, which has happened")
     os.environ["TRITON_INTERPRET"] = "1"
+    np.seterr(all="ignore")  # what overflows does so in silence, as on a GPU
     from fastrlhf.ops._registry import BACKENDS, SERVING
 
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
