@@ -14,17 +14,24 @@ from fastrlhf.rollout import Sample
 
 
 def describe(
-    batch: Packed, samples: Sequence[Sample], scores: Tensor, shaped: dict[str, Tensor], stats: Sequence[Statistics]
+    batch: Packed,
+    samples: Sequence[Sample],
+    scores: Tensor,
+    terms: dict[str, Tensor],
+    shaped: dict[str, Tensor],
+    stats: Sequence[Statistics],
 ) -> dict[str, Any]:
     """The metrics of a step under the names the field knows. KL is summed over a response, then averaged.
 
-    batch: fields logprobs and ref_logprobs; scores: (N,)
+    batch: fields logprobs, sampled (those of the sampler) and ref_logprobs
+    scores: (N,); terms: by name the scores (N,) that these are a weighted sum of
     shaped: what `estimate_advantages` says; stats: of the updates"""
     lengths = batch.cu_responses.diff().float()
     k3 = approx_kl(batch["logprobs"], batch["ref_logprobs"], estimator="k3")
     metrics = {
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(correction=0),
+        **(scores_of(terms) if len(terms) > 1 else {}),
         "objective/kl": (batch["logprobs"] - batch["ref_logprobs"]).sum() / batch.num_sequences,
         "objective/kl_k3": k3.sum() / batch.num_sequences,
         "objective/rlhf_reward": shaped["rewards"],
@@ -47,7 +54,24 @@ def describe(
     if "ppo/policy/ratio_max" in stats[0].values:  # before the first update
         metrics["ppo/policy/first_ratio_max"] = stats[0].values["ppo/policy/ratio_max"]
         metrics["ppo/policy/first_ratio_min"] = stats[0].values["ppo/policy/ratio_min"]
-    return metrics | Statistics.mean(stats)
+    return metrics | rollout_difference(batch, stats[0]) | Statistics.mean(stats)
+
+
+def scores_of(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mean and standard deviation of the scores of each term."""
+    means = {f"objective/scores/{name}": scores.mean() for name, scores in terms.items()}
+    return means | {f"objective/scores_std/{name}": scores.std(correction=0) for name, scores in terms.items()}
+
+
+def rollout_difference(batch: Packed, first: Statistics) -> dict[str, Tensor]:
+    """Mean and maximum of |log p of the trainer - log p of the sampler| over tokens that both have computed anyway: all
+    of them, or, where the trainer took over the sampler's, those of the first update, if it is one of the policy."""
+    gaps = (batch["logprobs"] - batch["sampled"]).abs()
+    found = {"": gaps.mean(), "_max": gaps.max()}
+    if not gaps.any():
+        prefix = "ppo/policy/logprob_change"
+        found = {end: first.values[prefix + end] for end in found if prefix + end in first.values}
+    return {f"rollout/logprob_difference{end}": value for end, value in found.items()}
 
 
 def diversity(samples: Sequence[Sample]) -> dict[str, float]:

@@ -50,7 +50,7 @@ class Learner:
     def train(self, batch: Packed, *, step: int, kl_coef: float, done: Callable[[int], object]) -> list[Statistics]:
         """The updates of step 0, 1, ... Returns the statistics of each.
 
-        batch: fields old_logprobs, ref_logprobs, advantages and prompts; with a value model values and returns
+        batch: fields logprobs, old_logprobs, ref_logprobs, advantages, prompts; with a value model values and returns
         done: called with the tokens of each micro-batch"""
         self.step, self.kl_coef = step, kl_coef
         num_policy_steps = step - self.num_value_warmup_steps
@@ -112,6 +112,8 @@ class Learner:
             dual_clip=config.dual_clip,
             denominator=num_tokens,
         )
+        change = (logprobs - part["logprobs"]).abs()
+        stats.add("ppo/policy/", {"logprob_change": change.sum() / num_tokens, "logprob_change_max": change.max()})
         stats.add("ppo/policy/", {"loss": loss, "entropy": entropy.sum() / num_tokens, **loss_stats})
         if config.entropy_coef:
             loss = loss - config.entropy_coef * (part["weights"] * entropy).sum() / num_tokens

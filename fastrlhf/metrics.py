@@ -38,6 +38,7 @@ COLUMNS = {  # of the table on the terminal, most important first; a loop shows 
 WIDTH = 9  # of a column, and two spaces
 PIPE_WIDTH = 110  # of the table where there is no terminal
 ROWS_A_HEADER = 30
+ROWS_A_TIMING = 10  # rows of the table between two lines on where the time goes
 
 
 class MetricsLog:
@@ -67,7 +68,7 @@ class MetricsLog:
             for name, value in {**metrics, **{f"time/{k}": v for k, v in timing.items()}}.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
-        self._show(step, metrics, timing["tokens_per_second"])
+        self._show(step, metrics, timing)
 
     def samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Adds rows of a step to samples.jsonl."""
@@ -78,7 +79,7 @@ class MetricsLog:
         """Prints a line."""
         print(text, flush=True)
 
-    def _show(self, step: int, metrics: dict[str, float], tokens_per_second: float) -> None:
+    def _show(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
         console = Console()
         room = (console.width if console.is_terminal else PIPE_WIDTH) // (WIDTH + 2) - 2
         columns = [name for name in COLUMNS if name in metrics][:room]
@@ -88,7 +89,10 @@ class MetricsLog:
             self.say(table_row(["step", *(COLUMNS[name] for name in self.columns), "tokens/s"]))
         self.num_rows += 1
         values = [short(metrics[name]) if name in metrics else "" for name in self.columns]
-        self.say(table_row([f"{step}/{self.num_steps}", *values, f"{tokens_per_second:.0f}"]))
+        self.say(table_row([f"{step}/{self.num_steps}", *values, f"{timing['tokens_per_second']:.0f}"]))
+        phases = phase_texts(timing)
+        if phases and (self.num_rows % ROWS_A_TIMING == 0 or step == self.num_steps):
+            self.say("  time: " + ", ".join(phases))
         held_out = [f"{name[5:]} {short(value)}" for name, value in metrics.items() if name.startswith("eval/")]
         if held_out:
             self.say("  held out: " + ", ".join(held_out))
@@ -143,26 +147,51 @@ class Statistics:
 
 
 class Timer:
-    """Seconds of named phases and of the whole since the last lap."""
+    """Seconds and tokens of named phases, and seconds of the whole, since the last lap. Phases are not nested."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.phases: dict[str, float] = {}
+        self.tokens: dict[str, int] = {}
+        self.running: str | None = None
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
+        start, self.running = time.perf_counter(), name
+        try:
+            yield
+        finally:
+            self.running = None
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # or the next phase would wait for the work of this one
         self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
 
+    def count(self, tokens: int) -> None:
+        """Adds tokens to the phase that is running, if one is."""
+        if self.running is not None:
+            self.tokens[self.running] = self.tokens.get(self.running, 0) + tokens
+
     def lap(self) -> dict[str, float]:
-        """The times since the last lap: seconds, and NAME_seconds of each phase."""
+        """The times since the last lap: seconds; NAME_seconds of each phase, NAME_share, its share of them, and, where
+        tokens were counted, NAME_tokens_per_second."""
         now = time.perf_counter()
-        times = {"seconds": now - self.start, **{f"{name}_seconds": s for name, s in self.phases.items()}}
-        self.start, self.phases = now, {}
+        times = {"seconds": now - self.start}
+        for name, seconds in self.phases.items():
+            times |= {f"{name}_seconds": seconds, f"{name}_share": seconds / times["seconds"]}
+            if name in self.tokens:
+                times[f"{name}_tokens_per_second"] = self.tokens[name] / seconds
+        self.start, self.phases, self.tokens = now, {}, {}
         return times
+
+
+def phase_texts(timing: dict[str, float]) -> list[str]:
+    """A text for each phase of a lap: its share of the time, and its tokens a second where they were counted."""
+    names = [name.removesuffix("_share") for name in timing if name.endswith("_share")]
+    texts = []
+    for name in names:
+        rate = timing.get(f"{name}_tokens_per_second")
+        texts.append(f"{name} {timing[f'{name}_share']:.0%}" + (f" at {rate:.0f} tokens/s" if rate else ""))
+    return texts
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

@@ -131,7 +131,7 @@ class PPO:
         with self.log.timer("generate"):
             samples = self.generate(prompts)
         with self.log.timer("score"):
-            batch, scores = self.score(prompts, samples)
+            batch, scores, terms = self.score(prompts, samples)
         if self.num_steps_done == 0:
             self.check_first_step(batch, samples)
         self.moments.add(scores)
@@ -144,7 +144,8 @@ class PPO:
         )
         with self.log.timer("update"), self.log.progress("update", config.epochs * batch.num_tokens) as done:
             stats = self.learner.train(batch, step=self.num_steps_done, kl_coef=self.kl_coef, done=done)
-        metrics = self.describe(batch, samples, scores, shaped, stats)
+            self.log.timer.count(config.epochs * batch.num_tokens)
+        metrics = self.describe(batch, samples, scores, terms, shaped, stats)
         self.kl_coef = next_kl_coef(config, self.kl_coef, metrics["objective/kl"])
         self.roles.end_step(self.num_steps_done + 1)
         return metrics
@@ -163,17 +164,20 @@ class PPO:
         first = (self.config.seed << 32) + self.num_steps_done * self.config.batch_size
         total = len(prompts) * self.sampling.max_new_tokens
         with self.log.progress("generate", total) as done, autocasting(self.device, self.policy.autocast):
-            return self.engine.generate(
+            samples = self.engine.generate(
                 [prompt.tokens for prompt in prompts],
                 replace(self.sampling, greedy=True) if greedy else self.sampling,
                 seeds=range(first, first + len(prompts)),
                 progress=done,
             )
+        self.log.timer.count(sum(len(sample.response) for sample in samples))
+        return samples
 
     @torch.no_grad()
-    def score(self, prompts: list[Prompt], samples: list[Sample]) -> tuple[Packed, Tensor]:
-        """The pack of prompts and responses with logprobs, old_logprobs, ref_logprobs and values (R,), and the scores
-        (N,). The KL is that of logprobs, the policy's own; ratios are to old_logprobs, the same but for truncation."""
+    def score(self, prompts: list[Prompt], samples: list[Sample]) -> tuple[Packed, Tensor, list[Tensor]]:
+        """The pack of prompts and responses with logprobs, old_logprobs, ref_logprobs and values (R,), the scores
+        (N,), and those of each term. The KL is that of logprobs, the policy's own; ratios are to old_logprobs, the same
+        but for truncation."""
         batch = self.pack(samples)
         sampled = self.joined([sample.logprobs for sample in samples])
         logprobs = sampled if self.reuses_logprobs else self.logprobs(self.policy, batch)
@@ -181,6 +185,7 @@ class PPO:
         number = torch.arange(batch.num_sequences, device=self.device) // self.config.samples_per_prompt
         batch = batch.with_fields(
             logprobs=logprobs,
+            sampled=sampled,
             old_logprobs=self.joined([sample.sampler_logprobs for sample in samples]) if by_sampler else logprobs,
             ref_logprobs=self.logprobs(self.reference, batch),
             prompts=per_token(batch, number),
@@ -188,7 +193,9 @@ class PPO:
         if self.value_model is not None:
             parts = batch.microbatches(self.config.max_tokens)
             batch = batch.with_fields(values=torch.cat([self.value_model(part) for part in parts]))
-        return batch, self.scorer(prompts, samples, batch)
+        terms = self.scorer.terms(prompts, samples, batch)
+        self.log.timer.count(batch.num_tokens)
+        return batch, self.scorer.total(terms), terms
 
     @torch.no_grad()
     def greedy_scores(self, prompts: list[Prompt]) -> Tensor:
@@ -200,6 +207,7 @@ class PPO:
         with self.log.timer("score"):
             batch = self.pack(samples)
             scores = self.scorer(asked, samples, batch)
+            self.log.timer.count(batch.num_tokens)
         return self.paid(samples, batch, scores).repeat_interleave(each)
 
     def paid(self, samples: list[Sample], batch: Packed, scores: Tensor) -> Tensor:
@@ -239,11 +247,13 @@ class PPO:
         batch: Packed,
         samples: list[Sample],
         scores: Tensor,
+        terms: list[Tensor],
         shaped: dict[str, Tensor],
         stats: list[Statistics],
     ) -> dict[str, float]:
         """The metrics of a step; says what looks ill, and leaves some responses in samples.jsonl when that is due."""
-        described = describe(batch, samples, scores, shaped, stats)
+        named = dict(zip(self.scorer.names, terms, strict=True))
+        described = describe(batch, samples, scores, named, shaped, stats)
         metrics = {"objective/kl_coef": self.kl_coef, **{name: float(value) for name, value in described.items()}}
         for warning in self.health.check(metrics):
             self.log.say(warning)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -71,6 +72,7 @@ class Scorer:
     without **columns gets those of the keywords that it names.
 
     columns: the names of the other columns of the prompt file; None: those of the prompts at hand
+    names: of the terms, reward models first
 
     Raises: ValueError or TypeError for a source that is none, a model without a trained head or with another
     vocabulary, and a function that needs what it will not get."""
@@ -90,31 +92,45 @@ class Scorer:
         self.columns = columns
         self.models: list[tuple[RewardModel, float]] = []
         self.functions: list[tuple[RewardFunction, float]] = []
-        for source, weight in parse_reward(reward) if isinstance(reward, str) else [(reward, 1.0)]:
+        terms = parse_reward(reward) if isinstance(reward, str) else [(reward, 1.0)]
+        names: tuple[list[str], list[str]] = ([], [])
+        for source, weight in terms:
             if callable(source) or is_function(source):
                 function = source if callable(source) else load_function(source)
                 if columns is not None:
                     keywords_of(function, [*columns, "response_ids", "finished"])
                 self.functions.append((function, weight))
+                names[1].append(source if isinstance(source, str) else "function")
             else:
                 check_same_vocabulary(tokenizer, load_tokenizer(source), f"reward model {source}")
                 dtype = autocast or torch.float32  # frozen, so it needs no fp32 weights
                 model = RewardModel.from_pretrained(source, device=device, dtype=dtype, freeze=True)
                 self.models.append((model, weight))
+                names[0].append(source)
+        self.names = short_names([*names[0], *names[1]])
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sample], batch: Packed) -> Tensor:
-        """Returns the scores (N,) float32 of the responses.
+        """Returns the scores (N,) float32 of the responses. Raises: as `terms`."""
+        return self.total(self.terms(prompts, samples, batch))
+
+    def total(self, terms: Sequence[Tensor]) -> Tensor:
+        """Returns the weighted sum (N,) of what `terms` returned."""
+        weights = [weight for _, weight in (*self.models, *self.functions)]
+        return torch.stack([weight * scores for weight, scores in zip(weights, terms, strict=True)]).sum(0)
+
+    @torch.no_grad()
+    def terms(self, prompts: Sequence[Prompt], samples: Sequence[Sample], batch: Packed) -> list[Tensor]:
+        """Returns the scores (N,) float32 by each term, in the order of `names`.
 
         Raises: ValueError when a function returns another number of scores, or for a score that is not finite."""
-        total = torch.zeros(batch.num_sequences, device=batch.tokens.device)
-        for model, weight in self.models:
+        terms = []
+        for model, _ in self.models:
             scores = torch.cat([model(part) for part in batch.microbatches(self.max_tokens)])
             _check_finite(scores, prompts, f"the reward model {model.model.name_or_path}")
-            total += weight * scores
-        for function, weight in self.functions:
-            total += weight * self._call(function, prompts, samples).to(total.device)
-        return total
+            terms.append(scores)
+        calls = [self._call(function, prompts, samples) for function, _ in self.functions]
+        return terms + [scores.to(batch.tokens.device) for scores in calls]
 
     def _call(self, function: RewardFunction, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> Tensor:
         name = getattr(function, "__qualname__", repr(function))
@@ -137,6 +153,12 @@ class Scorer:
             raise ValueError(f"reward: {name} must return {len(samples)} scores, got {tuple(scores.shape)}")
         _check_finite(scores, prompts, name)
         return scores
+
+
+def short_names(sources: Sequence[str]) -> list[str]:
+    """Returns a name for each source: its last part, or all of it where last parts are the same."""
+    names = [re.split("[/:]", source.rstrip("/"))[-1] for source in sources]
+    return names if len(set(names)) == len(names) else list(sources)
 
 
 def is_function(source: str) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny_tokenizer
 
-from fastrlhf.instruments import Health, describe, diversity, sample_rows
+from fastrlhf.instruments import Health, describe, diversity, rollout_difference, sample_rows
 from fastrlhf.metrics import MetricsLog, Statistics
 from fastrlhf.packing import pack
 from fastrlhf.rollout import Sample
@@ -30,14 +30,18 @@ def test_diversity_counts_distinct_tokens_pairs_and_responses_to_a_prompt():
 def test_the_metrics_of_a_step_by_hand():
     batch = pack([s.prompt + s.response for s in SAMPLES], prompt_lengths=[1] * 4)
     logprobs = -torch.arange(1.0, 14.0) / 10
-    batch = batch.with_fields(logprobs=logprobs, ref_logprobs=logprobs - 0.2)
+    batch = batch.with_fields(logprobs=logprobs, sampled=logprobs, ref_logprobs=logprobs - 0.2)
     first, second = Statistics(), Statistics()
     first.add("ppo/policy/", {"ratio_max": torch.tensor(1.0), "ratio_min": torch.tensor(0.99)})
     second.add("ppo/policy/", {"ratio_max": torch.tensor(3.0), "ratio_min": torch.tensor(0.5)})
     shaped = {name: torch.tensor(0.5) for name in ("rewards", "advantages", "advantages_std")}
-    found = describe(batch, SAMPLES, torch.tensor([0.0, 1.0, 2.0, 3.0]), shaped, [first, second])
+    scores = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    found = describe(batch, SAMPLES, scores, {"rules": scores / 2, "model": scores / 4}, shaped, [first, second])
     expected = {
         "objective/scores": 1.5,
+        "objective/scores/rules": 0.75,
+        "objective/scores_std/rules": 1.25**0.5 / 2,
+        "objective/scores/model": 0.375,
         "objective/kl": 0.2 * 13 / 4,
         "objective/kl_k3": (2.718281828**-0.2 - 1 + 0.2) * 13 / 4,
         "objective/entropy": 0.7,
@@ -49,6 +53,22 @@ def test_the_metrics_of_a_step_by_hand():
         "ppo/policy/ratio_max": 3.0,
     }
     assert {name: float(found[name]) for name in expected} == pytest.approx(expected, rel=1e-5)
+    alone = describe(batch, SAMPLES, scores, {"rules": scores}, shaped, [first, second])
+    assert not [name for name in alone if name.startswith("objective/scores/")]
+
+
+def test_the_difference_to_the_sampler_is_of_all_tokens_or_of_the_first_update():
+    batch = pack([s.prompt + s.response for s in SAMPLES], prompt_lengths=[1] * 4)
+    logprobs, first = torch.zeros(13), Statistics()
+    other = batch.with_fields(logprobs=logprobs, sampled=logprobs.index_fill(0, torch.tensor([2]), -0.13))
+    found = rollout_difference(other, first)
+    assert found["rollout/logprob_difference"].item() == pytest.approx(0.01)
+    assert found["rollout/logprob_difference_max"].item() == pytest.approx(0.13)
+    same = batch.with_fields(logprobs=logprobs, sampled=logprobs)
+    assert rollout_difference(same, first) == {}  # the value model's warm-up: the trainer has not read the tokens yet
+    first.add("ppo/policy/", {"logprob_change": torch.tensor(0.25), "logprob_change_max": torch.tensor(0.5)})
+    expected = {"rollout/logprob_difference": 0.25, "rollout/logprob_difference_max": 0.5}
+    assert rollout_difference(same, first) == expected
 
 
 WELL = {

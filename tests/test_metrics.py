@@ -1,4 +1,6 @@
 import json
+import re
+import time
 
 import pytest
 
@@ -12,8 +14,29 @@ def test_metrics_hold_what_was_given_and_timing_the_clock(tmp_path):
     log.add(1, {"loss": 0.5, "grad_norm": float("nan"), "num_tokens": 100})
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "grad_norm": None, "num_tokens": 100}]
     (timing,) = read_jsonl(tmp_path / "timing.jsonl")
-    assert {"step", "seconds", "generate_seconds", "tokens_per_second", "peak_memory_gib"} == set(timing)
+    phase = {"generate_seconds", "generate_share"}
+    assert {"step", "seconds", "tokens_per_second", "peak_memory_gib"} | phase == set(timing)
     assert timing["tokens_per_second"] * timing["seconds"] == pytest.approx(100)
+
+
+def test_a_phase_has_its_share_of_the_time_and_its_tokens_a_second(tmp_path, capsys):
+    log = MetricsLog(tmp_path, num_steps=11)
+    log.timer.count(1_000_000)  # outside of a phase: of none
+    for step in range(1, 12):
+        with log.timer("generate"):
+            time.sleep(0.01)
+            log.timer.count(30)
+            log.timer.count(20)
+        with log.timer("score"):
+            pass
+        log.add(step, {"loss": 0.5, "num_tokens": 100})
+    for timing in read_jsonl(tmp_path / "timing.jsonl"):
+        assert timing["generate_share"] * timing["seconds"] == pytest.approx(timing["generate_seconds"])
+        assert timing["generate_tokens_per_second"] * timing["generate_seconds"] == pytest.approx(50)
+        assert timing["generate_share"] > 0.5 and "score_tokens_per_second" not in timing
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  time: ")]
+    assert len(lines) == 2  # after ten steps, and after the last
+    assert re.fullmatch(r"  time: generate \d+% at \d+ tokens/s, score \d+%", lines[0])
 
 
 def test_resuming_cuts_back_to_the_step_byte_for_byte(tmp_path):

@@ -124,6 +124,9 @@ def test_a_weighted_sum_of_rewards_adds_up(folder):
     finally:
         sys.path.remove(str(folder))
     assert summed["objective/scores"] == pytest.approx(2 * alone["objective/scores"] + 1.5, rel=1e-5)
+    assert summed["objective/scores/reward"] == pytest.approx(alone["objective/scores"], rel=1e-5)
+    assert (summed["objective/scores/constant"], summed["objective/scores_std/constant"]) == (3, 0)
+    assert "objective/scores/reward" not in alone
 
 
 def test_reward_functions_get_texts_ids_and_the_other_columns(folder):
