@@ -25,7 +25,8 @@ double plackett_luce(Group<const T> scores, const bool* ties, Group<T> grad, dou
   double top = scores[k - 1], sum = 0;
   for (int64_t i = k - 1; i >= 0; i--) {
     const double s = scores[i];
-    sum = s > top ? sum * exp(top - s) + 1 : sum + exp(s - top);
+    // equal ones may both be -inf, whose difference is no number
+    sum = s > top ? sum * exp(top - s) + 1 : sum + (s == top ? 1 : exp(s - top));
     tops[i] = top = s > top ? s : top;
     sums[i] = sum;
   }

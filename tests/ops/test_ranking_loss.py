@@ -146,3 +146,11 @@ def test_bad_input_is_named(change, error, text):
     with pytest.raises(error) as caught:
         ranking_loss(**{"scores": torch.zeros(4), "cu_groups": groups(2, 2), **change})
     assert "ranking_loss: " in str(caught.value) and text in str(caught.value)
+
+
+def test_a_response_that_cannot_win_costs_no_number():
+    """Of two that tie, one of score -inf: each is drawn against both, so the gradient is twice (1, 0) less (1, 1)."""
+    scores = torch.tensor([-0.3, -torch.inf], requires_grad=True)
+    loss, _ = ranking_loss(scores, groups(2), ties=torch.tensor([True, True]))
+    assert loss.item() == math.inf
+    assert torch.autograd.grad(loss, scores)[0].tolist() == [1.0, -1.0]
