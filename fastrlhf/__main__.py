@@ -11,6 +11,7 @@ from typing import Any
 from transformers.utils import logging
 
 import fastrlhf
+from fastrlhf import ranks
 from fastrlhf.checkpoint import newest_checkpoint
 from fastrlhf.config import RewardConfig, SFTConfig, did_you_mean
 from fastrlhf.options import help_text, parse
@@ -88,7 +89,8 @@ def _train(command: str, arguments: list[str]) -> int:
         if not _raised_by_us(error):
             raise
         return _fail(command, str(error), 1)
-    print("\n".join(f"{what}: {path}" for what, path in _products(command, Path(config.output)).items()))
+    ranks.say("\n".join(f"{what}: {path}" for what, path in _products(command, Path(config.output)).items()))
+    ranks.stop()
     return 0
 
 

@@ -25,7 +25,7 @@ import torch
 import transformers
 import yaml
 
-from fastrlhf import _cpu
+from fastrlhf import _cpu, ranks
 from fastrlhf.config import dump
 
 KEEP = 2  # the newest, and the one before it
@@ -98,21 +98,25 @@ def save_checkpoint(output: str | Path, step: int, write: Callable[[Path], None]
     """Writes `<output>/checkpoints/step-NNNNNN`: what write(folder) puts there, and the state. Returns the folder.
 
     A kill at any moment leaves either the whole checkpoint or none: it is written under another name, flushed to disk
-    and renamed, after the metrics up to it. Older ones are deleted but for the one before.
+    and renamed, after the metrics up to it. Older ones are deleted but for the one before. All processes of a run
+    call this, and the first one writes.
 
     state: tensors, numbers, texts, lists and dicts of such"""
     checkpoints = Path(output) / "checkpoints"
+    folder, random_states = checkpoints / f"step-{step:06d}", ranks.gather(random_state())
+    if not ranks.is_first():
+        write(folder)
+        return folder
     checkpoints.mkdir(parents=True, exist_ok=True)
     for leftover in checkpoints.glob("*.partial"):
         shutil.rmtree(leftover)
-    folder = checkpoints / f"step-{step:06d}"
 
     def write_all(partial: Path) -> None:
         write(partial)
         config = Path(output) / "config.yaml"
         if config.exists():
             shutil.copy(config, partial)
-        everything = {**state, "step": step, "random": random_state(), "environment": environment()}
+        everything = {**state, "step": step, "random": random_states, "environment": environment()}
         torch.save(everything, partial / "state.pt")
 
     for name in LINES:
@@ -125,7 +129,12 @@ def save_checkpoint(output: str | Path, step: int, write: Callable[[Path], None]
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Makes a folder that write(folder) fills; a kill at any moment leaves no half of it under its name."""
+    """Makes a folder that write(folder) fills; a kill at any moment leaves no half of it under its name.
+
+    All processes of a run call write, which may need them all; in the first one alone it may leave files."""
+    if not ranks.is_first():
+        write(folder)
+        return
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -158,7 +167,7 @@ def load_state(folder: Path) -> dict[str, Any]:
         if here.get(name) != then:
             text = f"resume: {name} was {then} and is {here.get(name)}; the run continues, not bit for bit"
             warnings.warn(text, stacklevel=2)
-    restore_random_state(state["random"])
+    restore_random_state(state["random"][ranks.place()[0] % len(state["random"])])
     return state
 
 
@@ -168,6 +177,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "instruction set": f"{_cpu.isa}, torch {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
+        "processes": ranks.place()[1],
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "numpy": np.__version__,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrlhf import ranks
 from fastrlhf.checkpoint import fingerprint
 from fastrlhf.data import Demonstration, batch_rows, shuffled
 from fastrlhf.estimators import token_weights
@@ -75,17 +76,19 @@ class Learner:
     def update(self, minibatch: Packed, number: int, trains_policy: bool, done: Callable[[int], object]) -> Statistics:
         """One optimizer step of the policy and of the value model. Returns its statistics.
 
-        Losses are sums over tokens divided by the tokens of the whole minibatch, so micro-batches do not matter."""
+        Losses are sums over tokens divided by the tokens of the whole minibatch, so neither micro-batches matter nor
+        the number of processes that share them."""
         config, num_tokens, stats = self.config, minibatch.num_responses, Statistics()
         weights = token_weights(minibatch, minibatch["prompts"], config)
         minibatch = minibatch.with_fields(weights=weights, advantages=weights * minibatch["advantages"])
         self.policy.train()
-        for part in minibatch.microbatches(config.max_tokens):
+        for part in minibatch.microbatches(config.max_tokens, share=ranks.place()):
             if trains_policy:
                 self.policy_loss(part, num_tokens, stats).backward()
             if self.value_model is not None:
                 self.value_loss(self.value_model.train(), part, num_tokens, stats).backward()
             done(part.num_tokens)
+        stats = stats.joined()
         where = f"step {self.step + 1}, minibatch {number} ({minibatch.num_sequences} responses)"
         limit = config.max_update_kl
         if trains_policy and limit is not None and stats.values["ppo/policy/approx_kl"] > limit:
@@ -104,6 +107,8 @@ class Learner:
         """A micro-batch's share of the policy's loss: clipped surrogate, entropy bonus and, if it is here, the KL."""
         config = self.config
         logprobs, entropy = self.policy(part, temperature=config.temperature, return_entropy=True)
+        if not part.num_responses:  # a filler: the pass is for the processes that have one more
+            return logprobs.sum()
         loss, loss_stats = ppo_policy_loss(
             logprobs,
             part["old_logprobs"],
@@ -126,8 +131,11 @@ class Learner:
 
     def value_loss(self, model: ValueModel, part: Packed, num_tokens: int, stats: Statistics) -> Tensor:
         """A micro-batch's share of the value model's loss."""
+        values = model(part)
+        if not part.num_responses:
+            return values.sum()
         loss, loss_stats = value_loss(
-            model(part),
+            values,
             part["values"],
             part["returns"],
             clip_range=self.config.clip_range_value,
@@ -142,10 +150,12 @@ class Learner:
         num_rows = config.batch_size // config.minibatches  # alike each time: pieces of one stream
         rows = [self.ptx[row] for row in batch_rows(len(self.ptx), num_rows, number, seed=config.seed)]
         batch = pack([row.tokens for row in rows], [row.response_mask for row in rows], device=self.policy.model.device)
-        for part in batch.microbatches(config.max_tokens):
+        total = torch.zeros((), device=batch.tokens.device)
+        for part in batch.microbatches(config.max_tokens, share=ranks.place()):
             loss = -self.policy(part).sum() / batch.num_responses
-            stats.add("ppo/policy/", {"ptx_loss": loss})
             (config.ptx_coef * loss).backward()
+            total += loss.detach()
+        stats.add("ppo/policy/", {"ptx_loss": ranks.added(total)})
 
     def ptx_fingerprint(self) -> int:
         """A checksum of the demonstrations."""

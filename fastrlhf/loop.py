@@ -13,7 +13,16 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from fastrlhf.checkpoint import fingerprint, load_state, newest_checkpoint, open_output, save_checkpoint, write_whole
+from fastrlhf import ranks
+from fastrlhf.checkpoint import (
+    check_output,
+    fingerprint,
+    load_state,
+    newest_checkpoint,
+    open_output,
+    save_checkpoint,
+    write_whole,
+)
 from fastrlhf.config import LoopConfig, RewardConfig, SFTConfig
 from fastrlhf.data import Loaded
 from fastrlhf.metrics import MetricsLog
@@ -39,10 +48,10 @@ class Loop(Protocol):
         """Does one step and returns its metrics, deterministic values only, among them num_tokens (for tokens/s)."""
 
     def save(self, folder: Path) -> None:
-        """Writes the model that the loop makes, with its tokenizer."""
+        """Writes the model that the loop makes, with its tokenizer; all processes call it, the first one writes."""
 
     def save_models(self, folder: Path) -> None:
-        """Writes the models that a checkpoint needs."""
+        """Writes the models that a checkpoint needs, likewise."""
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizers and whatever else changes from step to step."""
@@ -51,20 +60,32 @@ class Loop(Protocol):
         """Takes up what state_dict gave."""
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds torch, numpy and Python: what a new head and a user's reward function draw from."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
+def prepare(config: LoopConfig) -> Path | None:
+    """Joins the other processes of the run, if there are any, and seeds torch, numpy and Python: what a new head and a
+    user's reward function draw from. Returns the newest checkpoint to resume from, None to start afresh.
+
+    Raises: as check_output; ValueError when the processes see different output folders."""
+    ranks.start()
+    checkpoint = check_output(config)
+    found = ranks.gather(str(checkpoint))  # none goes on, and writes there, before all have looked
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"output: all processes must see the same folder {config.output}, but their newest "
+            f"checkpoints are {', '.join(found)}"
+        )
+    torch.manual_seed(config.seed)
+    np.random.seed(config.seed)
+    random.seed(config.seed)
+    return checkpoint
 
 
 def begin(loop: Loop, checkpoint: Path | None, data: Iterable[Sequence[int]]) -> None:
     """Opens the output folder of a loop that is otherwise ready, and takes up the checkpoint if there is one.
 
-    checkpoint: what check_output returned, and where the loop's models were loaded from
+    checkpoint: what prepare returned, and where the loop's models were loaded from
     data: token sequences of the training data
 
-    Raises: as check_output; ValueError when the data is not that of the checkpoint."""
+    Raises: ValueError when the data is not that of the checkpoint."""
     config = loop.config
     loop.data_fingerprint = fingerprint(data)
     loop.num_steps_done = 0
@@ -74,7 +95,8 @@ def begin(loop: Loop, checkpoint: Path | None, data: Iterable[Sequence[int]]) ->
             raise ValueError(f"resume: the tokens of {config.data} are no longer those of {checkpoint}")
         loop.load_state_dict(state["loop"])
         loop.num_steps_done = state["step"]
-    open_output(config)
+    if ranks.is_first():
+        open_output(config)
     loop.log = MetricsLog(
         config.output, num_steps=loop.num_steps, step=loop.num_steps_done, tensorboard=config.tensorboard
     )
@@ -92,7 +114,7 @@ def advance(loop: Loop) -> dict[str, float]:
     Raises: StopIteration after the last step; NonFiniteError, naming the newest checkpoint."""
     output = Path(loop.config.output)
     if loop.num_steps_done >= loop.num_steps:
-        if not (output / "model").exists():  # killed between the last checkpoint and the final model
+        if ranks.gather((output / "model").exists())[0] is False:  # killed after the last checkpoint
             write_whole(output / "model", loop.save)
         raise StopIteration
     try:
@@ -120,11 +142,11 @@ def load_with_held_out(
     Prints how many rows of each file are used, and why others are not."""
     options = {"max_tokens": config.max_length, "template": config.template, "max_rejected": config.max_rejected}
     loaded = load(config.data, tokenizer, limit=config.limit, **options)
-    print(loaded.report, flush=True)
+    ranks.say(loaded.report)
     rows = loaded.rows
     if config.eval_data is not None:
         held_out = load(config.eval_data, tokenizer, limit=config.eval_limit, **options)
-        print(held_out.report, flush=True)
+        ranks.say(held_out.report)
         return rows, held_out.rows
     num_held_out = round(config.eval_fraction * len(rows))
     if config.eval_fraction and not 0 < num_held_out < len(rows):

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from fastrlhf import ranks
 from fastrlhf.checkpoint import LINES, write_file
 
 COLUMNS = {  # of the table on the terminal, most important first; a loop shows those that it has
@@ -42,16 +43,18 @@ ROWS_A_TIMING = 10  # rows of the table between two lines on where the time goes
 
 
 class MetricsLog:
-    """Writes a run's metrics. On resume it first cuts both files back to the checkpoint's step.
+    """Writes a run's metrics, in the first of its processes. On resume it first cuts the files back to the step.
 
     num_steps: of the whole run; step: the last one that is done; timer: measures phases of a step"""
 
     def __init__(self, output: str | Path, *, num_steps: int, step: int = 0, tensorboard: bool = False) -> None:
         self.output = Path(output)
         self.num_steps = num_steps
-        for name in LINES:
-            cut_back(self.output / name, step)
-        self.writer = tensorboard_writer(self.output / "tensorboard", step) if tensorboard else None
+        self.writer = None
+        if ranks.is_first():
+            for name in LINES:
+                cut_back(self.output / name, step)
+            self.writer = tensorboard_writer(self.output / "tensorboard", step) if tensorboard else None
         self.columns: list[str] = []
         self.num_rows = 0
         self.timer = Timer()
@@ -60,6 +63,8 @@ class MetricsLog:
         """Writes the metrics of a step, its times since the last one, and a row of the table.
 
         metrics: values that do not depend on the clock, among them num_tokens, the tokens of the step"""
+        if not ranks.is_first():
+            return
         timing = self.timer.lap()
         timing["tokens_per_second"] = metrics["num_tokens"] / timing["seconds"]
         append(self.output / "metrics.jsonl", {"step": step, **metrics})
@@ -72,12 +77,12 @@ class MetricsLog:
 
     def samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Adds rows of a step to samples.jsonl."""
-        for row in rows:
+        for row in rows if ranks.is_first() else ():
             append(self.output / "samples.jsonl", {"step": step, **row})
 
     def say(self, text: str) -> None:
         """Prints a line."""
-        print(text, flush=True)
+        ranks.say(text)
 
     def _show(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
         console = Console()
@@ -100,18 +105,21 @@ class MetricsLog:
     @staticmethod
     @contextmanager
     def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """A bar with tokens/s that lives during a phase: yields advance(num_tokens). Silent when not on a terminal."""
-        console = Console(stderr=True)
+        """A bar with tokens/s that lives during a phase: yields advance(num_tokens). Silent when not on a terminal.
+
+        The first process shows it, as if the others were as far as it is."""
+        console, num_processes = Console(stderr=True), ranks.place()[1]
+        shown = console.is_terminal and ranks.is_first()
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
         start, done = time.perf_counter(), 0
-        bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
+        bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not shown)
         with bar:
             task = bar.add_task(what, total=total, rate="")
 
             def advance(num_tokens: int) -> None:
                 nonlocal done
-                done += num_tokens
-                bar.update(task, advance=num_tokens, rate=f"{done / (time.perf_counter() - start):.0f} tokens/s")
+                done += num_tokens * num_processes
+                bar.update(task, completed=done, rate=f"{done / (time.perf_counter() - start):.0f} tokens/s")
 
             yield advance
 
@@ -134,6 +142,15 @@ class Statistics:
                 self.values[name] = torch.minimum(self.values[name], value)
             else:
                 self.values[name] = self.values[name] + value
+
+    def joined(self) -> Statistics:
+        """The statistics of the micro-batches of all processes."""
+        if ranks.place()[1] == 1:
+            return self
+        whole = Statistics()
+        for values in ranks.gather({name: value.cpu() for name, value in self.values.items()}):
+            whole.add("", values)
+        return whole
 
     @staticmethod
     def mean(several: Sequence[Statistics]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastrlhf import ranks
 from fastrlhf.heads import autocasting, head_logprobs, head_scores, hidden_states
 from fastrlhf.loading import attach_scalar, classifier, load_causal_lm, load_scalar
 from fastrlhf.packing import Packed
@@ -46,8 +47,9 @@ class Policy(nn.Module):
         return hidden_states(self.model, batch, self.autocast)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a folder that AutoModelForCausalLM.from_pretrained loads."""
-        self.model.save_pretrained(folder)
+        """Writes a folder that AutoModelForCausalLM.from_pretrained loads, in the first process."""
+        if ranks.is_first():
+            self.model.save_pretrained(folder)
 
 
 class ScalarModel(nn.Module):
@@ -80,8 +82,9 @@ class ScalarModel(nn.Module):
         return head_scores(self.model, hidden_states(self.model, batch, self.autocast)[rows])
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a folder that AutoModelForSequenceClassification.from_pretrained loads."""
-        self.model.save_pretrained(folder)
+        """Writes a folder that AutoModelForSequenceClassification.from_pretrained loads, in the first process."""
+        if ranks.is_first():
+            self.model.save_pretrained(folder)
 
 
 class RewardModel(ScalarModel):

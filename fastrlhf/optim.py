@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrlhf import ranks
 from fastrlhf.config import LoopConfig
 
 
@@ -95,9 +96,11 @@ class Optimizer:
         return learning_rate_at(self.num_steps_done, **self.schedule)
 
     def step(self, where: str) -> Tensor:
-        """Clips the gradients, updates the parameters, clears the gradients. Returns the norm before clipping.
+        """Adds the gradients of all processes, clips them, updates the parameters, clears the gradients. Returns the
+        norm before clipping.
 
         Raises: NonFiniteError, naming `where` (the step and the rows of the batch), before a parameter is changed."""
+        ranks.add_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         check_finite("the norm of the gradient", norm, where)
         for group in self.adam.param_groups:

@@ -112,23 +112,55 @@ class Packed:
             fields={name: values[responses] for name, values in self.fields.items()},
         )
 
-    def microbatches(self, max_tokens: int, *, together: int = 1) -> list[Packed]:
+    def microbatches(self, max_tokens: int, *, together: int = 1, share: tuple[int, int] = (0, 1)) -> list[Packed]:
         """The pack cut, in order, into packs of at most max_tokens tokens.
 
         together: so many neighbours stay in one pack (2 for preference pairs)
+        share: (number, of): cut only what `share_of` gives; all shares get as many packs, the last ones of some being
+        fillers: the pack's first sequences once more, without response tokens
         A sequence (or group) longer than max_tokens is alone in its pack: it is never cut."""
         if max_tokens < 1:
             raise ValueError(f"microbatches: max_tokens must be at least 1, got {max_tokens}")
+        number, of = share
+        groups = [self._groups(self.share_of(n, of, together=together), max_tokens, together) for n in range(of)]
+        if of == 1 and len(groups[0]) == 1:
+            return [self]
+        num_fillers = max(map(len, groups)) - len(groups[number])
+        return [*(self.select(group) for group in groups[number]), *[self._filler(together)] * num_fillers]
+
+    def share_of(self, number: int, of: int, *, together: int = 1) -> range:
+        """The sequences of share 0, 1, ...: neighbours, together about as long as those of each other share."""
+        bounds = [0] * (of + 1)
+        done, total = 0, max(self.num_tokens, 1)
+        for n in range(0, len(self.lengths), together):
+            length = sum(self.lengths[n : n + together])
+            middle = (2 * done + length) * of // (2 * total)  # the share in which the middle of the group lies
+            for later in range(min(middle, of - 1) + 1, of + 1):
+                bounds[later] = min(n + together, len(self.lengths))
+            done += length
+        return range(bounds[number], bounds[number + 1])
+
+    def _groups(self, sequences: range, max_tokens: int, together: int) -> list[list[int]]:
         groups: list[list[int]] = []
         room = 0
-        for n in range(0, len(self.lengths), together):
+        for n in range(sequences.start, sequences.stop, together):
             length = sum(self.lengths[n : n + together])
             if length > room:
                 groups.append([])
                 room = max_tokens
             groups[-1] += range(n, min(n + together, len(self.lengths)))
             room -= length
-        return [self] if len(groups) == 1 else [self.select(group) for group in groups]
+        return groups
+
+    def _filler(self, together: int) -> Packed:
+        filler = self.select(range(min(together, len(self.lengths))))
+        return dataclasses.replace(
+            filler,
+            response_rows=filler.response_rows[:0],
+            cu_responses=torch.zeros_like(filler.cu_responses),
+            response_lengths=(0,) * filler.num_sequences,
+            fields={name: values[:0] for name, values in filler.fields.items()},
+        )
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of a transformers model on our attention (see attention.py)."""

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrlhf.checkpoint import check_output
+from fastrlhf import ranks
 from fastrlhf.data import Demonstration, Prompt, batch_rows, load_demonstrations, load_prompts
 from fastrlhf.estimators import estimate_advantages, per_token
 from fastrlhf.first_step import check_first_step, have_same_weights
 from fastrlhf.instruments import Health, describe, sample_rows
 from fastrlhf.kl import next_kl_coef
 from fastrlhf.learner import Learner
-from fastrlhf.loop import advance, begin, check_fits, seed_everything
+from fastrlhf.loop import advance, begin, check_fits, prepare
 from fastrlhf.metrics import MetricsLog, Statistics
 from fastrlhf.models import Policy, RewardModel, autocasting
 from fastrlhf.packing import Packed, pack
@@ -53,9 +53,9 @@ class PPO:
     def __init__(self, config: PPOConfig, *, backend: Callable[[Policy], RolloutBackend] | None = None) -> None:
         self.config = config
         self.num_steps = config.steps
+        checkpoint = prepare(config)
+        self.check_shares()
         self.device = config.resolve_device()
-        checkpoint = check_output(config)
-        seed_everything(config.seed)
         self.tokenizer = load_tokenizer(config.model)
         options: dict[str, Any] = {name: getattr(config, name) for name in ("template", "limit", "max_rejected")}
         loaded = load_prompts(config.data, self.tokenizer, max_prompt_tokens=config.max_prompt_tokens, **options)
@@ -91,6 +91,13 @@ class PPO:
     def __next__(self) -> dict[str, float]:
         return advance(self)
 
+    def check_shares(self) -> None:
+        """Raises ValueError unless each process of the run can answer as many prompts."""
+        number, each = ranks.place()[1], self.config.samples_per_prompt
+        if self.config.batch_size % (number * each):
+            counts = f"{number} processes x {each} samples_per_prompt"
+            raise ValueError(f"batch_size ({self.config.batch_size}) must be a multiple of {counts}")
+
     def default_engine(self, policy: Policy) -> RolloutBackend:
         """The engine that runs the policy's own module."""
         config = self.config
@@ -113,7 +120,7 @@ class PPO:
             template=config.template,
             max_rejected=config.max_rejected,
         )
-        print(loaded.report, flush=True)
+        ranks.say(loaded.report)
         check_fits(self.policy.model, self.tokenizer, longest_demonstration=max(len(row.tokens) for row in loaded.rows))
         return loaded.rows
 
@@ -160,16 +167,17 @@ class PPO:
         return [self.prompts[row] for row in rows for _ in range(each)]
 
     def generate(self, prompts: list[Prompt], *, greedy: bool = False) -> list[Sample]:
-        """A response to each prompt. Its draws follow from its number in the run, not from the batch."""
+        """A response to each prompt. Its draws follow from its number in the run, not from the batch or the process."""
         first = (self.config.seed << 32) + self.num_steps_done * self.config.batch_size
         total = len(prompts) * self.sampling.max_new_tokens
         with self.log.progress("generate", total) as done, autocasting(self.device, self.policy.autocast):
-            samples = self.engine.generate(
-                [prompt.tokens for prompt in prompts],
+            own = self.engine.generate(
+                [prompt.tokens for prompt in ranks.share(prompts)],
                 replace(self.sampling, greedy=True) if greedy else self.sampling,
-                seeds=range(first, first + len(prompts)),
+                seeds=ranks.share(range(first, first + len(prompts))),
                 progress=done,
             )
+        samples = [sample for samples in ranks.gather(own) for sample in samples]
         self.log.timer.count(sum(len(sample.response) for sample in samples))
         return samples
 
@@ -191,8 +199,7 @@ class PPO:
             prompts=per_token(batch, number),
         )
         if self.value_model is not None:
-            parts = batch.microbatches(self.config.max_tokens)
-            batch = batch.with_fields(values=torch.cat([self.value_model(part) for part in parts]))
+            batch = batch.with_fields(values=self.in_shares(batch, self.value_model))
         terms = self.scorer.terms(prompts, samples, batch)
         self.log.timer.count(batch.num_tokens)
         return batch, self.scorer.total(terms), terms
@@ -226,8 +233,12 @@ class PPO:
 
     def logprobs(self, policy: Policy, batch: Packed) -> Tensor:
         """Log-probabilities (R,) of the sampled tokens, at the temperature of sampling."""
-        parts = batch.microbatches(self.config.max_tokens)
-        return torch.cat([policy(part, temperature=self.config.temperature) for part in parts])
+        return self.in_shares(batch, lambda part: policy(part, temperature=self.config.temperature))
+
+    def in_shares(self, batch: Packed, compute: Callable[[Packed], Tensor]) -> Tensor:
+        """What compute says of the response tokens (R,); each process computes it for a share of them."""
+        parts = batch.microbatches(self.config.max_tokens, share=ranks.place())
+        return ranks.joined(torch.cat([compute(part) for part in parts]))
 
     @torch.no_grad()
     def check_first_step(self, batch: Packed, samples: list[Sample]) -> None:
@@ -280,4 +291,5 @@ class PPO:
     def save(self, folder: Path) -> None:
         """Writes the policy, or its moving average, and the tokenizer as a folder that transformers loads."""
         self.roles.final.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        if ranks.is_first():
+            self.tokenizer.save_pretrained(folder)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrlhf.checkpoint import check_output
+from fastrlhf import ranks
 from fastrlhf.config import RewardConfig
 from fastrlhf.data import Pair, batch_rows, load_pairs
-from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_with_held_out, seed_everything
-from fastrlhf.metrics import MetricsLog
+from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_with_held_out, prepare
+from fastrlhf.metrics import MetricsLog, Statistics
 from fastrlhf.models import RewardModel
 from fastrlhf.ops import pairwise_reward_loss
 from fastrlhf.optim import Optimizer, check_finite
@@ -36,8 +36,7 @@ class RewardTrainer:
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
-        checkpoint = check_output(config)
-        seed_everything(config.seed)
+        checkpoint = prepare(config)
         self.device = config.resolve_device()
         self.tokenizer = load_tokenizer(config.model)
         self.pairs, self.held_out = load_with_held_out(load_pairs, config, self.tokenizer)
@@ -68,12 +67,12 @@ class RewardTrainer:
         config, size = self.config, len(self.pairs)
         rows = batch_rows(size, config.batch_size, self.num_steps_done, seed=config.seed, total=self.num_rows)
         pairs = [self.pairs[row] for row in rows]
-        sums: dict[str, Tensor] = {}
+        stats = Statistics()
         num_tokens = sum(len(side) for pair in pairs for side in sides(pair))
         with self.log.progress(f"step {self.num_steps_done + 1}", num_tokens) as done:
             for part, margin in self.microbatches(pairs):
-                scores = self.model(part)
-                loss, stats = pairwise_reward_loss(
+                scores = self.model(part)[: 2 * len(margin)]
+                loss, part_stats = pairwise_reward_loss(
                     scores[0::2],
                     scores[1::2],
                     margin=margin,
@@ -82,10 +81,10 @@ class RewardTrainer:
                     denominator=len(pairs),
                 )
                 loss.backward()
-                for name, value in {"loss": loss.detach(), **stats}.items():
-                    sums[name] = sums[name] + value if name in sums else value
+                stats.add("", {"loss": loss, **part_stats})
                 done(part.num_tokens + sum(part.prefix_lengths))
         where = f"step {self.num_steps_done + 1}, rows {rows} of the rows used"
+        sums = stats.joined().values
         check_finite("the loss", sums["loss"], where)
         metrics = {name: value.item() for name, value in sums.items()}
         metrics["learning_rate"] = self.optimizer.learning_rate
@@ -123,15 +122,18 @@ class RewardTrainer:
 
     def score(self, pairs: Sequence[Pair]) -> Tensor:
         """The scores (2N,) of chosen and rejected responses in turn."""
-        return torch.cat([self.model(part) for part, _ in self.microbatches(pairs)])
+        parts = self.microbatches(pairs)
+        return ranks.joined(torch.cat([self.model(part)[: 2 * len(margin)] for part, margin in parts]))
 
     def microbatches(self, pairs: Sequence[Pair]) -> Iterator[tuple[Packed, Tensor]]:
-        """Packs of chosen and rejected responses in turn, each with the margins (N,) of its pairs."""
+        """This process's packs of chosen and rejected responses in turn, each with the margins (N,) of its pairs; the
+        scores beyond those pairs do not count."""
         batch = pack_pairs(pairs, share_prompts=self.shares_prompts, device=self.device)
         margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float32, device=self.device)
-        start = 0
-        for part in batch.microbatches(self.config.max_tokens, together=2):
-            stop = start + part.num_sequences // 2
+        own = batch.share_of(*ranks.place(), together=2)
+        start, end = own.start // 2, own.stop // 2
+        for part in batch.microbatches(self.config.max_tokens, together=2, share=ranks.place()):
+            stop = min(start + part.num_sequences // 2, end)
             yield part, margins[start:stop]
             start = stop
 
@@ -139,7 +141,8 @@ class RewardTrainer:
         """Writes model and tokenizer as plain transformers loads them (AutoModelForSequenceClassification)."""
         self.model.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        if ranks.is_first():
+            self.tokenizer.save_pretrained(folder)
 
     def save_models(self, folder: Path) -> None:
         """Writes what a checkpoint needs besides state_dict."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrlhf import ranks
 from fastrlhf.data import Prompt
 from fastrlhf.models import RewardModel
 from fastrlhf.packing import Packed
@@ -121,15 +122,18 @@ class Scorer:
 
     @torch.no_grad()
     def terms(self, prompts: Sequence[Prompt], samples: Sequence[Sample], batch: Packed) -> list[Tensor]:
-        """Returns the scores (N,) float32 by each term, in the order of `names`.
+        """Returns the scores (N,) float32 by each term, in the order of `names`. All processes of a run call this with
+        the same arguments; in each of them models and functions get a share of the responses.
 
         Raises: ValueError when a function returns another number of scores, or for a score that is not finite."""
-        terms = []
+        terms, own = [], batch.share_of(*ranks.place())
         for model, _ in self.models:
-            scores = torch.cat([model(part) for part in batch.microbatches(self.max_tokens)])
+            parts = batch.microbatches(self.max_tokens, share=ranks.place())
+            scores = ranks.joined(torch.cat([model(part) for part in parts])[: len(own)])
             _check_finite(scores, prompts, f"the reward model {model.model.name_or_path}")
             terms.append(scores)
-        calls = [self._call(function, prompts, samples) for function, _ in self.functions]
+        prompts, samples = ranks.share(prompts), ranks.share(samples)
+        calls = [ranks.joined(self._call(function, prompts, samples)) for function, _ in self.functions]
         return terms + [scores.to(batch.tokens.device) for scores in calls]
 
     def _call(self, function: RewardFunction, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> Tensor:

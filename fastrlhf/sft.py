@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from fastrlhf.checkpoint import check_output
+from fastrlhf import ranks
 from fastrlhf.config import SFTConfig
 from fastrlhf.data import Demonstration, batch_rows, load_demonstrations
-from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_with_held_out, seed_everything
+from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_with_held_out, prepare
 from fastrlhf.metrics import MetricsLog
 from fastrlhf.models import Policy
 from fastrlhf.optim import Optimizer, check_finite
@@ -33,8 +33,7 @@ class SFT:
 
     def __init__(self, config: SFTConfig) -> None:
         self.config = config
-        checkpoint = check_output(config)
-        seed_everything(config.seed)
+        checkpoint = prepare(config)
         self.device = config.resolve_device()
         self.tokenizer = load_tokenizer(config.model)
         self.demonstrations, self.held_out = load_with_held_out(load_demonstrations, config, self.tokenizer)
@@ -67,11 +66,12 @@ class SFT:
         batch = self.pack([self.demonstrations[row] for row in rows])
         loss = torch.zeros((), device=self.device)
         with self.log.progress(f"step {self.num_steps_done + 1}", batch.num_tokens) as done:
-            for part in batch.microbatches(config.max_tokens):
+            for part in batch.microbatches(config.max_tokens, share=ranks.place()):
                 part_loss = -self.policy(part).sum() / batch.num_responses
                 part_loss.backward()
                 loss += part_loss.detach()
                 done(part.num_tokens)
+        loss = ranks.added(loss)
         where = f"step {self.num_steps_done + 1}, rows {rows} of the rows used"
         check_finite("the loss", loss, where)
         metrics = {"loss": loss.item(), "learning_rate": self.optimizer.learning_rate}
@@ -85,8 +85,8 @@ class SFT:
     def evaluate(self) -> dict[str, float]:
         """The mean loss of the response tokens of the held-out demonstrations."""
         batch = self.pack(self.held_out)
-        parts = batch.microbatches(self.config.max_tokens)
-        total = torch.stack([self.policy(part).double().sum() for part in parts]).sum()
+        parts = batch.microbatches(self.config.max_tokens, share=ranks.place())
+        total = ranks.added(torch.stack([self.policy(part).double().sum() for part in parts]).sum())
         return {"eval/loss": -total.item() / batch.num_responses}
 
     def pack(self, demonstrations: list[Demonstration]) -> Packed:
@@ -97,7 +97,8 @@ class SFT:
     def save(self, folder: str | Path) -> None:
         """Writes model, generation settings and tokenizer as plain transformers loads them."""
         self.policy.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        if ranks.is_first():
+            self.tokenizer.save_pretrained(folder)
 
     def save_models(self, folder: Path) -> None:
         """Writes what a checkpoint needs besides state_dict."""

@@ -93,3 +93,27 @@ def test_a_response_token_after_a_prefix_is_refused():
 def test_a_field_of_another_length_is_refused():
     with pytest.raises(ValueError, match="field values must be"):
         pack([[1, 2]], prompt_lengths=[1]).with_fields(values=torch.zeros(2))
+
+
+@settings(deadline=None)
+@given(sequences, st.integers(1, 12), st.integers(1, 4), st.integers(1, 2))
+def test_shares_have_every_sequence_once_and_as_many_packs_each(tokens, max_tokens, of, together):
+    batch = pack(tokens, prompt_lengths=[1] * len(tokens))
+    batch = batch.with_fields(number=torch.arange(batch.num_responses))
+    whole, longest = [], max(sum(batch.lengths[n : n + together]) for n in range(0, len(tokens), together))
+    counts = set()
+    for number in range(of):
+        own = batch.share_of(number, of, together=together)
+        parts = batch.microbatches(max_tokens, together=together, share=(number, of))
+        counts.add(len(parts))
+        real, left = [], len(own)
+        for part in parts:
+            if left:
+                real.append(part)
+                left -= part.num_sequences
+            else:
+                assert part.num_responses == 0 and part["number"].numel() == 0 and part.num_tokens > 0
+        assert left == 0
+        whole += [token for part in real for token in part.tokens.tolist()]
+        assert abs(sum(part.num_tokens for part in real) - batch.num_tokens / of) <= longest
+    assert whole == batch.tokens.tolist() and len(counts) == 1

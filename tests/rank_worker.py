@@ -1,0 +1,55 @@
+"""What the processes of tests/test_ranks.py run: rank_worker.py RUNS.json, a list of {"loop", "settings", ...}."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from fastrlhf import PPO, SFT, PPOConfig, RewardConfig, RewardTrainer, SFTConfig
+
+LOOPS = {"sft": (SFT, SFTConfig), "reward": (RewardTrainer, RewardConfig), "ppo": (PPO, PPOConfig)}
+
+
+def share_of_low_tokens(prompts, responses, *, response_ids, **_):
+    """The share of token ids below 30."""
+    return [sum(t < 30 for t in ids) / len(ids) for ids in response_ids]
+
+
+def run(spec):
+    """Runs a loop to its end, or to step `until`. Returns the tokens that PPO sampled."""
+    loop, config = LOOPS[spec["loop"]]
+    trainer = loop(config(**spec["settings"]))
+    sampled = []
+    if spec["loop"] == "ppo":
+        record(trainer, sampled, spec.get("limits"))
+    for _ in trainer:
+        pass
+    return sampled
+
+
+def record(trainer, sampled, limits):
+    """Notes the samples of all processes; `limits`: most new tokens of the prompts of a step, in turn."""
+    engine_generate, generate, size = trainer.engine.generate, trainer.generate, trainer.config.batch_size
+
+    def limited(prompts, sampling, *, seeds, **options):
+        most = [limits[seed % size] for seed in seeds]
+        return engine_generate(prompts, sampling, seeds=seeds, limits=most, **options)
+
+    def recorded(*args, **options):
+        samples = generate(*args, **options)
+        sampled.append([sample.response for sample in samples])
+        return samples
+
+    trainer.generate = recorded
+    if limits:
+        trainer.engine.generate = limited
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    specs = Path(sys.argv[1])
+    found = [run(spec) for spec in json.loads(specs.read_text())]
+    if torch.distributed.get_rank() == 0:
+        specs.with_suffix(".found").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
