@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import random
@@ -28,7 +30,8 @@ import yaml
 from fastrlhf import _cpu, ranks
 from fastrlhf.config import dump
 
-KEEP = 2  # the newest, and the one before it
+KEEP = 2  # of a run's checkpoints unless told otherwise: the newest, and the one before it
+CHECKSUMS = "checksums.json"
 MARK = "# settings of a fastrlhf run\n"
 LINES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
 OURS = ("config.yaml", *LINES, "checkpoints", "model", "tensorboard")
@@ -37,6 +40,7 @@ MAY_DIFFER = {
     "resume",
     "overwrite",
     "save_every",
+    "keep_checkpoints",
     "samples_every",
     "max_slots",
     "kv_budget",
@@ -51,15 +55,32 @@ MAY_DIFFER = {
 def check_output(config: Any) -> Path | None:
     """Returns the newest checkpoint to resume from, None to start afresh. Changes nothing, so call it before long work.
 
+    A checkpoint whose files are no longer those that were written is named in a warning, and the one before it taken.
+
     Raises: FileExistsError for a folder that is not empty without resume or overwrite, or that holds no run of ours;
-    ValueError when a resumed run's configuration differs in what it computes."""
+    ValueError when a resumed run's configuration differs in what it computes, or no checkpoint of it is whole."""
+    if not _is_resumed(config):
+        return None
+    found = _checkpoints(Path(config.output) / "checkpoints")
+    for folder in reversed(found):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        warnings.warn(f"resume: {folder} is damaged ({damage}) and left out", stacklevel=2)
+    if found:
+        raise ValueError(f"resume: no checkpoint in {config.output} is whole; --overwrite starts anew")
+    return None
+
+
+def _is_resumed(config: Any) -> bool:
+    """Whether the output folder holds a run that is to be continued. Raises: as check_output."""
     output = Path(config.output)
     if not output.exists():
-        return None
+        return False
     if not output.is_dir():
         raise FileExistsError(f"output: {output} is a file, expected a folder")
     if all(path.name == "config.yaml.partial" for path in output.iterdir()):  # empty, or killed in open_output
-        return None
+        return False
     if not (config.resume or config.overwrite):
         raise FileExistsError(
             f"output: {output} is not empty: --resume (resume=True) continues, --overwrite deletes it"
@@ -68,16 +89,16 @@ def check_output(config: Any) -> Path | None:
     if not (marker.is_file() and marker.read_text(encoding="utf-8").startswith(MARK)):
         raise FileExistsError(f"output: {output} holds no fastrlhf run (no config.yaml of one), so it is left alone")
     if config.overwrite:
-        return None
+        return False
     _check_same(yaml.safe_load(marker.read_text(encoding="utf-8")), config)
-    return newest_checkpoint(output)
+    return True
 
 
-def open_output(config: Any, ours: Sequence[str] = OURS) -> Path | None:
-    """Makes the output folder ready: deletes an earlier run (overwrite), writes config.yaml. Otherwise as check_output.
+def open_output(config: Any, ours: Sequence[str] = OURS) -> None:
+    """Makes the output folder ready: deletes an earlier run (overwrite), writes config.yaml. Raises: as check_output.
 
     config: of a loop or of the main job; ours: names of what a run writes: only that is deleted, other files stay"""
-    checkpoint = check_output(config)
+    _is_resumed(config)
     output = Path(config.output)
     if config.overwrite:
         for name in ours:
@@ -85,23 +106,24 @@ def open_output(config: Any, ours: Sequence[str] = OURS) -> Path | None:
                 _remove(output / name)
     output.mkdir(parents=True, exist_ok=True)
     write_file(output / "config.yaml", (MARK + dump(config)).encode())
-    return checkpoint
 
 
 def newest_checkpoint(output: str | Path) -> Path | None:
-    """The complete checkpoint with the highest step, None if there is none."""
+    """The checkpoint with the highest step, None if there is none. It is complete, but its files are not read."""
     found = _checkpoints(Path(output) / "checkpoints")
     return found[-1] if found else None
 
 
-def save_checkpoint(output: str | Path, step: int, write: Callable[[Path], None], **state: Any) -> Path:
+def save_checkpoint(
+    output: str | Path, step: int, write: Callable[[Path], None], *, keep: int = KEEP, **state: Any
+) -> Path:
     """Writes `<output>/checkpoints/step-NNNNNN`: what write(folder) puts there, and the state. Returns the folder.
 
     A kill at any moment leaves either the whole checkpoint or none: it is written under another name, flushed to disk
-    and renamed, after the metrics up to it. Older ones are deleted but for the one before. All processes of a run
-    call this, and the first one writes.
+    and renamed, after the metrics up to it. It holds checksums of its files. All processes of a run call this, and the
+    first one writes.
 
-    state: tensors, numbers, texts, lists and dicts of such"""
+    keep: how many checkpoints stay, this one included; state: tensors, numbers, texts, lists and dicts of such"""
     checkpoints = Path(output) / "checkpoints"
     folder, random_states = checkpoints / f"step-{step:06d}", ranks.gather(random_state())
     if not ranks.is_first():
@@ -118,14 +140,39 @@ def save_checkpoint(output: str | Path, step: int, write: Callable[[Path], None]
             shutil.copy(config, partial)
         everything = {**state, "step": step, "random": random_states, "environment": environment()}
         torch.save(everything, partial / "state.pt")
+        (partial / CHECKSUMS).write_text(json.dumps(checksums(partial), indent=1), encoding="utf-8")
 
     for name in LINES:
         if (Path(output) / name).exists():
             _flush(Path(output) / name)
     write_whole(folder, write_all)
-    for old in _checkpoints(checkpoints)[:-KEEP]:
+    for old in _checkpoints(checkpoints)[:-keep]:
         _remove(old)
     return folder
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file under a folder, by its path there; not of the file that holds them."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CHECKSUMS):
+        with open(path, "rb") as file:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def find_damage(folder: Path) -> str | None:
+    """In what the files of a checkpoint are no longer those that were written; None if they are."""
+    try:
+        expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"no readable {CHECKSUMS}"
+    found = checksums(folder)
+    different = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if not different:
+        return None
+    name = different[0]
+    what = "is missing" if name not in found else "was added" if name not in expected else "has other contents"
+    return f"{name} {what}"
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:

@@ -46,6 +46,7 @@ class LoopConfig:
     max_rejected: float = option(0.01, "stop if a larger share of the rows is rejected")
     template: str = option("auto", "chat template: auto (if the tokenizer has one), chat or none")
     save_every: int = option(100, "steps between checkpoints; 0: none")
+    keep_checkpoints: int = option(2, "how many of them stay, the newest", rare=True)
     seed: int = option(0, "seed of everything that is drawn")
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "of the forward: auto (bfloat16 on cuda), float32 or bfloat16")
@@ -62,7 +63,7 @@ class LoopConfig:
         choose(self, "device", ("auto", "cpu", "cuda"))
         choose(self, "dtype", ("auto", "float32", "bfloat16"))
         above(self, 0, "learning_rate", "adam_eps", "max_grad_norm")
-        at_least(self, 1, "batch_size", "max_tokens", "limit")
+        at_least(self, 1, "batch_size", "max_tokens", "limit", "keep_checkpoints")
         at_least(self, 0, "weight_decay", "seed", "save_every")
         within(self, 0, 1, "warmup_ratio", "max_rejected")
         if self.seed >= 2**31:

@@ -128,7 +128,7 @@ def advance(loop: Loop) -> dict[str, float]:
     last, every = loop.num_steps_done == loop.num_steps, loop.config.save_every
     if every and (last or loop.num_steps_done % every == 0):
         state = {"loop": loop.state_dict(), "data_fingerprint": loop.data_fingerprint}
-        save_checkpoint(output, loop.num_steps_done, loop.save_models, **state)
+        save_checkpoint(output, loop.num_steps_done, loop.save_models, keep=loop.config.keep_checkpoints, **state)
     if last:
         write_whole(output / "model", loop.save)
     return metrics

@@ -72,11 +72,13 @@ def test_resume_names_the_setting_that_differs(tmp_path):
     with pytest.raises(ValueError, match="resume: batch_size was 8 and is 32"):
         check_output(config(tmp_path, resume=True))
     same = config(tmp_path, batch_size=8, resume=True, max_tokens=7, save_every=3, gradient_checkpointing=True)
-    assert open_output(same) is None  # these change how it runs, not what it computes
+    assert check_output(same) is None  # these change how it runs, not what it computes
 
 
 def test_resume_without_a_run_starts_afresh(tmp_path):
-    assert open_output(config(tmp_path, resume=True)) is None
+    again = config(tmp_path, resume=True)
+    assert check_output(again) is None
+    open_output(again)
     assert (tmp_path / "out" / "config.yaml").is_file()
 
 
@@ -87,6 +89,42 @@ def test_the_newest_complete_checkpoints_are_kept(tmp_path):
     assert newest_checkpoint(tmp_path).name == "step-1000000"
     save_checkpoint(tmp_path, 1000001, lambda folder: None)
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"step-1000000", "step-1000001"}
+    save_checkpoint(tmp_path, 1000002, lambda folder: None, keep=3)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: truncate(folder / "state.pt"), "state.pt has other contents"),
+        (lambda folder: flip_a_bit(folder / "more/weights"), "more/weights has other contents"),
+        (lambda folder: (folder / "weights").unlink(), "weights is missing"),
+        (lambda folder: (folder / "new").touch(), "new was added"),
+        (lambda folder: (folder / "checksums.json").unlink(), "no readable checksums.json"),
+        (lambda folder: truncate(folder / "checksums.json"), "no readable checksums.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, damage, words):
+    open_output(config(tmp_path))
+    first, second = (save_checkpoint(tmp_path / "out", step, write_two) for step in (1, 2))
+    resumed = config(tmp_path, resume=True)
+    assert check_output(resumed) == second
+    damage(second)
+    with pytest.warns(UserWarning, match=rf"step-000002 is damaged \({words}\)"):
+        assert check_output(resumed) == first
+    damage(first)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"), pytest.warns(UserWarning, match="damaged"):
+        check_output(resumed)
 
 
 def test_a_checkpoint_that_fails_half_way_leaves_the_last_one(tmp_path):
@@ -150,7 +188,7 @@ def write_two(folder):
 
 def is_whole(folder):
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    return found == {"config.yaml", "more", "more/weights", "state.pt", "weights"}
+    return found == {"checksums.json", "config.yaml", "more", "more/weights", "state.pt", "weights"}
 
 
 @pytest.mark.parametrize("moment", range(1, 16))
@@ -215,7 +253,7 @@ def test_everything_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     save_checkpoint(out, 1, write_two)
     renamed = events.index("rename step-000001")
     partial = out / "checkpoints" / "step-000001.partial"
-    names = ("weights", "more", "more/weights", "state.pt", "config.yaml")
+    names = ("weights", "more", "more/weights", "state.pt", "config.yaml", "checksums.json")
     assert {*events[:renamed]} == {out / "metrics.jsonl", partial, *(partial / name for name in names)}
     assert events[renamed + 1 :] == [out / "checkpoints", out]
 
