@@ -8,9 +8,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import platform
 import random
 import re
@@ -29,9 +27,9 @@ import yaml
 
 from fastrlhf import _cpu, ranks
 from fastrlhf.config import dump
+from fastrlhf.whole import CHECKSUMS, checksums, find_damage, flush, remove, write_file, write_whole
 
 KEEP = 2  # of a run's checkpoints unless told otherwise: the newest, and the one before it
-CHECKSUMS = "checksums.json"
 MARK = "# settings of a fastrlhf run\n"
 LINES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
 OURS = ("config.yaml", *LINES, "checkpoints", "model", "tensorboard")
@@ -103,7 +101,7 @@ def open_output(config: Any, ours: Sequence[str] = OURS) -> None:
     if config.overwrite:
         for name in ours:
             if name != "config.yaml":  # replaced below: without it a kill would leave a folder that is no longer ours
-                _remove(output / name)
+                remove(output / name)
     output.mkdir(parents=True, exist_ok=True)
     write_file(output / "config.yaml", (MARK + dump(config)).encode())
 
@@ -144,66 +142,11 @@ def save_checkpoint(
 
     for name in LINES:
         if (Path(output) / name).exists():
-            _flush(Path(output) / name)
+            flush(Path(output) / name)
     write_whole(folder, write_all)
     for old in _checkpoints(checkpoints)[:-keep]:
-        _remove(old)
+        remove(old)
     return folder
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file under a folder, by its path there; not of the file that holds them."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CHECKSUMS):
-        with open(path, "rb") as file:
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
-
-
-def find_damage(folder: Path) -> str | None:
-    """In what the files of a checkpoint are no longer those that were written; None if they are."""
-    try:
-        expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"no readable {CHECKSUMS}"
-    found = checksums(folder)
-    different = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
-    if not different:
-        return None
-    name = different[0]
-    what = "is missing" if name not in found else "was added" if name not in expected else "has other contents"
-    return f"{name} {what}"
-
-
-def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Makes a folder that write(folder) fills; a kill at any moment leaves no half of it under its name.
-
-    All processes of a run call write, which may need them all; in the first one alone it may leave files."""
-    if not ranks.is_first():
-        write(folder)
-        return
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    os.umask(umask := os.umask(0))
-    for path in (*partial.rglob("*"), partial):
-        if path.is_file():
-            path.chmod(0o666 & ~umask)  # safetensors lets only the owner read
-        _flush(path)
-    _remove(folder)
-    os.rename(partial, folder)
-    for parent in (folder.parent, folder.parent.parent):  # the parent may be new too
-        _flush(parent)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file, or replaces it; a kill at any moment leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    _flush(partial)
-    os.replace(partial, path)
-    _flush(path.parent)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -275,26 +218,6 @@ def _checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-def _remove(path: Path) -> None:
-    """Deletes a file or folder, if there is one. Once this has begun, a folder is no longer found under its name."""
-    if path.is_file():
-        path.unlink()
-        return
-    partial = path.with_name(path.name + ".deleted.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an earlier kill
-    if path.exists():
-        os.rename(path, partial)
-        shutil.rmtree(partial)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _processor() -> str:

@@ -21,12 +21,12 @@ from fastrlhf.checkpoint import (
     newest_checkpoint,
     open_output,
     save_checkpoint,
-    write_whole,
 )
 from fastrlhf.config import LoopConfig, RewardConfig, SFTConfig
 from fastrlhf.data import Loaded
 from fastrlhf.metrics import MetricsLog
 from fastrlhf.optim import NonFiniteError
+from fastrlhf.whole import write_whole
 
 T = TypeVar("T")
 

@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fastrlhf import ranks
-from fastrlhf.checkpoint import LINES, write_file
+from fastrlhf.checkpoint import LINES
+from fastrlhf.whole import write_file
 
 COLUMNS = {  # of the table on the terminal, most important first; a loop shows those that it has
     "loss": "loss",

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fastrlhf.checkpoint import open_output, write_whole
+from fastrlhf.checkpoint import open_output
 from fastrlhf.config import RewardConfig, SFTConfig
 from fastrlhf.data import DataError, Prompt, load_prompts, read_rows
 from fastrlhf.demo import smollm2
@@ -41,6 +41,7 @@ from fastrlhf.run_config import RunConfig
 from fastrlhf.scoring import Scorer
 from fastrlhf.sft import SFT
 from fastrlhf.template import load_tokenizer
+from fastrlhf.whole import write_whole
 
 SPLITS = ("reward", "ppo", "heldout")
 PRODUCTS = {  # of each stage, in order

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf import plots
-from fastrlhf.checkpoint import write_file
 from fastrlhf.metrics import read_jsonl
+from fastrlhf.whole import write_file
 
 STAGES = ("data", "sft", "pairs", "reward", "ppo", "evaluation")
 NUM_SAMPLES = 24

@@ -17,9 +17,9 @@ from fastrlhf.checkpoint import (
     newest_checkpoint,
     open_output,
     save_checkpoint,
-    write_whole,
 )
 from fastrlhf.config import SFTConfig
+from fastrlhf.whole import write_whole
 
 
 def config(tmp_path, **changes):

@@ -40,7 +40,7 @@ ROOMS = {
         {"torch", "transformers", "safetensors", "numpy"},
     ),
     "files": (
-        {"data", "template", "options", "metrics", "checkpoint", "optim", "ranks"},
+        {"data", "template", "options", "metrics", "checkpoint", "whole", "optim", "ranks"},
         {"native", "settings"},
         {"torch", "transformers", "jinja2", "numpy", "yaml", "rich", "safetensors"},
     ),
