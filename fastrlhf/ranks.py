@@ -24,16 +24,17 @@ T = TypeVar("T")
 BUCKET = 64 * 2**20  # bytes of gradients that are added at once
 
 
-def start() -> None:
-    """Joins the processes that torchrun started, each on a GPU of its own where there are some; once only."""
-    if dist.is_initialized() or not dist.is_torchelastic_launched():
-        return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(dist.get_node_local_rank())
-        backend = "cpu:gloo,cuda:nccl"
-    with _talking():
-        dist.init_process_group(backend)
+def start() -> int:
+    """Joins the processes that torchrun started, each on a GPU of its own where there are some; once only. Returns how
+    many there are."""
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(dist.get_node_local_rank())
+            backend = "cpu:gloo,cuda:nccl"
+        with _talking():
+            dist.init_process_group(backend)
+    return place()[1]
 
 
 def stop() -> None:

@@ -1,10 +1,13 @@
 """What the processes of tests/test_ranks.py run: rank_worker.py RUNS.json, a list of {"loop", "settings", ...}."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from fastrlhf import PPO, SFT, PPOConfig, RewardConfig, RewardTrainer, SFTConfig
 
@@ -16,15 +19,21 @@ def share_of_low_tokens(prompts, responses, *, response_ids, **_):
     return [sum(t < 30 for t in ids) / len(ids) for ids in response_ids]
 
 
+def nan_in_the_second(prompts, responses, **_):
+    """Scores of which those of the second process are no numbers."""
+    return [float("nan") if dist.get_rank() == 1 else 0.0] * len(prompts)
+
+
 def run(spec):
-    """Runs a loop to its end, or to step `until`. Returns the tokens that PPO sampled."""
+    """Runs a loop to its end; the second process kills itself after step `killed_after`. Returns PPO's samples."""
     loop, config = LOOPS[spec["loop"]]
     trainer = loop(config(**spec["settings"]))
     sampled = []
     if spec["loop"] == "ppo":
         record(trainer, sampled, spec.get("limits"))
-    for _ in trainer:
-        pass
+    for number, _ in enumerate(trainer, 1):
+        if number == spec.get("killed_after") and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
     return sampled
 
 
@@ -50,6 +59,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     specs = Path(sys.argv[1])
     found = [run(spec) for spec in json.loads(specs.read_text())]
-    if torch.distributed.get_rank() == 0:
+    if dist.get_rank() == 0:
         specs.with_suffix(".found").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    dist.destroy_process_group()

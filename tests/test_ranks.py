@@ -2,9 +2,9 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from loops import ROOT, demonstrations, model_folder, pairs, write_rows
@@ -23,9 +23,24 @@ ENVIRONMENT = {
 }
 
 
-def torchrun(*arguments, num_processes=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    return subprocess.run([*command, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def torchrun(*arguments):
+    """Two processes of a command, to their end, which must come by itself."""
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *arguments]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def options(settings):
+    """Settings as the command line has them."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+def run_in_two(folder, specs):
+    """The worker on these runs in two processes."""
+    (folder / "runs.json").write_text(json.dumps(specs))
+    return torchrun(WORKER, str(folder / "runs.json"))
 
 
 def specs(folder):
@@ -93,11 +108,9 @@ def found(folder):
         if name == "one":
             both.append([run(spec) for spec in runs])
         else:
-            file = Path(write_rows(folder / "runs.json", []))
-            file.write_text(json.dumps(runs))
-            done = torchrun(WORKER, str(file))
+            done = run_in_two(folder, runs)
             assert done.returncode == 0, done.stderr
-            both.append(json.loads(file.with_suffix(".found").read_text()))
+            both.append(json.loads((folder / "runs.found").read_text()))
     return [dict(zip(specs(folder), found, strict=True)) for found in both]
 
 
@@ -113,3 +126,58 @@ def test_two_processes_have_the_metrics_of_one(found, folder, name):
     assert len(one) == len(two) >= 3
     for ours, theirs in zip(one, two, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+def test_a_killed_process_ends_the_run_and_the_run_resumes_bit_for_bit(found, folder):
+    spec = specs(folder)["groups"]
+    settings = {**spec["settings"], "output": str(folder / "killed"), "save_every": 1}
+    done = run_in_two(folder, [{**spec, "settings": settings, "killed_after": 2}])
+    assert done.returncode != 0 and "SIGKILL" in done.stderr
+    metrics = folder / "killed" / "metrics.jsonl"
+    assert len(read_jsonl(metrics)) == 2 and not (folder / "killed" / "model").exists()
+    done = run_in_two(folder, [{**spec, "settings": {**settings, "resume": True}}])
+    assert done.returncode == 0, done.stderr
+    assert metrics.read_bytes() == (folder / "two" / "groups" / "metrics.jsonl").read_bytes()
+    for file in (folder / "killed" / "model").iterdir():
+        assert file.read_bytes() == (folder / "two" / "groups" / "model" / file.name).read_bytes(), file.name
+
+
+def test_what_one_process_cannot_do_ends_all_with_its_message(folder):
+    settings = {**specs(folder)["gae"]["settings"], "reward": "rank_worker:nan_in_the_second"}
+    done = torchrun("-m", "fastrlhf", "ppo", *options({**settings, "output": folder / "nan"}))
+    assert done.returncode != 0
+    assert "fastrlhf ppo: error: reward: nan_in_the_second gave nan for response 0 to prompt 'Say" in done.stderr
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(folder):
+    settings = {**specs(folder)["groups"]["settings"], "batch_size": 6, "output": folder / "refused"}
+    done = torchrun("-m", "fastrlhf", "ppo", *options(settings))
+    assert done.returncode != 0 and not (folder / "refused").exists()
+    assert "batch_size (6) must be a multiple of 2 processes x 2 samples_per_prompt" in done.stderr
+
+
+def test_nodes_that_meet_at_an_address_train_together(found, folder):
+    """Two nodes of one process each; what they meet at is on the first one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = f"127.0.0.1:{probe.getsockname()[1]}"
+    settings = {**specs(folder)["sft"]["settings"], "output": folder / "nodes"}
+    nodes = [
+        subprocess.Popen(
+            [
+                *TORCHRUN,
+                *("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=nodes"),
+                *(f"--rdzv-endpoint={meeting}", f"--local-addr={address}", "-m", "fastrlhf", "sft"),
+                *options(settings),
+            ],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for address in ("127.0.0.1", "127.0.0.2")
+    ]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sum(f"model: {folder / 'nodes' / 'model'}" in text for text in said) == 1
+    assert (folder / "nodes" / "metrics.jsonl").read_bytes() == (folder / "two" / "sft" / "metrics.jsonl").read_bytes()
