@@ -16,7 +16,7 @@ from fastrlhf.integrations._replacing import Known, Replacement
 from fastrlhf.integrations._rows import log_probs_and_entropy, plain
 from fastrlhf.ops import linear_token_logprobs
 
-HEAD_OUTPUTS = {"log_probs", "entropy"}  # what our op on the head gives; TRL's has three more
+HEAD_OUTPUTS = {"log_probs", "entropy", "mean_logits", "is_top1"}  # of those of TRL, what we give
 
 
 def _has_kernel(original: Callable[..., Any]) -> bool:
@@ -110,6 +110,13 @@ def _head_covered(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: fl
     )
 
 
+@torch.no_grad()
+def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """The mean of each row's logits, which is linear in the hidden states."""
+    mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
+    return scale * (mean if bias is None else mean + bias.float().mean())
+
+
 def _chunked_log_prob(original: Any) -> Any:
     def apply(
         hidden: Tensor,
@@ -125,20 +132,23 @@ def _chunked_log_prob(original: Any) -> Any:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         covered = dtype == hidden.dtype and set(outputs) <= HEAD_OUTPUTS
+        covered = covered and not ("mean_logits" in outputs and final_logit_softcapping)
         if not covered or not _head_covered(hidden, weight, bias, logit_scale, final_logit_softcapping):
             options = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
             return original.apply(hidden, weight, bias, targets, *options)
-        logprobs, entropy = linear_token_logprobs(
+        logprobs, entropy, *top1 = linear_token_logprobs(
             hidden,
             weight,
             targets,
             bias=bias,
             temperature=temperature,
             return_entropy=True,
+            return_top1="is_top1" in outputs,
             logit_scale=logit_scale,
             logit_softcap=final_logit_softcapping,
         )
-        return logprobs, entropy if "entropy" in outputs else None, None, None, None
+        mean = _mean_logits(hidden, weight, bias, logit_scale / temperature) if "mean_logits" in outputs else None
+        return logprobs, entropy if "entropy" in outputs else None, None, mean, *(top1 or [None])
 
     return type(original.__name__, (), {"apply": staticmethod(apply), "__doc__": original.__doc__})
 
@@ -193,7 +203,8 @@ def _cases_both(device: str) -> Iterator[tuple[Any, ...]]:
 def _cases_head(device: str) -> Iterator[tuple[Any, ...]]:
     for hidden, weight, bias, targets in heads(device):
         yield hidden, weight, bias, targets, 0.7, 256, None, 1.3, ("log_probs", "entropy")
-        yield hidden, weight, None, targets, 1.0, 256, 3.0, 0.5, ("log_probs",)
+        yield hidden, weight, None, targets, 1.0, 256, 3.0, 0.5, ("log_probs", "is_top1")
+        yield hidden, weight, bias, targets, 1.0, 256, None, 1.0, ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
 def _cases_head_1_10(device: str) -> Iterator[tuple[Any, ...]]:

@@ -28,11 +28,12 @@ NUM_TENSORS = len(Gradients._fields)
 
 
 def linear_token_logprobs_ref(*args: Any) -> tuple[Tensor, ...]:
-    head, (targets, temperature, kind, num_kept) = Head.split(args)
+    head, (targets, temperature, kind, num_kept, *top1) = Head.split(args)
     logits, divisor = head.logits_ref(), head.temperatures(temperature)
     logprobs, *outputs = token_logprobs_ref(logits, targets, divisor)
+    first = (logits.argmax(-1) == targets)[: targets.shape[0] if any(top1) else 0]
     if kind == LOGITS:
-        return logprobs, *outputs, logits[:num_kept].detach()
+        return logprobs, *outputs, logits[:num_kept].detach(), first
     with torch.enable_grad():
         leaf_head = head._replace(hidden=head.hidden.detach().to(logits.dtype).requires_grad_())
         again = leaf_head.logits_ref()
@@ -41,21 +42,23 @@ def linear_token_logprobs_ref(*args: Any) -> tuple[Tensor, ...]:
     if kind == GRADIENT and head.cap is not None:
         kept = kept * head.scale * (1 - (logits.detach() / head.cap) ** 2)
     kept = kept.to(head.hidden.dtype) if kind == GRADIENT else kept
-    return logprobs, *(t.detach() for t in outputs), kept[:num_kept]
+    return logprobs, *(t.detach() for t in outputs), kept[:num_kept], first
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
-    """New tensors for logprobs, entropy, highest and log_sum of the chunks' logits, each (T,), and what is kept."""
-    head, (*_, kind, num_kept) = Head.split(args)
+    """New tensors for logprobs, entropy, highest and log_sum of the chunks' logits, each (T,), for what is kept, and,
+    if they are asked for, which targets are the likeliest tokens."""
+    head, (*_, kind, num_kept, top1) = Head.split(args)
     wide = computed_in(head.hidden)
-    of_rows = (head.hidden.new_empty(head.hidden.shape[0], dtype=wide) for _ in range(4))
-    shape = num_kept, head.weight.shape[int(kind == PRODUCT)]
-    return *of_rows, head.hidden.new_empty(shape, dtype=head.hidden.dtype if kind == GRADIENT else wide)
+    num_rows, shape = head.hidden.shape[0], (num_kept, head.weight.shape[int(kind == PRODUCT)])
+    of_rows = (head.hidden.new_empty(num_rows, dtype=wide) for _ in range(4))
+    kept = head.hidden.new_empty(shape, dtype=head.hidden.dtype if kind == GRADIENT else wide)
+    return *of_rows, kept, head.hidden.new_empty(num_rows if top1 else 0, dtype=torch.bool)
 
 
 def _forward_chunks(*args: Any) -> tuple[Tensor, ...]:
-    head, (targets, temperature, kind, num_kept) = Head.split(args)
-    *outputs, kept = _fake(*args)
+    head, (targets, temperature, kind, num_kept, top1) = Head.split(args)
+    *outputs, kept, first_choice = _fake(*args)
     unit, temperature = units(head, temperature), head.temperatures(temperature)
     cuts = even_cuts(0, targets.shape[0], head.chunk_size)
     buffer = head.buffer(cuts)
@@ -65,12 +68,14 @@ def _forward_chunks(*args: Any) -> tuple[Tensor, ...]:
             results = torch.ops.fastrlhf.token_logprobs(logits, targets[rows], temperature[rows])
             for output, result in zip(outputs, results, strict=True):
                 output[rows] = result
+            if top1:
+                first_choice[rows] = logits.argmax(-1) == targets[rows]
             first = slice(rows.start, min(rows.stop, num_kept))
             if first.start < first.stop:
                 of_rows = [t[first] for t in (targets, temperature, *outputs[1:])]
                 logits = logits[: first.stop - first.start]
                 keep(kind, head.rows(first), logits, unit[first], of_rows, kept[first])
-    return *outputs, kept
+    return *outputs, kept, first_choice
 
 
 def _backward_chunks(*args: Any) -> tuple[Tensor, ...]:
@@ -96,16 +101,16 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    head, (targets, temperature, kind, _) = Head(*inputs[: len(Head._fields)]), inputs[len(Head._fields) :]
+    head, (targets, temperature, kind, *_) = Head(*inputs[: len(Head._fields)]), inputs[len(Head._fields) :]
     ctx.mark_non_differentiable(*output[2 if kind == LOGITS else 1 :])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*head.tensors, targets, temperature, *output[1:])
+    ctx.save_for_backward(*head.tensors, targets, temperature, *output[1:-1])
     ctx.options, ctx.kind = head[NUM_TENSORS:], kind
 
 
 def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     tensors, (targets, temperature, *saved) = ctx.saved_tensors[:NUM_TENSORS], ctx.saved_tensors[NUM_TENSORS:]
-    wanted, constants = list(ctx.needs_input_grad[:NUM_TENSORS]), (None,) * (len(ctx.options) + 4)
+    wanted, constants = list(ctx.needs_input_grad[:NUM_TENSORS]), (None,) * (len(ctx.options) + 5)
     if grad_logprobs is None and grad_entropy is None:
         return *(None for _ in wanted), *constants
     rows = targets, temperature, grad_logprobs, grad_entropy
@@ -116,15 +121,15 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for head, targets, temperature in head_samples(device, dtype):
         num_rows = targets.shape[0]
-        yield *head, targets, temperature, LOGITS, 0
+        yield *head, targets, temperature, LOGITS, 0, True
         if head.bias is not None:
             for kind, num_kept in ((LOGITS, num_rows // 2), (GRADIENT, num_rows // 2), (PRODUCT, num_rows)):
-                yield *head, targets, temperature, kind, num_kept
+                yield *head, targets, temperature, kind, num_kept, False
 
 
 _forward = leaf(
-    f"linear_token_logprobs({SCHEMA}, Tensor targets, Tensor temperature, str kind, int num_kept)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_token_logprobs({SCHEMA}, Tensor targets, Tensor temperature, str kind, int num_kept, bool top1)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     ref=_forward_chunks,
     fake=_fake,
     cpu=_forward_chunks,  # native in that the logits of a chunk go through the kernels of token_logprobs
@@ -168,12 +173,13 @@ def linear_token_logprobs(
     lora: tuple[Tensor, Tensor, float] | None = None,
     temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
+    return_top1: bool = False,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     chunk_size: int = 512,
     batch_invariant: bool = False,
     memory_budget: int = 0,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Returns `token_logprobs(logits, targets)` of logits = hidden weight^T + bias, made a chunk of rows at a time.
 
     With lora = (a, b, scale) the weight is weight + scale b a, by scale (hidden a^T) b^T added to the logits, so that a
@@ -190,6 +196,8 @@ def linear_token_logprobs(
         lora_B.weight and scaling. Computed in float32 (float64 for float64), hidden a^T too
     temperature: a number or (T,), above 0; gets no gradient
     logprobs, entropy: (T,) float32 whatever the inputs (float64 for float64); return_entropy asks for the second
+    return_top1: asks for one more, (T,) bool: whether the target is the likeliest token, the first of equals. It costs
+        another read of a chunk's logits
     chunk_size: rows whose logits exist at a time, in float32: chunk_size x V x 4 bytes, twice with a soft cap
     batch_invariant: makes what a row gets (its gradient in hidden too) independent of the other rows, bit for bit. Rows
         are computed in tiles of chunk_size, a multiple of 64, the last filled with zeros, so that every matrix product
@@ -216,5 +224,6 @@ def linear_token_logprobs(
     same_device(name, hidden=hidden, temperature=temperature)
     one_or_all(name, temperature, hidden.shape[0])
     kind, num_kept = _to_keep(name, head, return_entropy, memory_budget)
-    logprobs, entropy, *_ = _op(*head, targets, temperature, kind, num_kept)
-    return (logprobs, entropy) if return_entropy else logprobs
+    logprobs, entropy, *_, top1 = _op(*head, targets, temperature, kind, num_kept, return_top1)
+    more = [*([entropy] if return_entropy else []), *([top1] if return_top1 else [])]
+    return (logprobs, *more) if more else logprobs

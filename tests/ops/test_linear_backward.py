@@ -163,7 +163,7 @@ def test_a_target_out_of_range_gives_nan_by_columns_too():
     targets[3], targets[5] = V, -1
     hidden.requires_grad_(), weight.requires_grad_()
     head = Head(hidden, weight, None, None, None, 1.0, 1.0, None, 45, False)
-    logprobs, *_ = OPS["linear_token_logprobs"](*head, targets, torch.ones(1), LOGITS, 0)
+    logprobs, *_ = OPS["linear_token_logprobs"](*head, targets, torch.ones(1), LOGITS, 0, False)
     grad, _ = torch.autograd.grad(logprobs, (hidden, weight), torch.ones(T))
     assert grad.isnan().all(1).nonzero()[:, 0].tolist() == grad.isnan().any(1).nonzero()[:, 0].tolist() == [3, 5]
 

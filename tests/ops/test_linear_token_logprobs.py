@@ -235,3 +235,27 @@ def test_bad_input_is_named(change, error, text):
     with pytest.raises(error) as caught:
         linear_token_logprobs(**{**GOOD, **change})
     assert "linear_token_logprobs: " in str(caught.value) and text in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"return_entropy": True}, {"memory_budget": 10**9}, {"logit_softcap": 2.0}])
+def test_top1_says_where_argmax_would_choose_the_target(options):
+    hidden, weight, targets, bias = inputs(num_rows=33)
+    logits = F.linear(hidden.double(), weight.double(), bias.double())
+    targets[::2] = logits.argmax(-1)[::2]
+    weight.requires_grad_()
+    logprobs, *_, top1 = linear_token_logprobs(
+        hidden, weight, targets, bias=bias, chunk_size=8, return_top1=True, **options
+    )
+    assert top1.dtype == torch.bool and top1.tolist() == (logits.argmax(-1) == targets).tolist()
+    without = linear_token_logprobs(hidden, weight, targets, bias=bias, chunk_size=8, **options)
+    assert torch.equal(logprobs, without[0] if "return_entropy" in options else without)
+    grads = [
+        torch.autograd.grad(x.sum(), weight)[0] for x in (logprobs, without[0] if type(without) is tuple else without)
+    ]
+    assert torch.equal(*grads)
+
+
+def test_of_equal_logits_the_first_is_the_likeliest():
+    targets = torch.tensor([0, 1, V - 1])
+    _, top1 = linear_token_logprobs(torch.zeros(3, D), torch.randn(V, D), targets, return_top1=True)
+    assert top1.tolist() == [True, False, False]
