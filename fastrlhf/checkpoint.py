@@ -3,7 +3,7 @@
 <output>/config.yaml           the resolved configuration; its first line marks the folder as ours
 <output>/metrics.jsonl         deterministic values, a line a step (timing.jsonl: times; samples.jsonl: of PPO)
 <output>/checkpoints/step-*    everything the run needs; complete or not there
-<output>/model                 the final model
+<output>/model                 the final model (best: of PPO with held-out prompts, the one that answered them best)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastrlhf.whole import CHECKSUMS, checksums, find_damage, flush, remove, wri
 KEEP = 2  # of a run's checkpoints unless told otherwise: the newest, and the one before it
 MARK = "# settings of a fastrlhf run\n"
 LINES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
-OURS = ("config.yaml", *LINES, "checkpoints", "model", "tensorboard")
+OURS = ("config.yaml", *LINES, "checkpoints", "model", "best", "tensorboard")
 # a resumed run may change how it runs, not what it computes
 MAY_DIFFER = {
     "resume",

@@ -39,7 +39,7 @@ class LoopConfig:
     schedule: str = option("cosine", "of the learning rate: constant, linear or cosine (to 0)")
     warmup_ratio: float = option(0.03, "share of the steps in which the learning rate rises from 0")
     weight_decay: float = option(0.0, "decoupled weight decay of matrices")
-    adam_eps: float = option(1e-5, "epsilon of AdamW")
+    adam_eps: float = option(1e-5, "epsilon of AdamW", rare=True)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     max_tokens: int = option(4096, "tokens a micro-batch: memory and speed, not results")
     limit: int | None = option(None, "use only so many rows of the data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,7 +97,7 @@ class Health:
 
     def __init__(self, *, ratios_start_at_one: bool = True) -> None:
         self.ratios_start_at_one = ratios_start_at_one
-        self.state: dict[str, Any] = {"first": {}, "said": []}
+        self.state: dict[str, Any] = {"first": {}, "said": [], "best": None}
 
     def check(self, metrics: dict[str, float]) -> list[str]:
         """Returns what is to be said after a step with these metrics."""
@@ -108,6 +109,7 @@ class Health:
         for name in ("max", "min"):
             worst = max(worst, abs(metrics.get(f"ppo/policy/first_ratio_{name}", 1.0) - 1))
         rules = {
+            "held_out": self.over_optimised(metrics),
             "kl": (
                 kl < -0.05,
                 f"the KL to the reference is {kl:.3f} nats a token; no KL is negative: tokens are not drawn from the "
@@ -131,6 +133,24 @@ class Health:
         new = [name for name, (ill, _) in rules.items() if ill and name not in self.state["said"]]
         self.state["said"] = [*self.state["said"], *new]
         return [f"warning: {rules[name][1]}" for name in new]
+
+    def over_optimised(self, metrics: dict[str, float]) -> tuple[bool, str]:
+        """Whether the reward went up while held-out answers became worse than the best, by two standard errors of the
+        difference; and the words for it."""
+        if "eval/score" not in metrics:
+            return False, ""
+        now = {name: metrics[name] for name in ("objective/scores", "eval/score", "eval/score_error")}
+        best = self.state["best"] or now
+        if now["eval/score"] >= best["eval/score"]:
+            self.state["best"] = best = now
+        fell = best["eval/score"] - now["eval/score"]
+        noise = 2 * math.hypot(best["eval/score_error"], now["eval/score_error"])
+        return (
+            fell > noise and now["objective/scores"] > best["objective/scores"],
+            f"the reward rose from {best['objective/scores']:.3g} to {now['objective/scores']:.3g} while the score of "
+            f"held-out answers fell from {best['eval/score']:.3g} to {now['eval/score']:.3g}: the policy may exploit "
+            "the reward (larger kl_coef, fewer steps, or take the model in best/)",
+        )
 
 
 def sample_rows(

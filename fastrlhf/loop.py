@@ -109,7 +109,8 @@ def begin(loop: Loop, checkpoint: Path | None, data: Iterable[Sequence[int]]) ->
 def advance(loop: Loop) -> dict[str, float]:
     """Does the next step of a loop and returns its metrics; this is the `__next__` of every loop.
 
-    Logs the metrics, writes a checkpoint when one is due, and the final model after the last step.
+    Logs the metrics, writes a checkpoint when one is due, the model that answered held-out prompts best so far, and the
+    final model after the last step.
 
     Raises: StopIteration after the last step; NonFiniteError, naming the newest checkpoint."""
     output = Path(loop.config.output)
@@ -125,6 +126,8 @@ def advance(loop: Loop) -> dict[str, float]:
         raise NonFiniteError(f"{error}; {advice}") from error
     loop.num_steps_done += 1
     loop.log.add(loop.num_steps_done, metrics)
+    if metrics.get("eval/best_step") == loop.num_steps_done:
+        write_whole(output / "best", loop.save)
     last, every = loop.num_steps_done == loop.num_steps, loop.config.save_every
     if every and (last or loop.num_steps_done % every == 0):
         state = {"loop": loop.state_dict(), "data_fingerprint": loop.data_fingerprint}

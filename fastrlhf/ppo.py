@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from fastrlhf import ranks
-from fastrlhf.data import Demonstration, Prompt, batch_rows, load_demonstrations, load_prompts
+from fastrlhf.data import Prompt, batch_rows, load_prompts
 from fastrlhf.estimators import estimate_advantages, per_token
 from fastrlhf.first_step import check_first_step, have_same_weights
+from fastrlhf.held_out import HeldOut
 from fastrlhf.instruments import Health, describe, sample_rows
 from fastrlhf.kl import next_kl_coef
 from fastrlhf.learner import Learner
@@ -29,6 +30,7 @@ from fastrlhf.metrics import MetricsLog, Statistics
 from fastrlhf.models import Policy, RewardModel, autocasting
 from fastrlhf.packing import Packed, pack
 from fastrlhf.ppo_config import PPOConfig
+from fastrlhf.ppo_data import load_ptx
 from fastrlhf.rewards import RunningMoments, shape_scores
 from fastrlhf.roles import Roles
 from fastrlhf.rollout import Engine
@@ -63,23 +65,27 @@ class PPO:
         options = {"max_tokens": config.max_tokens, "device": self.device, "autocast": config.autocast_dtype()}
         columns = {name for prompt in self.prompts for name in prompt.columns}
         self.scorer = Scorer(config.reward, self.tokenizer, columns=columns, **options)
+        self.held_out = HeldOut(config, self.tokenizer, self.scorer, self.prompts, **options)
         reward_models = [model for model, _ in self.scorer.models]
         if config.reference:
             check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
         self.roles = Roles(config, reward_models, checkpoint)
         self.policy, self.reference, self.value_model = self.roles.policy, self.roles.reference, self.roles.value_model
-        self.learner = Learner(
-            config, self.roles, ptx=self.load_ptx(), num_value_warmup_steps=self.num_value_warmup_steps(reward_models)
-        )
+        ptx = load_ptx(config, self.tokenizer, self.policy.model)
+        num_value_warmup_steps = self.num_value_warmup_steps(reward_models)
+        self.learner = Learner(config, self.roles, ptx=ptx, num_value_warmup_steps=num_value_warmup_steps)
         self.kl_coef, self.moments = config.kl_coef, RunningMoments()
         self.health = Health(ratios_start_at_one=config.truncation != "sampler")
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
         self.sampling = Sampling(**{name: getattr(config, name) for name in names})
         self.engine = self.default_engine(self.policy) if backend is None else backend(self.policy)
+        average = self.roles.average
+        self.final_engine = self.engine if average is None else self.default_engine(average)
         # those of the engine equal the trainer's to 1e-5, but for half precision, where the two round differently
         self.reuses_logprobs = backend is None and self.policy.autocast is None
-        longest = max(len(prompt.tokens) for prompt in self.prompts)
-        for model in (self.policy, self.reference, self.value_model, *reward_models):
+        longest = max(len(prompt.tokens) for prompt in (*self.prompts, *self.held_out.prompts))
+        judges = [model for model, _ in self.held_out.scorer.models]
+        for model in (self.policy, self.reference, self.value_model, *reward_models, *judges):
             if model is not None:
                 check_fits(model.model, self.tokenizer, longest_prompt=longest, max_new_tokens=config.max_new_tokens)
         begin(self, checkpoint, (prompt.tokens for prompt in self.prompts))
@@ -107,22 +113,6 @@ class PPO:
             max_slots=min(config.max_slots, config.batch_size),
             kv_budget=None if config.kv_budget is None else int(config.kv_budget * 2**30),
         )
-
-    def load_ptx(self) -> list[Demonstration]:
-        """The demonstrations of PPO-ptx, if there are any."""
-        config = self.config
-        if config.ptx_data is None:
-            return []
-        loaded = load_demonstrations(
-            config.ptx_data,
-            self.tokenizer,
-            max_tokens=config.max_prompt_tokens + config.max_new_tokens,
-            template=config.template,
-            max_rejected=config.max_rejected,
-        )
-        ranks.say(loaded.report)
-        check_fits(self.policy.model, self.tokenizer, longest_demonstration=max(len(row.tokens) for row in loaded.rows))
-        return loaded.rows
 
     def num_value_warmup_steps(self, reward_models: list[RewardModel]) -> int:
         """The number of first steps for the value model alone: some, unless it starts as the reward model."""
@@ -155,7 +145,7 @@ class PPO:
         metrics = self.describe(batch, samples, scores, terms, shaped, stats)
         self.kl_coef = next_kl_coef(config, self.kl_coef, metrics["objective/kl"])
         self.roles.end_step(self.num_steps_done + 1)
-        return metrics
+        return self.examined(metrics)
 
     def next_prompts(self) -> list[Prompt]:
         """The prompts of this step, each as often as it is answered, one after the other.
@@ -166,15 +156,17 @@ class PPO:
         rows = batch_rows(len(self.prompts), size, self.num_steps_done, seed=self.config.seed)
         return [self.prompts[row] for row in rows for _ in range(each)]
 
-    def generate(self, prompts: list[Prompt], *, greedy: bool = False) -> list[Sample]:
-        """A response to each prompt. Its draws follow from its number in the run, not from the batch or the process."""
+    def generate(self, prompts: list[Prompt], *, greedy: bool = False, held_out: bool = False) -> list[Sample]:
+        """A response to each prompt, of the final policy to held-out ones. Its draws follow from its number in the run,
+        not from the batch or the process."""
         first = (self.config.seed << 32) + self.num_steps_done * self.config.batch_size
+        seeds = self.held_out.seeds if held_out else range(first, first + len(prompts))
         total = len(prompts) * self.sampling.max_new_tokens
         with self.log.progress("generate", total) as done, autocasting(self.device, self.policy.autocast):
-            own = self.engine.generate(
+            own = (self.final_engine if held_out else self.engine).generate(
                 [prompt.tokens for prompt in ranks.share(prompts)],
                 replace(self.sampling, greedy=True) if greedy else self.sampling,
-                seeds=ranks.share(range(first, first + len(prompts))),
+                seeds=ranks.share(seeds),
                 progress=done,
             )
         samples = [sample for samples in ranks.gather(own) for sample in samples]
@@ -262,15 +254,24 @@ class PPO:
         shaped: dict[str, Tensor],
         stats: list[Statistics],
     ) -> dict[str, float]:
-        """The metrics of a step; says what looks ill, and leaves some responses in samples.jsonl when that is due."""
+        """The metrics of a step; leaves some responses in samples.jsonl when that is due."""
         named = dict(zip(self.scorer.names, terms, strict=True))
         described = describe(batch, samples, scores, named, shaped, stats)
         metrics = {"objective/kl_coef": self.kl_coef, **{name: float(value) for name, value in described.items()}}
-        for warning in self.health.check(metrics):
-            self.log.say(warning)
         every = self.config.samples_every
         if every and self.num_steps_done % every == 0:
             self.log.samples(self.num_steps_done + 1, sample_rows(samples, batch, scores, self.tokenizer, NUM_SAMPLES))
+        return metrics
+
+    def examined(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics, with those of answers to held-out prompts when they are due; says what looks ill."""
+        step, held_out = self.num_steps_done + 1, self.held_out
+        if held_out.due(step):
+            with self.log.timer("evaluate"):
+                samples = self.generate(held_out.prompts, greedy=self.config.eval_greedy, held_out=True)
+                metrics |= held_out.judge(step, samples, self.pack(samples))
+        for warning in self.health.check(metrics):
+            self.log.say(warning)
         return metrics
 
     def save_models(self, folder: Path) -> None:
@@ -280,6 +281,7 @@ class PPO:
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step besides the models."""
         own = {"kl_coef": self.kl_coef, "moments": asdict(self.moments), "health": self.health.state}
+        own["held_out"] = self.held_out.state_dict()
         return {**self.learner.state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -287,6 +289,7 @@ class PPO:
         self.learner.load_state_dict(state)
         self.kl_coef, self.moments = state["kl_coef"], RunningMoments(**state["moments"])
         self.health.state = state["health"]
+        self.held_out.load_state_dict(state["held_out"])
 
     def save(self, folder: Path) -> None:
         """Writes the policy, or its moving average, and the tokenizer as a folder that transformers loads."""

@@ -56,7 +56,7 @@ class PPOConfig(LoopConfig):
     samples_per_prompt: int = option(1, "responses to each prompt; batch_size counts responses")
     gamma: float = option(1.0, "discount (gae, reinforce++ and remax)")
     lam: float = option(None, "trace decay of generalised advantage estimation")
-    whiten: bool = option(True, "whiten advantages of gae and reinforce++ over the response tokens of a step")
+    whiten: bool = rare(True, "whiten advantages of gae and reinforce++ over the response tokens of a step")
     # the KL to the reference
     kl_coef: float = option(None, "weight of the KL penalty")
     kl_estimator: str = rare("k1", "of the KL at a token: k1, k2 or k3 (docs/ops.md, approx_kl)")
@@ -99,6 +99,16 @@ class PPOConfig(LoopConfig):
         None, "first steps for the value model only; default: 0 with one reward model, else 2"
     )
     samples_every: int = rare(10, "steps between those of which responses are left in samples.jsonl; 0: none")
+    # held-out prompts
+    eval_data: str | None = option(
+        None, "held-out prompts, answered every eval_every steps; the best model is in best/"
+    )
+    eval_every: int = option(10, "steps between two such answers; the last step has them too")
+    eval_reward: str | Callable[..., Any] | None = option(  # noqa: RUF009
+        None, "what scores them, as for reward; default: reward", rare=True
+    )
+    eval_limit: int | None = rare(None, "use only so many held-out prompts")
+    eval_greedy: bool = rare(False, "take the likeliest tokens in place of draws, which have the same seeds each time")
     # sampling
     max_prompt_tokens: int = option(512, "longer prompts are rejected")
     max_new_tokens: int = option(128, "length at which responses are cut off")
@@ -132,7 +142,7 @@ class PPOConfig(LoopConfig):
         choose(self, "truncation", ("refuse", "model", "sampler"))
         parse_missing_eos(self.missing_eos)
         at_least(self, 1, "steps", "epochs", "minibatches", "max_prompt_tokens", "max_new_tokens", "max_slots")
-        at_least(self, 1, "samples_per_prompt")
+        at_least(self, 1, "samples_per_prompt", "eval_every", "eval_limit")
         above(self, 0, "value_learning_rate", "value_coef", "temperature", "kl_target", "kl_coef_end", "score_clip")
         above(self, 0, "clip_range", "clip_range_high", "clip_range_value", "max_update_kl", "kv_budget")
         above(self, 1, "dual_clip")
@@ -187,6 +197,10 @@ class PPOConfig(LoopConfig):
             "whiten_rewards": whole or baseline,
             "min_response_tokens": "" if self.missing_eos != "none" else "set missing_eos: what short responses get",
             "overlong_penalty": "" if self.overlong_tokens else "set overlong_tokens: where it begins",
+            **dict.fromkeys(
+                ("eval_every", "eval_reward", "eval_limit", "eval_greedy"),
+                "" if self.eval_data is not None else "give eval_data",
+            ),
             "ptx_coef": "" if self.ptx_data is not None else "give ptx_data",
         }
         for field in fields(self):

@@ -45,7 +45,7 @@ ROOMS = {
         {"torch", "transformers", "jinja2", "numpy", "yaml", "rich", "safetensors"},
     ),
     "loops": (
-        {"loop", "first_step", "roles", "learner", "instruments", "sft", "reward", "ppo"},
+        {"loop", "first_step", "roles", "learner", "instruments", "held_out", "ppo_data", "sft", "reward", "ppo"},
         {"ops", "packing", "settings", "formulas", "models", "files"},
         {"torch", "numpy", "transformers"},
     ),
