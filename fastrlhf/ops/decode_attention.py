@@ -36,7 +36,7 @@ def decode_attention_ref(
     return (probs @ values.masked_fill(~seen, 0.0)).reshape(num_rows, num_heads, width)
 
 
-def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> None:
+def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, *_: Any) -> None:
     name = "decode_attention"
     same_device(name, query=query, key_cache=key_cache, value_cache=value_cache, lengths=lengths)
     dtype_in(name, "query", query, FLOATS)
@@ -63,7 +63,6 @@ def _fake(query: Tensor, *_: Any) -> Tensor:
 def _cpu_forward(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int
 ) -> Tensor:
-    _check(query, key_cache, value_cache, lengths)
     key_cache, value_cache = _rows_contiguous(key_cache), _rows_contiguous(value_cache)
     # only the caches are read in half precision: query and output are small
     wide = query.to(torch.promote_types(query.dtype, torch.float32)).contiguous()
@@ -90,7 +89,6 @@ def _cpu_forward(
 def _cuda_forward(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int
 ) -> Tensor:
-    _check(query, key_cache, value_cache, lengths)
     caches = _rows_contiguous(key_cache), _rows_contiguous(value_cache)
     return triton_kernel.decode_attention(query.contiguous(), *caches, lengths.contiguous(), scale, window)
 
@@ -127,6 +125,7 @@ _forward = leaf(
     fake=_fake,
     cpu=_cpu_forward,
     cuda=_cuda_forward if triton_kernel else None,
+    check=_check,
 )
 _op = op(_forward, reference=decode_attention_ref, samples=samples)
 
@@ -157,6 +156,5 @@ def decode_attention(
     """
     if window is not None and window < 1:
         raise ValueError(f"decode_attention: window must be at least 1 or None, got {window}")
-    _check(query, key_cache, value_cache, lengths)
-    scale = query.shape[2] ** -0.5 if scale is None else scale
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     return _op(query, key_cache, value_cache, lengths, scale, window or 0)

@@ -80,7 +80,7 @@ def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(rows, dtype=torch.int64), rows, torch.empty_like(rows)
 
 
-def _check(logits: Tensor, seeds: Tensor, positions: Tensor) -> None:
+def _check(logits: Tensor, seeds: Tensor, positions: Tensor, *_: Any) -> None:
     same_device("sample_tokens", logits=logits, seeds=seeds, positions=positions)
     dtype_in("sample_tokens", "logits", logits, FLOATS)
     has_shape("sample_tokens", "logits", logits, (None, None), "(N, V)")
@@ -94,7 +94,6 @@ def _check(logits: Tensor, seeds: Tensor, positions: Tensor) -> None:
 def _cpu_forward(
     logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(logits, seeds, positions)
     tokens, logprobs, sampler_logprobs = _fake(logits)
     logits, seeds, positions = logits.to(logprobs.dtype).contiguous(), seeds.contiguous(), positions.contiguous()
     getattr(_cpu, f"sample_tokens_{dtype_name(logits)}")(
@@ -117,7 +116,6 @@ def _cpu_forward(
 def _cuda_forward(
     logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(logits, seeds, positions)
     tensors = rows_of(logits), seeds.contiguous(), positions.contiguous()
     return triton_kernel.sample_tokens(*tensors, temperature, top_k, top_p, min_p)
 
@@ -140,6 +138,7 @@ _forward = leaf(
     fake=_fake,
     cpu=_cpu_forward,
     cuda=_cuda_forward if triton_kernel else None,
+    check=_check,
 )
 _op = op(_forward, reference=sample_tokens_ref, samples=samples)
 
@@ -186,7 +185,6 @@ def sample_tokens(
         seeds = torch.randint(-(2**63), 2**63 - 1, logits.shape[:1], device=logits.device)
     if positions is None:
         positions = torch.zeros_like(seeds)
-    _check(logits, seeds, positions)
     tokens, logprobs, sampler_logprobs = _op(logits, seeds, positions, temperature, top_k, top_p, min_p)
     if readable(logits) and bool(logprobs.isnan().any()):
         row = int(logprobs.isnan().nonzero()[0])
