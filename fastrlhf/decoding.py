@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -58,7 +58,8 @@ def make_rows(
 class Run:
     """Draws responses to `rows` in at most num_slots slots; running[n] lives in slot n.
 
-    The slot after these is the spare one: it keeps the prompt of a group of which some rows still wait."""
+    The slot after these is the spare one: it keeps the prompt of a group of which some rows still wait.
+    forward: passes (2, n) int64 on the host, the new token of each running row and its place, to logits (n, V)"""
 
     def __init__(
         self,
@@ -68,8 +69,10 @@ class Run:
         sampling: Sampling,
         num_slots: int,
         eos_token_ids: Sequence[int],
+        forward: Callable[[Tensor], Tensor],
     ) -> None:
         self.model, self.slots, self.rows, self.sampling, self.num_slots = model, slots, rows, sampling, num_slots
+        self.forward = forward
         self.eos_token_ids = frozenset(eos_token_ids)
         self.running: list[Row] = []
         self.num_started = 0
@@ -139,11 +142,9 @@ class Run:
 
     def _decode(self) -> Tensor:
         """One more token through the model for each running row; returns the logits (n, V) of the next."""
-        places = self.slots.decode([row.num_cached for row in self.running], self.model.device)
-        tokens = torch.tensor([[row.response[-1]] for row in self.running]).to(self.model.device)
-        inputs = {"input_ids": tokens, "position_ids": places[:, None], "attention_mask": None}
-        logits: Tensor = self.model(**inputs, use_cache=False, slots=self.slots).logits[:, 0]
-        return logits
+        places = [row.num_cached for row in self.running]
+        self.slots.grow(max(places) + 1)
+        return self.forward(torch.tensor([[row.response[-1] for row in self.running], places]))
 
     def _draw(self, rows: Sequence[Row], logits: Tensor) -> None:
         drawn = torch.stack([column.double() for column in self._choose(rows, logits)])

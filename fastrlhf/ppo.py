@@ -112,6 +112,7 @@ class PPO:
             eos_token_ids=eos_token_ids(self.tokenizer, policy.model),
             max_slots=min(config.max_slots, config.batch_size),
             kv_budget=None if config.kv_budget is None else int(config.kv_budget * 2**30),
+            cuda_graphs=config.cuda_graphs,
         )
 
     def num_value_warmup_steps(self, reward_models: list[RewardModel]) -> int:

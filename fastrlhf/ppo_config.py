@@ -121,6 +121,7 @@ class PPOConfig(LoopConfig):
     truncation: str = option("refuse", "refuse, model or sampler: whose log-probs the ratio is to after top_k, ...")
     max_slots: int = option(64, "sequences generated at a time")
     kv_budget: float | None = rare(None, "most GiB of their cache of keys and values; fewer run at a time if need be")
+    cuda_graphs: bool = rare(True, "on a GPU, replay steps of generation from CUDA graphs")
 
     def __post_init__(self) -> None:
         choose(self, "preset", tuple(PRESETS))

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel
 
 from fastrlhf.attention import ATTENTION
 from fastrlhf.decoding import Row, Run, make_rows
+from fastrlhf.graphs import Graphs, recorder
 from fastrlhf.packing import pack
 from fastrlhf.sampling import Sample, Sampling, checked_limits
 from fastrlhf.slots import CachePlan, Slots
@@ -32,7 +35,8 @@ class Engine:
     eos_token_ids: tokens that end a response
     max_slots: most sequences decoded at once; the cache may hold so many of the longest one, and is kept between calls
     kv_budget: most bytes of the cache; fewer sequences are decoded at once where it asks for that
-    tokenizer: of the model, for Sampling.stop"""
+    tokenizer: of the model, for Sampling.stop
+    cuda_graphs: whether decode steps on a GPU are replayed from CUDA graphs (under autocast in `generate` only)"""
 
     def __init__(
         self,
@@ -42,6 +46,7 @@ class Engine:
         max_slots: int = 64,
         kv_budget: int | None = None,
         tokenizer: Any = None,
+        cuda_graphs: bool = True,
     ) -> None:
         if max_slots < 1:
             raise ValueError(f"Engine: max_slots must be at least 1, got {max_slots}")
@@ -53,6 +58,8 @@ class Engine:
         self.eos_token_ids = sorted(eos_token_ids)
         self.tokenizer = tokenizer
         self.slots = Slots()
+        self.cuda_graphs = cuda_graphs
+        self._graphs: Graphs | None = None
         self._streaming = False
 
     def generate(
@@ -65,7 +72,7 @@ class Engine:
         progress: Callable[[int], object] | None = None,
     ) -> list[Sample]:
         """Returns a sample for each prompt, in their order; see `stream`."""
-        samples = dict(self.stream(prompts, sampling, seeds=seeds, limits=limits, progress=progress))
+        samples = dict(self._open(prompts, sampling, seeds, limits, progress, whole=True))
         return [samples[number] for number in range(len(samples))]
 
     def stream(
@@ -89,10 +96,7 @@ class Engine:
         Raises: ValueError for prompts that are empty, hold unknown tokens, or do not fit the model's context together
         with their new tokens; for seeds or limits that do not fit; when kv_budget does not hold one sequence; for NaN
         logits (on the CPU). RuntimeError when another stream of this engine is still open."""
-        budgets = checked_limits("Engine", prompts, sampling, seeds, limits)
-        self._check(prompts, budgets, sampling)
-        rows = make_rows(prompts, seeds, budgets, sampling.stop, self.tokenizer)
-        return self._stream(rows, sampling, *self._sizes(rows), progress) if rows else iter(())
+        return self._open(prompts, sampling, seeds, limits, progress, whole=False)
 
     def cache_plan(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, limits: Sequence[int] | None = None
@@ -132,6 +136,22 @@ class Engine:
             raise ValueError(f"Engine: kv_budget is {self.kv_budget / 2**20:,.1f} MiB, but one sequence needs {needed}")
         return num_slots, num_spare, max_length
 
+    def _open(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        limits: Sequence[int] | None,
+        progress: Callable[[int], object] | None,
+        *,
+        whole: bool,
+    ) -> Iterator[tuple[int, Sample]]:
+        """The stream. whole: it is read to its end at once, so the caller's autocast stays as it is."""
+        budgets = checked_limits("Engine", prompts, sampling, seeds, limits)
+        self._check(prompts, budgets, sampling)
+        rows = make_rows(prompts, seeds, budgets, sampling.stop, self.tokenizer)
+        return self._stream(rows, sampling, *self._sizes(rows), progress, whole) if rows else iter(())
+
     def _stream(
         self,
         rows: Sequence[Row],
@@ -140,13 +160,15 @@ class Engine:
         num_spare: int,
         max_length: int,
         progress: Callable[[int], object] | None,
+        whole: bool,
     ) -> Iterator[tuple[int, Sample]]:
         if self._streaming:
             raise RuntimeError("Engine: another stream of this engine is open; read it to its end or close it")
         self._streaming = True
         try:
             self.slots.reserve(num_slots + num_spare, max_length)
-            run = Run(self.model, self.slots, rows, sampling, num_slots, self.eos_token_ids)
+            forward = self._decoder(num_slots, whole)
+            run = Run(self.model, self.slots, rows, sampling, num_slots, self.eos_token_ids, forward)
             with _evaluating(self.model):
                 while True:
                     with torch.no_grad():  # not around the yield: it would be in force in the caller's loop
@@ -159,6 +181,29 @@ class Engine:
                         yield row.number, row.sample()
         finally:
             self._streaming = False
+            if self._graphs is not None and torch.is_autocast_enabled(self.model.device.type):
+                self._graphs.clear()  # autocast drops its copies of the weights, which they read
+
+    def _decoder(self, num_slots: int, whole: bool) -> Callable[[Tensor], Tensor]:
+        """The function that Run asks for logits: the model, or graphs of it."""
+        device = self.model.device
+        record = recorder(device) if self.cuda_graphs else None
+        autocast = torch.is_autocast_enabled(device.type)
+        if record is None or (autocast and not whole):
+            return self._forward
+        if self._graphs is None or self._graphs.inputs.device != device:
+            self._graphs = Graphs(self._forward, record, max_rows=self.max_slots, device=device)
+        graphs, state = self._graphs, (autocast, torch.get_autocast_dtype(device.type))
+        weights = [t.data_ptr() for t in chain(self.model.parameters(), self.model.buffers())]
+        return lambda inputs: graphs(inputs, num_slots=num_slots, addresses=(self.slots.version, state, weights))
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        """One token of each row through the model: (2, n) int64, tokens and their places, to logits (n, V)."""
+        tokens, places = inputs.to(self.model.device)
+        self.slots.decode(places)
+        given = {"input_ids": tokens[:, None], "position_ids": places[:, None], "attention_mask": None}
+        logits: Tensor = self.model(**given, use_cache=False, slots=self.slots).logits[:, 0]
+        return logits
 
     def _check(self, prompts: Sequence[Sequence[int]], budgets: Sequence[int], sampling: Sampling) -> None:
         if sampling.stop and self.tokenizer is None:

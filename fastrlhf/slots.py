@@ -51,7 +51,7 @@ class Slots:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._packed: dict[str, Any] | None = None
         self._rows = self._places = self._lengths = torch.empty(0, dtype=torch.int64)
-        self._longest = 0  # tokens of the longest sequence of the pass
+        self.version = 0  # changes when the memory does
 
     def reserve(self, num_slots: int, max_length: int) -> None:
         """Empties the slots, which may then hold num_slots sequences of max_length tokens.
@@ -60,6 +60,7 @@ class Slots:
         if num_slots > self.num_slots or max_length > self.max_length:
             self.num_slots, self.max_length, self._length = num_slots, max_length, 0
             self._layers.clear()
+            self.version += 1
 
     @property
     def num_bytes(self) -> int:
@@ -68,7 +69,7 @@ class Slots:
 
     def prefill(self, batch: Packed, slots: Sequence[int]) -> None:
         """Announces a packed forward pass: sequence i of `batch` fills slot slots[i]."""
-        self._grow(max(batch.lengths))
+        self.grow(max(batch.lengths))
         lengths = batch.cu_seqlens.diff().long()
         rows = torch.tensor(slots, device=lengths.device)
         self._rows = rows.repeat_interleave(lengths, output_size=batch.num_tokens)
@@ -76,17 +77,14 @@ class Slots:
         inputs = batch.model_inputs()
         self._packed = {name: inputs.get(name) for name in PACK_KEYWORDS}
 
-    def decode(self, lengths: Sequence[int], device: torch.device) -> Tensor:
-        """Announces a forward pass of one new token in each of the first slots; lengths: tokens cached before it.
+    def decode(self, places: Tensor) -> None:
+        """Announces a forward pass of one new token in each of the first slots, for which `grow` made room.
 
-        Returns (N,) int64, the place of the new token in its sequence."""
-        self._grow(max(lengths) + 1)
+        places: (N,) int64, that of the new token in its sequence. Runs on the device, without waiting for it"""
         self._packed = None
-        self._rows = torch.arange(len(lengths), device=device)
-        self._places = torch.tensor(lengths).to(device)
-        self._lengths = (self._places + 1).to(torch.int32)
-        self._longest = max(lengths) + 1
-        return self._places
+        self._rows = torch.arange(len(places), device=places.device)
+        self._places = places
+        self._lengths = (places + 1).to(torch.int32)
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None
@@ -100,10 +98,7 @@ class Slots:
         values[self._rows, :, self._places] = value.transpose(1, 2).flatten(0, 1)
         if self._packed is not None:
             return attend(module, query, key, value, None, scaling, sliding_window=sliding_window, **self._packed)
-        seen = slice(0, self._longest)
-        out = decode_attention(
-            query[:, :, 0], keys[:, :, seen], values[:, :, seen], self._lengths, scale=scaling, window=sliding_window
-        )
+        out = decode_attention(query[:, :, 0], keys, values, self._lengths, scale=scaling, window=sliding_window)
         return out[:, None], None
 
     def copy(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
@@ -115,11 +110,12 @@ class Slots:
             for cache in layer:
                 cache[targets, :, :length] = cache[sources, :, :length]
 
-    def _grow(self, length: int) -> None:
+    def grow(self, length: int) -> None:
         """Makes room for sequences of `length` tokens, a layer at a time, so that only one is held twice."""
         if length <= self._length:
             return
         self._length = min(self.max_length, 1 << length.bit_length())
+        self.version += 1
         for number, layer in self._layers.items():
             self._layers[number] = self._longer(layer[0]), self._longer(layer[1])
 
@@ -133,4 +129,5 @@ class Slots:
         if found is None or found[0].dtype != key.dtype or found[0].device != key.device:
             shapes = [(self.num_slots, t.shape[1], self._length, t.shape[3]) for t in (key, value)]
             found = self._layers[layer] = key.new_empty(shapes[0]), value.new_empty(shapes[1])
+            self.version += 1
         return found

@@ -31,6 +31,7 @@ ROOMS = {
             "slots",
             "stopping",
             "decoding",
+            "graphs",
             "rollout",
             "rollout_server",
             "scoring",

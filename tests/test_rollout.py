@@ -36,7 +36,8 @@ def teacher_forced(model, sample, temperature=1.0):
     """Log-probabilities of the response by one pass of plain transformers over the whole text."""
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        logits = model(torch.tensor([sample.prompt + sample.response]), use_cache=False).logits[0]
+        tokens = torch.tensor([sample.prompt + sample.response], device=model.device)
+        logits = model(tokens, use_cache=False).logits[0].cpu()
     model.set_attn_implementation(ATTENTION)
     rows = logits[len(sample.prompt) - 1 : -1].double() / temperature
     return rows.log_softmax(-1).gather(1, torch.tensor(sample.response)[:, None])[:, 0]

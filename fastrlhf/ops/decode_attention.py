@@ -36,7 +36,7 @@ def decode_attention_ref(
     return (probs @ values.masked_fill(~seen, 0.0)).reshape(num_rows, num_heads, width)
 
 
-def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, *_: Any) -> None:
+def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, *rest: Any) -> None:
     name = "decode_attention"
     same_device(name, query=query, key_cache=key_cache, value_cache=value_cache, lengths=lengths)
     dtype_in(name, "query", query, FLOATS)
