@@ -129,6 +129,8 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     if callable(value) and any(typing.get_origin(k) is Callable for k in options):
         return value
     kind = next(k for k in options if k is not type(None))
+    if typing.get_origin(kind) is tuple:
+        return _texts(name, value)
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     # YAML reads 3e-6 as text, and a text is a number's text or a name; every other change of type would hide an error
@@ -145,6 +147,19 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    """One text, or several: a list of YAML's or Python's, or its YAML form [a, b] on a command line."""
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise TypeError(f"{name}: {value!r} is no list; write ['first', 'second']") from None
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text for text in texts):
+        raise TypeError(f"{name} must be text or a list of texts, none empty, got {value!r}")
+    return tuple(texts)
+
+
 def field_types(config_class: type) -> dict[str, Any]:
     """The type of each field, in order."""
     kinds = typing.get_type_hints(config_class)
@@ -153,7 +168,7 @@ def field_types(config_class: type) -> dict[str, Any]:
 
 def dump(config: Any) -> str:
     """The configuration as YAML; a function is written as module:function."""
-    values = dataclasses.asdict(config)
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for name, value in values.items():
         if callable(value):
             values[name] = f"{value.__module__}:{getattr(value, '__qualname__', type(value).__qualname__)}"

@@ -10,7 +10,8 @@ Source: Ziegler et al., arXiv 1909.08593; Stiennon et al., arXiv 2009.01325; Ouy
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import ranks
+from fastrlhf.backend import make_backend, make_engine
 from fastrlhf.data import Prompt, batch_rows, load_prompts
 from fastrlhf.estimators import estimate_advantages, per_token
 from fastrlhf.first_step import check_first_step, have_same_weights
@@ -33,10 +35,9 @@ from fastrlhf.ppo_config import PPOConfig
 from fastrlhf.ppo_data import load_ptx
 from fastrlhf.rewards import RunningMoments, shape_scores
 from fastrlhf.roles import Roles
-from fastrlhf.rollout import Engine
 from fastrlhf.sampling import RolloutBackend, Sample, Sampling
 from fastrlhf.scoring import Scorer
-from fastrlhf.template import check_same_vocabulary, eos_token_ids, load_tokenizer
+from fastrlhf.template import check_same_vocabulary, load_tokenizer
 
 NUM_SAMPLES = 4  # of a step that are left in samples.jsonl
 
@@ -44,7 +45,7 @@ NUM_SAMPLES = 4  # of a step that are left in samples.jsonl
 class PPO:
     """Iterates over PPO steps; each yields its metrics. The final policy is left in `<output>/model`.
 
-    backend: makes of the policy what draws the responses, such as a `ServerBackend`; default: an `Engine` on its module
+    backend: makes of the policy what draws the responses; default: what the settings ask for
 
     Raises: what loading raises, before any work is done; NonFiniteError when a gradient is not finite."""
 
@@ -76,13 +77,13 @@ class PPO:
         self.learner = Learner(config, self.roles, ptx=ptx, num_value_warmup_steps=num_value_warmup_steps)
         self.kl_coef, self.moments = config.kl_coef, RunningMoments()
         self.health = Health(ratios_start_at_one=config.truncation != "sampler")
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+        names = {field.name for field in fields(Sampling)} - {"greedy"}
         self.sampling = Sampling(**{name: getattr(config, name) for name in names})
-        self.engine = self.default_engine(self.policy) if backend is None else backend(self.policy)
-        average = self.roles.average
-        self.final_engine = self.engine if average is None else self.default_engine(average)
+        make = partial(make_backend, config, tokenizer=self.tokenizer) if backend is None else backend
+        self.engine, average = make(self.policy), self.roles.average
+        self.final_engine = self.engine if average is None else make_engine(config, average, self.tokenizer)
         # those of the engine equal the trainer's to 1e-5, but for half precision, where the two round differently
-        self.reuses_logprobs = backend is None and self.policy.autocast is None
+        self.reuses_logprobs = backend is None and config.rollout_url is None and self.policy.autocast is None
         longest = max(len(prompt.tokens) for prompt in (*self.prompts, *self.held_out.prompts))
         judges = [model for model, _ in self.held_out.scorer.models]
         for model in (self.policy, self.reference, self.value_model, *reward_models, *judges):
@@ -103,17 +104,6 @@ class PPO:
         if self.config.batch_size % (number * each):
             counts = f"{number} processes x {each} samples_per_prompt"
             raise ValueError(f"batch_size ({self.config.batch_size}) must be a multiple of {counts}")
-
-    def default_engine(self, policy: Policy) -> RolloutBackend:
-        """The engine that runs the policy's own module."""
-        config = self.config
-        return Engine(
-            policy.model,
-            eos_token_ids=eos_token_ids(self.tokenizer, policy.model),
-            max_slots=min(config.max_slots, config.batch_size),
-            kv_budget=None if config.kv_budget is None else int(config.kv_budget * 2**30),
-            cuda_graphs=config.cuda_graphs,
-        )
 
     def num_value_warmup_steps(self, reward_models: list[RewardModel]) -> int:
         """The number of first steps for the value model alone: some, unless it starts as the reward model."""

@@ -30,6 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 ESTIMATORS = ("gae", "rloo", "grpo", "dr_grpo", "reinforce++", "reinforce++_baseline", "remax")
+STALE = "stale"  # weight_sync: the servers keep the weights that they have
 rare = partial(option, rare=True)
 GROUPED = ("rloo", "grpo", "dr_grpo", "reinforce++_baseline")  # compare the responses to one prompt
 
@@ -118,10 +119,20 @@ class PPOConfig(LoopConfig):
     min_p: float = option(
         0.0, "sample among tokens of at least this share of the likeliest one's probability", rare=True
     )
+    min_new_tokens: int = rare(0, "responses do not end before so many tokens; needs truncation")
     truncation: str = option("refuse", "refuse, model or sampler: whose log-probs the ratio is to after top_k, ...")
+    stop: tuple[str, ...] = rare((), "text that ends a response, or a list: [text, text]")
+    repeat_ngram: int = rare(0, "a response is cut when its last tokens are some 1 to so many tokens ...")
+    repeat_times: int = rare(0, "... so many times over; both 0: never")
     max_slots: int = option(64, "sequences generated at a time")
     kv_budget: float | None = rare(None, "most GiB of their cache of keys and values; fewer run at a time if need be")
     cuda_graphs: bool = rare(True, "on a GPU, replay steps of generation from CUDA graphs")
+    rollout_url: str | None = rare(None, "URL,URL,... of vLLM servers that generate; default: in this process")
+    rollout_model: str = rare("policy", "name under which they serve the policy")
+    rollout_logprobs: str = rare("raw_logprobs", "their --logprobs-mode: raw_logprobs or processed_logprobs")
+    weight_sync: str | Callable[..., Any] | None = rare(  # noqa: RUF009
+        None, "module:function, called with policy and URLs before each rollout; stale: nothing is"
+    )
 
     def __post_init__(self) -> None:
         choose(self, "preset", tuple(PRESETS))
@@ -130,8 +141,14 @@ class PPOConfig(LoopConfig):
                 object.__setattr__(self, name, value)
         super().__post_init__()
         self._check_ranges()
+        self._check_sampling()
         self._check_combinations()
         self._check_unused()
+
+    @property
+    def rollout_urls(self) -> list[str]:
+        """Of the servers; none where there are none."""
+        return [url.strip() for url in (self.rollout_url or "").split(",") if url.strip()]
 
     def _check_ranges(self) -> None:
         choose(self, "value_schedule", SCHEDULES)
@@ -141,6 +158,7 @@ class PPOConfig(LoopConfig):
         choose(self, "score_norm", ("none", "scale", "whiten"))
         choose(self, "loss_mean", ("token", "sequence", "prompt", "max_length"))
         choose(self, "truncation", ("refuse", "model", "sampler"))
+        choose(self, "rollout_logprobs", ("raw_logprobs", "processed_logprobs"))
         parse_missing_eos(self.missing_eos)
         at_least(self, 1, "steps", "epochs", "minibatches", "max_prompt_tokens", "max_new_tokens", "max_slots")
         at_least(self, 1, "samples_per_prompt", "eval_every", "eval_limit")
@@ -148,19 +166,43 @@ class PPOConfig(LoopConfig):
         above(self, 0, "clip_range", "clip_range_high", "clip_range_value", "max_update_kl", "kv_budget")
         above(self, 1, "dual_clip")
         at_least(self, 0, "kl_coef", "entropy_coef", "value_warmup_steps", "reference_every", "min_response_tokens")
-        at_least(self, 0, "samples_every", "overlong_tokens", "overlong_penalty", "ptx_coef", "top_k")
+        at_least(self, 0, "min_new_tokens", "samples_every", "overlong_tokens", "overlong_penalty", "ptx_coef", "top_k")
         above(self, 0, "top_p")
         within(self, 0, 1, "gamma", "lam", "ema_decay", "top_p", "min_p", "clip_range")
         if self.ema_decay == 1:
             raise ValueError("ema_decay must be below 1, or the final model is the one that the run starts from")
 
-    def _check_combinations(self) -> None:
-        if self.truncation == "refuse" and (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0):
+    def _check_sampling(self) -> None:
+        truncating = (self.top_k, self.top_p, self.min_p, self.min_new_tokens) != (0, 1.0, 0.0, 0)
+        given = f"top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}, min_new_tokens={self.min_new_tokens}"
+        if self.truncation == "refuse" and truncating:
             raise ValueError(
-                f"top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: the sampler would draw from another "
+                f"{given}: the sampler would draw from another "
                 "distribution than the one that is trained; set truncation to model (ratios to the model's own "
                 "log-probabilities, a bias) or sampler (ratios to those of the draws, which start away from 1)"
             )
+        if (self.repeat_ngram, self.repeat_times) != (0, 0) and (self.repeat_ngram < 1 or self.repeat_times < 2):
+            expected = "repeat_ngram must be at least 1 and repeat_times at least 2, or both 0"
+            raise ValueError(f"{expected}, got {self.repeat_ngram} and {self.repeat_times}")
+        if self.rollout_url is None:
+            return
+        if not self.rollout_urls or not all(u.startswith(("http://", "https://")) for u in self.rollout_urls):
+            raise ValueError(f"rollout_url must be URL,URL,... of http:// or https://, got {self.rollout_url!r}")
+        if self.weight_sync is None:
+            raise ValueError(
+                "rollout_url: give weight_sync=module:function, which brings the policy's weights to the servers "
+                "(docs/rollout.md), or weight_sync=stale if they shall keep those that they have"
+            )
+        if truncating:
+            raise ValueError(f"{given}: a server tells log-probabilities before or after these, not both")
+        if self.temperature != 1 and self.estimator == "remax":
+            text = "a server tells log-probabilities of a greedy response at temperature 1"
+            raise ValueError(f"remax: {text}, not {self.temperature}")
+        if self.temperature != 1 and self.rollout_logprobs == "raw_logprobs":
+            advice = "start the servers with --logprobs-mode processed_logprobs and set rollout_logprobs to that"
+            raise ValueError(f"temperature={self.temperature}: raw_logprobs are those of temperature 1; {advice}")
+
+    def _check_combinations(self) -> None:
         if self.minibatches > self.batch_size:
             raise ValueError(f"minibatches ({self.minibatches}) must not exceed batch_size ({self.batch_size})")
         if self.batch_size % self.samples_per_prompt:
@@ -179,7 +221,7 @@ class PPOConfig(LoopConfig):
             raise ValueError("kl_in=loss: the mean gradient of k1 is 0, so it penalises nothing; use k2 or k3")
         if self.max_update_kl is not None and self.truncation == "sampler":
             raise ValueError("max_update_kl: with truncation=sampler ratios start away from 1, which it takes for a KL")
-        for name in ("overlong_tokens", "min_response_tokens"):
+        for name in ("overlong_tokens", "min_response_tokens", "min_new_tokens"):
             if getattr(self, name) > self.max_new_tokens:
                 sizes = f"{name} ({getattr(self, name)}) must not exceed max_new_tokens ({self.max_new_tokens})"
                 raise ValueError(sizes)
@@ -188,6 +230,8 @@ class PPOConfig(LoopConfig):
         """Raises ValueError for an option that would do nothing beside the others, unless it has its default."""
         no_values = f"{self.estimator} has no value model" if self.estimator != "gae" else ""
         whole = f"{self.estimator} compares whole responses" if self.estimator in GROUPED else ""
+        servers = "" if self.rollout_url is not None else "give rollout_url"
+        engine = "" if self.rollout_url is None else "the servers of rollout_url generate"
         baseline = "the baseline of remax is not whitened" if self.estimator == "remax" else ""
         reasons = {
             "value_warmup_steps": no_values,
@@ -202,6 +246,11 @@ class PPOConfig(LoopConfig):
                 ("eval_every", "eval_reward", "eval_limit", "eval_greedy"),
                 "" if self.eval_data is not None else "give eval_data",
             ),
+            "rollout_model": servers,
+            "rollout_logprobs": servers,
+            "weight_sync": servers,
+            "kv_budget": engine,
+            "cuda_graphs": engine,
             "ptx_coef": "" if self.ptx_data is not None else "give ptx_data",
         }
         for field in fields(self):

@@ -21,10 +21,10 @@ class RolloutServerError(RuntimeError):
 
 
 class ServerBackend:
-    """A `RolloutBackend` that asks a vLLM server: prompts go out as token ids, tokens and log-probabilities come back.
+    """A `RolloutBackend` that asks vLLM servers: prompts go out as token ids, tokens and log-probabilities come back.
 
-    url: of the server, such as http://localhost:8000
-    model: one that it serves
+    url: of the server, such as http://localhost:8000, or of several: prompts are divided, neighbours stay together
+    model: one that they serve
     eos_token_ids: tokens that end a response; those that the server knows of its own are ignored
     update_weights: called before each rollout; it has to bring the policy's weights to the server
     logprobs_mode: what the server was started with (--logprobs-mode; raw_logprobs is its default)
@@ -34,7 +34,7 @@ class ServerBackend:
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         model: str,
         *,
         eos_token_ids: Collection[int],
@@ -44,7 +44,8 @@ class ServerBackend:
         timeout: float = 600.0,
         api_key: str | None = None,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
+        urls = [url] if isinstance(url, str) else list(url)
+        if not urls or not all(url.startswith(("http://", "https://")) for url in urls):
             raise ValueError(f"ServerBackend: url must start with http:// or https://, got {url!r}")
         if logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
             expected = "logprobs_mode must be raw_logprobs or processed_logprobs"
@@ -52,7 +53,7 @@ class ServerBackend:
         if max_requests < 1 or timeout <= 0:
             expected = "max_requests must be at least 1 and timeout above 0"
             raise ValueError(f"ServerBackend: {expected}, got {max_requests} and {timeout}")
-        self.url, self.model, self.timeout = url.rstrip("/"), model, timeout
+        self.urls, self.model, self.timeout = [url.rstrip("/") for url in urls], model, timeout
         self.eos_token_ids = sorted(eos_token_ids)
         self.update_weights, self.logprobs_mode, self.max_requests = update_weights, logprobs_mode, max_requests
         self.headers = {"Content-Type": "application/json"}
@@ -80,14 +81,18 @@ class ServerBackend:
             return []
         if self.update_weights is not None:
             self.update_weights()
-        self._check_model()
+        for url in self.urls:
+            self._check_model(url)
+        urls = [self.urls[n * len(self.urls) // len(requests)] for n in range(len(requests))]
         samples: dict[int, Sample] = {}
         pool = ThreadPoolExecutor(self.max_requests)
         try:
-            numbers = {pool.submit(self._post, request): n for n, request in enumerate(requests)}
+            numbers = {pool.submit(self._post, urls[n], request): n for n, request in enumerate(requests)}
             for done in as_completed(numbers):
                 n = numbers[done]
-                samples[n] = self._sample(n, list(prompts[n]), done.result(), greedy=sampling.greedy)
+                samples[n] = self._sample(
+                    f"{urls[n]}, prompt {n}", list(prompts[n]), done.result(), greedy=sampling.greedy
+                )
                 if progress is not None:
                     progress(len(samples[n].response))
         finally:
@@ -134,39 +139,39 @@ class ServerBackend:
             fields["repetition_detection"] = {**sizes, "min_count": sampling.repeat_times}
         return fields
 
-    def _check_model(self) -> None:
-        answer = self._open("/v1/models", None)
+    def _check_model(self, url: str) -> None:
+        answer = self._open(url, "/v1/models", None)
         try:
             served = [model["id"] for model in answer["data"]]
         except (KeyError, TypeError):
-            raise RolloutServerError(f"ServerBackend: {self.url}/v1/models returned no list of models") from None
+            raise RolloutServerError(f"ServerBackend: {url}/v1/models returned no list of models") from None
         if self.model not in served:
-            raise RolloutServerError(f"ServerBackend: {self.url} serves {', '.join(served)}, not {self.model}")
+            raise RolloutServerError(f"ServerBackend: {url} serves {', '.join(served)}, not {self.model}")
 
-    def _post(self, request: dict[str, Any]) -> Any:
-        return self._open("/v1/completions", json.dumps(request).encode())
+    def _post(self, url: str, request: dict[str, Any]) -> Any:
+        return self._open(url, "/v1/completions", json.dumps(request).encode())
 
-    def _open(self, path: str, body: bytes | None) -> Any:
+    def _open(self, url: str, path: str, body: bytes | None) -> Any:
         """The server's answer, parsed."""
-        request = urllib.request.Request(self.url + path, data=body, headers=self.headers)
+        request = urllib.request.Request(url + path, data=body, headers=self.headers)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             said = error.read(1000).decode(errors="replace")
-            raise RolloutServerError(f"ServerBackend: {self.url}{path} answered {error.code}: {said}") from error
+            raise RolloutServerError(f"ServerBackend: {url}{path} answered {error.code}: {said}") from error
         except json.JSONDecodeError as error:
-            raise RolloutServerError(f"ServerBackend: {self.url}{path} did not answer in JSON: {error}") from error
+            raise RolloutServerError(f"ServerBackend: {url}{path} did not answer in JSON: {error}") from error
         except (OSError, HTTPException) as error:  # no connection, a broken one, a timeout
             slow = isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError)
             why = f"gave no answer in {self.timeout:g} s" if slow else f"cannot be reached: {error}"
-            raise RolloutServerError(f"ServerBackend: {self.url} {why}") from error
+            raise RolloutServerError(f"ServerBackend: {url} {why}") from error
 
-    def _sample(self, number: int, prompt: list[int], answer: Any, *, greedy: bool) -> Sample:
-        """The sample in the answer to prompt `number`."""
+    def _sample(self, which: str, prompt: list[int], answer: Any, *, greedy: bool) -> Sample:
+        """The sample in the answer to a prompt; which: server and number of the prompt, for errors."""
 
         def refuse(what: str) -> RolloutServerError:
-            return RolloutServerError(f"ServerBackend: {self.url}, prompt {number}: {what}")
+            return RolloutServerError(f"ServerBackend: {which}: {what}")
 
         try:
             choice = answer["choices"][0]

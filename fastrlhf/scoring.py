@@ -44,11 +44,13 @@ def parse_reward(text: str) -> list[tuple[str, float]]:
     return terms
 
 
-def load_function(source: str) -> RewardFunction:
-    """Returns the function named by "module:function"; the working folder is on the path, as for python -m."""
+def load_function(source: str, option: str = "reward") -> Callable[..., Any]:
+    """Returns the function named by "module:function"; the working folder is on the path, as for python -m.
+
+    option: that gave it, for errors"""
     module_name, _, name = source.partition(":")
     if not module_name or module_name.startswith("."):
-        raise ValueError(f"reward: {source!r} names no module; write module:function")
+        raise ValueError(f"{option}: {source!r} names no module; write module:function")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -56,11 +58,11 @@ def load_function(source: str) -> RewardFunction:
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, and an import inside it failed
-        raise ValueError(f"reward: no module named {module_name!r} (working folder {Path.cwd()})") from None
+        raise ValueError(f"{option}: no module named {module_name!r} (working folder {Path.cwd()})") from None
     except AttributeError:
-        raise ValueError(f"reward: module {module_name!r} has no function {name!r}") from None
+        raise ValueError(f"{option}: module {module_name!r} has no function {name!r}") from None
     if not callable(function):
-        raise TypeError(f"reward: {source} must be a function, got {type(function).__name__}")
+        raise TypeError(f"{option}: {source} must be a function, got {type(function).__name__}")
     return function
 
 

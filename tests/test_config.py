@@ -38,6 +38,13 @@ def test_a_configuration_survives_yaml():
     assert PPOConfig(**yaml.safe_load(dump(config))) == config
 
 
+@pytest.mark.parametrize("stop", ["Human:", ["Human:", "\n\n"], ("Human:",), []])
+def test_stop_strings_are_one_text_or_a_list_and_survive_yaml(stop):
+    config = PPOConfig(**GIVEN, reward="r", stop=stop)
+    assert config.stop == ((stop,) if isinstance(stop, str) else tuple(stop))
+    assert PPOConfig(**yaml.safe_load(dump(config))) == config
+
+
 def test_a_reward_function_is_kept_and_dumped_by_name():
     config = PPOConfig(**GIVEN, reward=length_reward)
     assert config.reward is length_reward
@@ -66,6 +73,9 @@ def test_a_reward_function_is_kept_and_dumped_by_name():
 def test_wrong_values_are_refused_by_name(values, error, text):
     with pytest.raises(error, match=text):
         SFTConfig(**{**GIVEN, **values})
+
+
+SERVER = {"rollout_url": "http://a, http://b/", "weight_sync": "stale"}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +107,21 @@ def test_wrong_values_are_refused_by_name(values, error, text):
         ({"kl_target": 0}, ValueError, "kl_target must be above 0, got 0.0"),
         ({"reward": ["a", "b"]}, TypeError, r"reward must be text, got \['a', 'b'\]"),
         ({"limit": length_reward}, TypeError, "limit must be a whole number"),
+        ({"min_new_tokens": 2}, ValueError, "min_new_tokens=2: the sampler would draw from another distribution"),
+        ({"repeat_ngram": 3}, ValueError, "repeat_times at least 2, or both 0, got 3 and 0"),
+        ({"stop": ["a", ""]}, TypeError, r"stop must be text or a list of texts, none empty, got \['a', ''\]"),
+        ({"stop": "[a"}, TypeError, r"stop: '\[a' is no list; write \['first', 'second'\]"),
+        ({"stop": 3}, TypeError, "stop must be text or a list of texts, none empty, got 3"),
+        ({"rollout_url": "http://a"}, ValueError, "rollout_url: give weight_sync=module:function"),
+        (SERVER | {"rollout_url": "a:8000"}, ValueError, "rollout_url must be URL,URL,... of http:// or https://"),
+        (SERVER | {"top_k": 5, "truncation": "sampler"}, ValueError, "top_k=5, .* before or after these, not both"),
+        (SERVER | {"min_new_tokens": 5, "truncation": "model"}, ValueError, "min_new_tokens=5: a server tells"),
+        (SERVER | {"temperature": 0.7}, ValueError, "temperature=0.7: raw_logprobs are those of temperature 1"),
+        (
+            SERVER | {"temperature": 0.7, "estimator": "remax", "rollout_logprobs": "processed_logprobs"},
+            ValueError,
+            "remax: a server tells log-probabilities of a greedy response at temperature 1, not 0.7",
+        ),
     ],
 )
 def test_wrong_ppo_values_are_refused_by_name(values, error, text):
@@ -120,6 +145,10 @@ WITHOUT_VALUES = {"estimator": "rloo", "samples_per_prompt": 2}
         ({}, {"min_response_tokens": 2}),
         ({}, {"overlong_penalty": 2.0}),
         ({}, {"ptx_coef": 0.5}),
+        ({}, {"weight_sync": "stale"}),
+        ({}, {"rollout_model": "m"}),
+        (SERVER, {"kv_budget": 1.0}),
+        (SERVER, {"cuda_graphs": False}),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(given, unused):

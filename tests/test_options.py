@@ -37,6 +37,14 @@ def test_a_negative_number_is_a_value():
         parse(SFTConfig, [*GIVEN, "--seed", "-1"])
 
 
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [("Human:", ("Human:",)), (r'["\n\nHuman:", "[END]"]', ("\n\nHuman:", "[END]")), (", ", (", ",)), ("[]", ())],
+)
+def test_stop_strings_on_a_command_line_are_one_text_or_a_list(text, stop):
+    assert parse(PPOConfig, [*GIVEN, "--reward", "r", "--stop", text]).stop == stop
+
+
 def test_command_line_wins_over_yaml_and_yaml_over_the_preset(tmp_path):
     file = tmp_path / "ppo.yaml"
     file.write_text("model: m\ndata: d\nreward: r\npreset: chat\nkl-coef: 0.02\nlam: 0.9\nlearning_rate: 3e-6\n")

@@ -166,3 +166,23 @@ def test_samples_of_an_earlier_run_do_not_survive_overwrite(folder):
     list(PPO(config(folder)))
     next(PPO(config(folder, overwrite=True, samples_every=0)))
     assert not (folder / "out/samples.jsonl").exists()
+
+
+def test_stop_strings_and_repetition_end_responses_and_eos_waits(folder):
+    letters = [chr(c) for c in range(ord("a"), ord("z"))]
+    changes = {"stop": letters, "max_new_tokens": 20, "min_new_tokens": 3, "truncation": "model"}
+    ppo = PPO(config(folder, **changes, output=str(folder / "stop")))
+    samples = ppo.generate(ppo.next_prompts())
+    last = ppo.tokenizer.batch_decode([sample.response[-1:] for sample in samples])
+    assert all(len(sample.response) >= 3 and 1 not in sample.response[:3] for sample in samples)
+    stopped = [any(letter in text for letter in letters) for text in last]
+    assert any(stopped)
+    for sample, stops in zip(samples, stopped, strict=True):
+        assert sample.finished == (stops or sample.response[-1] == 1)
+        assert sample.finished or len(sample.response) == 20
+    ppo = PPO(config(folder, repeat_ngram=20, repeat_times=2, max_new_tokens=60, output=str(folder / "repeat")))
+    with torch.no_grad():
+        ppo.policy.model.lm_head.weight.zero_()
+        ppo.policy.model.lm_head.weight[7] = 1e4 * ppo.policy.model.model.norm.weight.sign()
+    samples = [sample for sample in ppo.generate(ppo.next_prompts(), greedy=True)]
+    assert all(not sample.finished and len(sample.response) < 60 for sample in samples)
