@@ -64,14 +64,18 @@ class Learner:
         return stats
 
     def minibatches(self, batch: Packed, step: int) -> Iterator[Packed]:
-        """The minibatches of each epoch: the responses in an order that follows from seed, step and epoch."""
+        """The minibatches of each epoch: the responses in an order that follows from seed, step and epoch.
+
+        Those to one prompt stay together where the loss is a mean over them."""
         config = self.config
-        # as many minibatches as were asked for, whose sizes differ by one at most
-        bounds = [n * batch.num_sequences // config.minibatches for n in range(config.minibatches + 1)]
+        each = config.samples_per_prompt if config.loss_mean == "prompt" else 1
+        num_units = batch.num_sequences // each
+        # as many minibatches as were asked for, whose sizes differ by one response, or prompt, at most
+        bounds = [n * num_units // config.minibatches for n in range(config.minibatches + 1)]
         for epoch in range(config.epochs):
-            order = shuffled(batch.num_sequences, config.seed, step * config.epochs + epoch)
+            order = shuffled(num_units, config.seed, step * config.epochs + epoch)
             for start, stop in pairwise(bounds):
-                yield batch.select(sorted(order[start:stop]))
+                yield batch.select([each * unit + n for unit in sorted(order[start:stop]) for n in range(each)])
 
     def update(self, minibatch: Packed, number: int, trains_policy: bool, done: Callable[[int], object]) -> Statistics:
         """One optimizer step of the policy and of the value model. Returns its statistics.

@@ -208,6 +208,11 @@ class PPOConfig(LoopConfig):
         if self.batch_size % self.samples_per_prompt:
             counts = f"batch_size ({self.batch_size}) must be a multiple of samples_per_prompt"
             raise ValueError(f"{counts} ({self.samples_per_prompt})")
+        if self.loss_mean == "prompt" and self.minibatches > self.batch_size // self.samples_per_prompt:
+            counts = (
+                f"minibatches ({self.minibatches}) must not exceed the {self.batch_size // self.samples_per_prompt}"
+            )
+            raise ValueError(f"loss_mean=prompt keeps the responses to a prompt together: {counts} prompts of a step")
         if self.estimator in GROUPED and self.samples_per_prompt == 1:
             raise ValueError(f"{self.estimator} compares the responses to a prompt: samples_per_prompt must be above 1")
         if self.value_warmup_steps is not None and self.value_warmup_steps >= self.steps:

@@ -103,6 +103,11 @@ SERVER = {"rollout_url": "http://a, http://b/", "weight_sync": "stale"}
         ),
         ({"overlong_tokens": 129}, ValueError, r"overlong_tokens \(129\) must not exceed max_new_tokens \(128\)"),
         ({"batch_size": 9, "samples_per_prompt": 2}, ValueError, r"multiple of samples_per_prompt \(2\)"),
+        (
+            {"loss_mean": "prompt", "samples_per_prompt": 8, "minibatches": 5},
+            ValueError,
+            r"minibatches \(5\) must not exceed the 4 prompts of a step",
+        ),
         ({"estimator": "grpo"}, ValueError, "samples_per_prompt must be above 1"),
         ({"kl_target": 0}, ValueError, "kl_target must be above 0, got 0.0"),
         ({"reward": ["a", "b"]}, TypeError, r"reward must be text, got \['a', 'b'\]"),

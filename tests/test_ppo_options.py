@@ -45,6 +45,24 @@ def test_the_responses_to_a_prompt_are_neighbours_and_differ(folder):
     assert len({tuple(sample.response) for sample in trainer.generate(prompts)}) == 8
 
 
+@pytest.mark.parametrize(("loss_mean", "together"), [("prompt", True), ("sequence", False)])
+def test_minibatches_keep_the_responses_to_a_prompt_together_where_the_loss_is_a_mean_over_them(
+    folder, loss_mean, together
+):
+    changes = {"loss_mean": loss_mean, "estimator": "rloo", "batch_size": 20, "samples_per_prompt": 4, "minibatches": 3}
+    ppo, seen = PPO(config(folder, **changes)), []
+    update = ppo.learner.update
+    ppo.learner.update = lambda minibatch, *args: seen.append(minibatch) or update(minibatch, *args)
+    next(ppo)
+    assert len(seen) == 2 * 3
+    for epoch in (seen[:3], seen[3:]):
+        prompts = [set(minibatch["prompts"].tolist()) for minibatch in epoch]
+        assert set().union(*prompts) == set(range(5)) and sum(m.num_sequences for m in epoch) == 20
+        assert (sum(map(len, prompts)) == 5) == together
+        if together:
+            assert [m.num_sequences for m in epoch] == [4, 8, 8]
+
+
 def test_the_policys_updates_of_a_step_end_at_the_kl_limit_and_the_value_models_go_on(folder):
     changes = {"steps": 3, "minibatches": 2, "epochs": 3, "value_warmup_steps": 0, "schedule": "linear"}
     trainer = PPO(config(folder, max_update_kl=1e-6, learning_rate=1e-2, **changes))
