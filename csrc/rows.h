@@ -39,6 +39,32 @@ static FASTRLHF_INLINE Lanes<T> lanes_at(const T* x) {
   return load<Lanes<T>>(x, kLanesOf<Lanes<T>>);
 }
 
+// As `load` and `store` of numeric.h, of half precision too: `size` elements, in the type that is
+// computed in.
+template <class In>
+static FASTRLHF_INLINE Lanes<Wide<In>> wide_lanes(const In* x, int size) {
+  using V = Lanes<Wide<In>>;
+  if constexpr (std::is_same_v<In, Wide<In>>) {
+    return load<V>(x, size);
+  } else {
+    Wide<In> buffer[kLanesOf<V>] = {};
+#pragma omp simd
+    for (int k = 0; k < size; k++) buffer[k] = load(x[k]);
+    return lanes_at(buffer);
+  }
+}
+template <class V, class Out>
+static FASTRLHF_INLINE void store_wide(Out* to, V v, int size) {
+  if constexpr (std::is_same_v<Out, ElementOf<V>>) {
+    store(to, v, size);
+  } else {
+    ElementOf<V> buffer[kLanesOf<V>];
+    memcpy(buffer, &v, sizeof v);
+#pragma omp simd
+    for (int k = 0; k < size; k++) store(to + k, buffer[k]);
+  }
+}
+
 template <class T>
 inline T highest_of(const T* x, int64_t size) {
   T highest = -INFINITY;  // NaN is passed over here, and comes back in the sum of exponentials

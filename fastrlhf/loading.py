@@ -18,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from fastrlhf.attention import ATTENTION
+from fastrlhf.fused_layers import fuse_layers
 from fastrlhf.heads import head_logprobs, head_scores, hidden_states
 from fastrlhf.packing import Packed, pack
 
@@ -160,6 +161,7 @@ def attach(
             model.set_attn_implementation(ATTENTION)
         else:
             expected = torch.cat([packed(_pack([t])) for t in tokens])
+        fuse_layers(model)
         _check_attention(model, tokens[0])
         _compare(model, packed(_pack(tokens)), expected, dtype)
     model.requires_grad_(not freeze)

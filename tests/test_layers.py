@@ -24,6 +24,7 @@ ROOMS = {
     "models": (
         {
             "attention",
+            "fused_layers",
             "heads",
             "loading",
             "models",

@@ -20,7 +20,9 @@ from fastrlhf.ops.pairwise_reward_loss import pairwise_reward_loss
 from fastrlhf.ops.ppo_advantages import ppo_advantages
 from fastrlhf.ops.ppo_policy_loss import ppo_policy_loss
 from fastrlhf.ops.ranking_loss import ranking_loss
+from fastrlhf.ops.rms_norm import rms_norm
 from fastrlhf.ops.sample_tokens import sample_tokens
+from fastrlhf.ops.silu_mul import silu_mul
 from fastrlhf.ops.token_logprobs import token_logprobs
 from fastrlhf.ops.value_loss import value_loss
 
@@ -41,7 +43,9 @@ __all__ = [
     "ppo_advantages",
     "ppo_policy_loss",
     "ranking_loss",
+    "rms_norm",
     "sample_tokens",
+    "silu_mul",
     "token_logprobs",
     "value_loss",
 ]

@@ -91,6 +91,25 @@ def decode_attention(dtype):
         yield "decode_attention", (query, *caches, lengths, 0.1, window)
 
 
+def rms_norm(dtype):
+    for width in (64, 4096, 8192):
+        yield "rms_norm", (torch.empty(8, width, dtype=dtype), torch.empty(width, dtype=dtype), 1e-6)
+
+
+def rms_norm_backward(dtype):
+    for width in (64, 4096, 8192)[: 2 if dtype == FP64 else 3]:  # which nobody trains in: there it spills
+        rows = torch.empty(8, width, dtype=dtype)
+        yield "rms_norm_backward", (rows, rows, torch.empty(width, dtype=dtype), 1e-6)
+
+
+def silu_mul(dtype):
+    yield "silu_mul", [torch.empty(8, 14336, dtype=dtype)] * 2
+
+
+def silu_mul_backward(dtype):
+    yield "silu_mul_backward", [torch.empty(8, 14336, dtype=dtype)] * 3
+
+
 LAUNCHES = {  # what calls the kernels at the sizes of training -> the dtypes it is called in
     approx_kl: (FP32, FP64),
     ppo_policy_loss: (FP32, FP64),
@@ -99,6 +118,10 @@ LAUNCHES = {  # what calls the kernels at the sizes of training -> the dtypes it
     decode_attention: (BF16, FP32, FP64),
     kl_divergence: (BF16, FP32, FP64),
     kl_divergence_backward: (BF16, FP32, FP64),
+    rms_norm: (BF16, FP32, FP64),
+    rms_norm_backward: (BF16, FP32, FP64),
+    silu_mul: (BF16, FP32, FP64),
+    silu_mul_backward: (BF16, FP32, FP64),
     token_logprobs: (BF16, FP32, FP64),
     token_logprobs_backward: (BF16, FP32, FP64),
 }

@@ -1,0 +1,120 @@
+"""Our ops in place of what transformers' layers compute in many small steps: norms and gated activations.
+
+A module is taken over by giving it a subclass of its class with another `forward`: parameters, hooks and names stay,
+and copies, checkpoints and adapters see the module that they know. It is taken over only if a stand-in, the module
+with small random parts, computes the same either way, gradients included; what we do not know is left alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrlhf.ops.rms_norm import rms_norm
+from fastrlhf.ops.silu_mul import silu_mul
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+EPSILONS = ("variance_epsilon", "eps")  # what transformers' norms call it
+
+
+class FusedLayer(nn.Module):
+    """What the classes of modules that were taken over share."""
+
+
+class _Norm(FusedLayer):
+    weight: Tensor
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != self.weight.dtype:  # autocast leaves it to promotion
+            return super().forward(hidden_states)
+        return rms_norm(hidden_states, self.weight, eps=_epsilon(self))
+
+
+class _GatedMLP(FusedLayer):
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
+
+
+def fuse_layers(model: nn.Module) -> None:
+    """Takes over the norms and gated MLPs of a model, in place."""
+    for module in model.modules():
+        original: Any = type(module)
+        for kind, stand_in_of in ((_Norm, _norm_stand_in), (_GatedMLP, _mlp_stand_in)):
+            made = None if isinstance(module, FusedLayer) else stand_in_of(module)
+            if made is not None and _agrees(_fused(kind, original), *made):
+                module.__class__ = _fused(kind, original)
+
+
+@functools.cache
+def _fused(kind: Any, original: Any) -> Any:
+    return type(original.__name__, (kind, original), {"__module__": original.__module__})
+
+
+def _epsilon(norm: nn.Module) -> Any:
+    return next((getattr(norm, name) for name in EPSILONS if isinstance(getattr(norm, name, None), float)), None)
+
+
+def _norm_stand_in(module: nn.Module) -> tuple[nn.Module, Tensor] | None:
+    """A norm with a random weight, and rows of different size for it; None for what is no such norm."""
+    weight = module._parameters.get("weight")
+    alone = len(module._parameters) == 1 and not module._modules and not module._buffers
+    if not alone or weight is None or weight.ndim != 1 or _epsilon(module) is None:
+        return None
+    width = weight.shape[0]
+    made = _with(module, _parameters={"weight": nn.Parameter(_random(width, seed=1))})
+    return made, _random(5, width, seed=2) * torch.tensor([[1e-4], [1e-2], [1.0], [30.0], [0.0]])
+
+
+def _mlp_stand_in(module: nn.Module) -> tuple[nn.Module, Tensor] | None:
+    """A gated MLP with small random projections, and rows for it; None for what is no such MLP."""
+    if set(module._modules) - {"act_fn"} != set(PROJECTIONS) or module._parameters or module._buffers:
+        return None
+    layers = {}
+    for seed, name in enumerate(PROJECTIONS):
+        rows, columns = (8, 12) if name == "down_proj" else (12, 8)
+        layers[name] = nn.Linear(columns, rows, bias=False)
+        layers[name].weight = nn.Parameter(_random(rows, columns, seed=seed))
+    return _with(module, _modules={**module._modules, **layers}), 2 * _random(5, 8, seed=7)
+
+
+def _with(module: nn.Module, **parts: dict[str, Any]) -> nn.Module:
+    """A shallow copy of a module with other parameters or children."""
+    made = copy.copy(module)
+    made.__dict__.update(parts)
+    return made
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _agrees(fused: type, stand_in: nn.Module, rows: Tensor) -> bool:
+    """Whether the stand-in gives the same for the rows, gradients included, before and after it is taken over."""
+    try:
+        theirs = _results(stand_in, rows)
+        stand_in.__class__ = fused
+        ours = _results(stand_in, rows)
+    except Exception:  # a forward that wants what the stand-in has not, in whatever way it says so
+        return False
+    return all(_is_close(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _results(module: nn.Module, rows: Tensor) -> Sequence[Tensor]:
+    leaves = [rows.clone().requires_grad_(), *module.parameters()]
+    with torch.enable_grad():
+        output = module.forward(leaves[0])  # past hooks
+        grads = torch.autograd.grad(output, leaves, _random(*output.shape, seed=9))
+    return output, *grads
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-5 * b.abs().max())
