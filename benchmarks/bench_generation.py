@@ -5,6 +5,8 @@ A random Llama of 10.6 million parameters (on a GPU larger ones, in bfloat16), 6
 of 8 to 128 tokens (log-normal, so that most rows of a padded batch finish early). Every response is made to end at its
 target length on both sides. memory_limit_ms: the time to read the weights once a step and the keys and values of each
 row, at the rate of a copy; product_limit_ms: the time of the matrix products of all tokens, at the rate of a large one.
+tokens_per_s counts tokens of responses up to their target lengths, on both sides: what a padded batch draws beyond is
+of no use.
 
 Then several samples of each prompt: side by side, where it is read once, and apart, where it is read for each.
 """
@@ -21,7 +23,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from benchmarks import llama
 from benchmarks.case import expect_close
 from benchmarks.harness import Prepared, Report, compare
-from fastrlhf.attention import ATTENTION
+from fastrlhf.loading import load_causal_lm
 from fastrlhf.rollout import Engine, Sample, Sampling
 
 MAX_NEW = 128
@@ -140,8 +142,7 @@ def measure(report: Report, shape: tuple[int, ...], num_prompts: int) -> None:
     device, vocab = report.options.device, shape[-1]
     dtype, near = (torch.float32, 1e-5) if device == "cpu" else (torch.bfloat16, 0.1)
     theirs = llama.make(shape, device, dtype).eval()
-    ours = copy.deepcopy(theirs)
-    ours.set_attn_implementation(ATTENTION)
+    ours = load_causal_lm(copy.deepcopy(theirs), dtype=dtype, device=device)
     prompts = [torch.randint(3, vocab, (int(n),)).tolist() for n in torch.randint(32, 129, (num_prompts,))]
     limits = (
         (torch.randn(num_prompts) * 0.6 + 4.0).exp().clamp(8, 9 if report.options.tiny else MAX_NEW).long().tolist()

@@ -66,6 +66,13 @@ HEADLINES = [
     ),
     Headline("generation", "`generate`", "generation", GENERATION, "generate, dynamic cache", goal=3),
     Headline("generation", "`generate`, static cache", "generation", GENERATION, "generate, static cache"),
+    Headline(
+        "generation",
+        "`generate_batch`",
+        "generation",
+        f"{GENERATION}, continuous batching",
+        "generate_batch",
+    ),
     Headline("SFT", "TRL 1.16, padding_free", "sft", "10m, 64 sequences, loss of responses", "trl", goal=1.7),
     Headline("... loss of all tokens", "TRL 1.16, padding_free", "sft", "10m, 64 sequences, loss of all tokens", "trl"),
     Headline("reward model", "TRL 1.16", "reward", "10m, 32 pairs", "trl", goal=2.8),
@@ -111,6 +118,22 @@ def slower(files: dict[str, list[Row]]) -> str:
     texts = [f"`{benchmark}`, {case}: {name} takes {ratio:.2g}x" for ratio, benchmark, case, name in behind]
     head = f"Of {len(rows)} comparisons, those in which the other one takes less time than ours"
     return f"{head}: {'; '.join(texts) or 'none'}."
+
+
+def generation(files: dict[str, list[Row]]) -> str:
+    """The sentence of README.md on generation beside the limits of the machine."""
+    rows = {row["name"]: row for row in files.get("generation", []) if row["case"] == GENERATION}
+    if not rows:
+        return "Generation was not measured."
+    ours, theirs = rows["fastrlhf"], rows["generate, dynamic cache"]
+    memory, products, took = (float(ours[name]) for name in ("memory_limit_ms", "product_limit_ms", "median"))
+    tokens = [f"{float(row['tokens_per_s']):.0f}" for row in (ours, theirs)]
+    return (
+        f"Generation gives {tokens[0]} useful tokens a second (`generate`: {tokens[1]}), in {took:.0f} ms. Its matrix "
+        f"products alone take {products:.0f} ms at the rate of a large one; reading weights, keys and values, if every "
+        f"step had all rows in it, {memory:.0f} ms at the rate of a copy: together {(memory + products) / took:.0%} of "
+        "the time."
+    )
 
 
 def number(text: str) -> str:
@@ -190,7 +213,8 @@ def texts() -> Iterable[tuple[Path, str]]:
     files = read()
     front_page, page = HERE.parent / "README.md", HERE / "README.md"
     text = between(front_page.read_text(), "speed", front(files))
-    yield front_page, between(text, "slower", slower(files))
+    text = between(text, "slower", slower(files))
+    yield front_page, between(text, "generation", generation(files))
     yield page, between(page.read_text(), "results", whole(files))
 
 

@@ -119,6 +119,17 @@ def test_what_is_slower_is_said_with_its_ratio():
     assert tables.slower({"gae": rows[:1]}).endswith("ours: none.")
 
 
+def test_generation_is_told_with_its_share_of_the_machines_limits():
+    shared = {"case": tables.GENERATION, "memory_limit_ms": "100", "product_limit_ms": "200"}
+    rows = [
+        {**shared, "name": "fastrlhf", "median": "500", "tokens_per_s": "900.4"},
+        {**shared, "name": "generate, dynamic cache", "median": "1500", "tokens_per_s": "300"},
+    ]
+    text = tables.generation({"generation": rows})
+    assert "900 useful tokens a second (`generate`: 300), in 500 ms" in text and "together 60% of the time." in text
+    assert tables.generation({}) == "Generation was not measured."
+
+
 def test_a_page_without_marks_is_not_overwritten():
     with pytest.raises(SystemExit, match="marks of 'speed'"):
         tables.between("text", "speed", "table")
