@@ -19,6 +19,7 @@ def make_engine(config: PPOConfig, policy: Policy, tokenizer: Any) -> Engine:
     """The engine that runs the policy's own module."""
     return Engine(
         policy.model,
+        adapter=policy.adapter,
         eos_token_ids=eos_token_ids(tokenizer, policy.model),
         max_slots=min(config.max_slots, config.batch_size),
         kv_budget=None if config.kv_budget is None else int(config.kv_budget * 2**30),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -27,6 +28,9 @@ def option(default: Any, help: str, *, rare: bool = False) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "rare": rare})
 
 
+rare = functools.partial(option, rare=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """What every loop needs."""
@@ -39,11 +43,11 @@ class LoopConfig:
     schedule: str = option("cosine", "of the learning rate: constant, linear or cosine (to 0)")
     warmup_ratio: float = option(0.03, "share of the steps in which the learning rate rises from 0")
     weight_decay: float = option(0.0, "decoupled weight decay of matrices")
-    adam_eps: float = option(1e-5, "epsilon of AdamW", rare=True)
+    adam_eps: float = rare(1e-5, "epsilon of AdamW")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     max_tokens: int = option(4096, "tokens a micro-batch: memory and speed, not results")
     limit: int | None = option(None, "use only so many rows of the data")
-    max_rejected: float = option(0.01, "stop if a larger share of the rows is rejected")
+    max_rejected: float = rare(0.01, "stop if a larger share of the rows is rejected")
     template: str = option("auto", "chat template: auto (if the tokenizer has one), chat or none")
     save_every: int = option(100, "steps between checkpoints; 0: none")
     keep_checkpoints: int = option(2, "how many of them stay, the newest", rare=True)
@@ -51,6 +55,9 @@ class LoopConfig:
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "of the forward: auto (bfloat16 on cuda), float32 or bfloat16")
     gradient_checkpointing: bool = option(False, "recompute activations in backward to save memory")
+    lora_rank: int = option(0, "train a low-rank adapter of this rank, and the head; 0: all weights")
+    lora_alpha: float = rare(32.0, "what an adapter computes is multiplied by lora_alpha / lora_rank")
+    lora_targets: str = rare("all", "linear layers with an adapter, such as q_proj,v_proj; all: those of the body")
     tensorboard: bool = option(False, "also write TensorBoard files")
     resume: bool = option(False, "continue from the newest checkpoint in the output folder")
     overwrite: bool = option(False, "delete an earlier run in the output folder")
@@ -62,14 +69,24 @@ class LoopConfig:
         choose(self, "template", ("auto", "chat", "none"))
         choose(self, "device", ("auto", "cpu", "cuda"))
         choose(self, "dtype", ("auto", "float32", "bfloat16"))
-        above(self, 0, "learning_rate", "adam_eps", "max_grad_norm")
+        above(self, 0, "learning_rate", "adam_eps", "max_grad_norm", "lora_alpha")
         at_least(self, 1, "batch_size", "max_tokens", "limit", "keep_checkpoints")
-        at_least(self, 0, "weight_decay", "seed", "save_every")
+        at_least(self, 0, "weight_decay", "seed", "save_every", "lora_rank")
         within(self, 0, 1, "warmup_ratio", "max_rejected")
         if self.seed >= 2**31:
             raise ValueError(f"seed must be below 2**31 = {2**31}, got {self.seed}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
+        if not self.has_adapters() and (self.lora_alpha, self.lora_targets) != (32.0, "all"):
+            raise ValueError("lora_alpha and lora_targets are of adapters, and there is none: set lora_rank")
+
+    def has_adapters(self) -> bool:
+        """Whether some model is trained as an adapter."""
+        return self.lora_rank > 0
+
+    def adapter_options(self) -> dict[str, Any]:
+        """What an adapter is made with, but for its model."""
+        return {"rank": self.lora_rank, "alpha": self.lora_alpha, "targets": self.lora_targets}
 
     def resolve_device(self) -> torch.device:
         """The device of the run; raises ValueError for cuda without a GPU."""

@@ -9,13 +9,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastrlhf.lora import Adapter, acting
 from fastrlhf.ops import linear_token_logprobs
 from fastrlhf.packing import Packed
 
 
-def hidden_states(model: PreTrainedModel, batch: Packed, autocast: torch.dtype | None = None) -> Tensor:
-    """Returns the last hidden states (T, D) of a pack, after the final norm; the model must be on our attention."""
-    with autocasting(batch.tokens.device, autocast):
+def hidden_states(
+    model: PreTrainedModel, batch: Packed, autocast: torch.dtype | None = None, adapter: Adapter | None = None
+) -> Tensor:
+    """Returns the last hidden states (T, D) of a pack, after the final norm; the model must be on our attention.
+
+    adapter: acts on the body, which otherwise computes without one"""
+    with autocasting(batch.tokens.device, autocast), acting(adapter):
         return model.base_model(**batch.model_inputs()).last_hidden_state[0]
 
 

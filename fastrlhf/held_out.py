@@ -47,7 +47,9 @@ class HeldOut:
             ranks.say(f"warning: {shared} of the {len(self.prompts)} prompts of {config.eval_data} are trained on too")
         if config.eval_reward is not None:
             columns = {name for prompt in self.prompts for name in prompt.columns}
-            self.scorer = Scorer(config.eval_reward, tokenizer, columns=columns, **options)
+            self.scorer = Scorer(
+                config.eval_reward, tokenizer, max_tokens=config.max_tokens, columns=columns, **options
+            )
 
     @property
     def seeds(self) -> range:

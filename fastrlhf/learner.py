@@ -25,19 +25,16 @@ from fastrlhf.roles import Roles
 class Learner:
     """The optimizers of a run, and the passes over each step's responses.
 
-    ptx: demonstrations whose loss is added to the policy's
-    num_value_warmup_steps: first steps in which the value model alone is trained"""
+    ptx: demonstrations whose loss is added to the policy's"""
 
-    def __init__(
-        self, config: PPOConfig, roles: Roles, *, ptx: Sequence[Demonstration], num_value_warmup_steps: int
-    ) -> None:
-        self.config, self.ptx, self.num_value_warmup_steps = config, ptx, num_value_warmup_steps
+    def __init__(self, config: PPOConfig, roles: Roles, *, ptx: Sequence[Demonstration]) -> None:
+        self.config, self.ptx, self.num_value_warmup_steps = config, ptx, roles.num_value_warmup_steps
         self.policy, self.value_model = roles.policy, roles.value_model
         self.step, self.kl_coef = 0, config.kl_coef
         updates = config.epochs * config.minibatches
         # the policy's schedule begins where its training does
         self.policy_optimizer = Optimizer.of(
-            config, self.policy, num_steps=updates * (config.steps - num_value_warmup_steps)
+            config, self.policy, num_steps=updates * (config.steps - self.num_value_warmup_steps)
         )
         if self.value_model is not None:
             self.value_optimizer = Optimizer.of(

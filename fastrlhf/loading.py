@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from fastrlhf.attention import ATTENTION
 from fastrlhf.fused_layers import fuse_layers
 from fastrlhf.heads import head_logprobs, head_scores, hidden_states
+from fastrlhf.lora import recompute
 from fastrlhf.packing import Packed, pack
 
 PROBE_LENGTHS = (5, 9)
@@ -95,11 +96,13 @@ def load_scalar(
     )
 
 
-def classifier(body: PreTrainedModel) -> PreTrainedModel:
+def classifier(body: PreTrainedModel, config: Any = None) -> PreTrainedModel:
     """Returns a one-label classification model around a body, not copied; the weights of its head are 0.
 
+    config: its own, if the body has other owners; default: that of the body. Changed
+
     Raises: ValueError when transformers has no such class for the body."""
-    config = body.config
+    config = body.config if config is None else config
     config.num_labels = 1
     if config.pad_token_id in _as_set(config.eos_token_id):
         # transformers reads the score at the last token that is no padding: it must not take the end for padding
@@ -165,10 +168,10 @@ def attach(
         _check_attention(model, tokens[0])
         _compare(model, packed(_pack(tokens)), expected, dtype)
     model.requires_grad_(not freeze)
-    if gradient_checkpointing and not freeze:
+    if gradient_checkpointing:  # frozen too: an adapter may be trained on it
         # transformers 5.23 renamed it and warns of the old name
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, "context_fn": recompute})
     return model
 
 

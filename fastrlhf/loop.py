@@ -25,10 +25,12 @@ from fastrlhf.checkpoint import (
 from fastrlhf.config import LoopConfig, RewardConfig, SFTConfig
 from fastrlhf.data import Loaded
 from fastrlhf.metrics import MetricsLog
+from fastrlhf.models import Role
 from fastrlhf.optim import NonFiniteError
 from fastrlhf.whole import write_whole
 
 T = TypeVar("T")
+R = TypeVar("R", bound=Role)
 
 
 class Loop(Protocol):
@@ -135,6 +137,19 @@ def advance(loop: Loop) -> dict[str, float]:
     if last:
         write_whole(output / "model", loop.save)
     return metrics
+
+
+def load_trained(role: type[R], config: LoopConfig, checkpoint: Path | None, **options: Any) -> R:
+    """Returns the model that a loop trains, whole or as an adapter, in train mode: as `model` or as in the checkpoint.
+
+    options: of its from_pretrained"""
+    options |= {"device": config.resolve_device(), "autocast": config.autocast_dtype()}
+    options["gradient_checkpointing"] = config.gradient_checkpointing
+    saved = checkpoint / "model" if checkpoint else None
+    if not config.lora_rank:
+        return role.from_pretrained(saved or config.model, **options).train()
+    model = role.from_pretrained(config.model, freeze=True, dtype=options["autocast"] or torch.float32, **options)
+    return model.adapt(saved, **config.adapter_options()).train()
 
 
 def load_with_held_out(

@@ -1,14 +1,15 @@
 """Policy, reward model and value model: a transformers model on our attention, with our heads, taking a `Packed` batch.
 
 In all three `autocast` is the dtype of the body's forward pass (bfloat16 on GPUs, over float32 parameters); None is
-that of the parameters. Heads compute in the dtype of their parameters.
+that of the parameters. Heads compute in the dtype of their parameters. With an `adapter` the model's body is frozen and
+may be that of other roles too.
 """
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +18,76 @@ from transformers import PreTrainedModel
 from fastrlhf import ranks
 from fastrlhf.heads import autocasting, head_logprobs, head_scores, hidden_states
 from fastrlhf.loading import attach_scalar, classifier, load_causal_lm, load_scalar
+from fastrlhf.lora import Adapter, merge_into, save_merged
 from fastrlhf.packing import Packed
 
-__all__ = ["Policy", "RewardModel", "ScalarModel", "ValueModel", "autocasting", "load_causal_lm", "load_scalar"]
+ADAPTER = "adapter"  # in the folder of a model that was trained as one
+__all__ = [
+    "ADAPTER",
+    "Policy",
+    "RewardModel",
+    "ScalarModel",
+    "ValueModel",
+    "autocasting",
+    "load_causal_lm",
+    "load_scalar",
+]
 
 
-class Policy(nn.Module):
-    """A causal language model read as a policy: log-probabilities of the response tokens of a pack.
+class Role(nn.Module):
+    """What all have: a transformers model on our attention, whose parameters are shared, and perhaps an adapter."""
 
-    model: what `load_causal_lm` returned; its parameters are shared"""
-
-    def __init__(self, model: PreTrainedModel, *, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, autocast: torch.dtype | None = None, adapter: Adapter | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.autocast = autocast
+        self.adapter = adapter
+
+    def hidden(self, batch: Packed) -> Tensor:
+        """Returns the last hidden states (T, D), after the final norm."""
+        return hidden_states(self.model, batch, self.autocast, self.adapter)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> Any:
+        raise NotImplementedError
+
+    def adapt(self, saved: str | Path | None, **options: Any) -> Self:
+        """Gives a frozen model an adapter to train, new or as saved; returns the role. options: of Adapter."""
+        self.adapter = Adapter(self.model, **options) if saved is None else Adapter.load(saved, self.model)[0]
+        return self
+
+    def own_head(self) -> dict[str, Any]:
+        """The head that is kept with the adapter, as arguments of Adapter.save."""
+        return {}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a folder that transformers loads; an adapter is in its weights, and by itself in `adapter`.
+
+        The first process does, for this and the next."""
+        if not ranks.is_first():
+            return
+        if self.adapter is None:
+            self.model.save_pretrained(folder)
+        else:
+            save_merged(self.model, self.adapter, folder)
+            self.adapter.save(Path(folder) / ADAPTER, **self.own_head())
+
+    def save_trained(self, folder: str | Path) -> None:
+        """Writes what training changes: the model, or the adapter and the head beside it."""
+        if not ranks.is_first():
+            return
+        if self.adapter is None:
+            self.model.save_pretrained(folder)
+        else:
+            self.adapter.save(folder, **self.own_head())
+
+
+class Policy(Role):
+    """A causal language model read as a policy: log-probabilities of the response tokens of a pack.
+
+    model: what `load_causal_lm` returned"""
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, autocast: torch.dtype | None = None, **options: Any) -> Policy:
@@ -42,31 +99,32 @@ class Policy(nn.Module):
         hidden = self.hidden(batch)[batch.predictors]
         return head_logprobs(self.model, hidden, batch.targets, temperature=temperature, return_entropy=return_entropy)
 
-    def hidden(self, batch: Packed) -> Tensor:
-        """Returns the last hidden states (T, D), after the final norm."""
-        return hidden_states(self.model, batch, self.autocast)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a folder that AutoModelForCausalLM.from_pretrained loads, in the first process."""
-        if ranks.is_first():
-            self.model.save_pretrained(folder)
-
-
-class ScalarModel(nn.Module):
+class ScalarModel(Role):
     """A body with one linear head: what RewardModel and ValueModel share. Subclasses say which rows are read.
 
     model: what `load_scalar` returned: a transformers classification model with one label, so that its folder loads
     anywhere. The offset of the head, `reward_bias` in its config, is ours; other readers see scores without it."""
 
-    def __init__(self, model: PreTrainedModel, *, autocast: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.autocast = autocast
-
     @classmethod
     def from_pretrained(cls, path: str | Path, *, autocast: torch.dtype | None = None, **options: Any) -> Any:
         """Returns the model in a folder or of a hub id (see `load_scalar` for the options and errors)."""
         return cls(load_scalar(path, **options), autocast=autocast)
+
+    @classmethod
+    def on_body(cls, base: Policy, adapter: Adapter, head: Tensor | None = None, bias: float = 0.0) -> Any:
+        """Returns the body of `base` under an adapter of its own, with a float32 copy of a head (1, D); None: of 0."""
+        model = classifier(base.model.base_model, copy.deepcopy(base.model.config))
+        model.score.float()
+        if head is not None:
+            model.score.weight.data.copy_(head)
+        model.config.reward_bias = bias
+        return cls(model, autocast=base.autocast, adapter=adapter)
+
+    @classmethod
+    def from_adapter(cls, folder: str | Path, base: Policy) -> Any:
+        """Returns the adapter in a folder, with its head, on the body of `base`; see `Adapter.load` for the errors."""
+        return cls.on_body(base, *Adapter.load(folder, base.model))
 
     @property
     def bias(self) -> float:
@@ -79,12 +137,18 @@ class ScalarModel(nn.Module):
 
     def read(self, batch: Packed, rows: Tensor) -> Tensor:
         """Returns head and offset at the given rows (M,) of the pack, (M,) float32."""
-        return head_scores(self.model, hidden_states(self.model, batch, self.autocast)[rows])
+        return head_scores(self.model, self.hidden(batch)[rows])
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a folder that AutoModelForSequenceClassification.from_pretrained loads, in the first process."""
-        if ranks.is_first():
-            self.model.save_pretrained(folder)
+    def adapt(self, saved: str | Path | None, **options: Any) -> Self:
+        self.model.score.float().requires_grad_()
+        if saved is None:
+            return super().adapt(saved, **options)
+        self.adapter, head, self.bias = Adapter.load(saved, self.model)
+        self.model.score.weight.data.copy_(head)
+        return self
+
+    def own_head(self) -> dict[str, Any]:
+        return {"head": self.model.score.weight, "bias": self.bias}
 
 
 class RewardModel(ScalarModel):
@@ -107,12 +171,25 @@ class ValueModel(ScalarModel):
         cls, reward_model: RewardModel, *, autocast: torch.dtype | None = None, gradient_checkpointing: bool = False
     ) -> ValueModel:
         """Returns a trainable float32 copy of body, head and offset (Ouyang et al., arXiv 2203.02155)."""
-        return cls._trainable(copy.deepcopy(reward_model.model), autocast, gradient_checkpointing)
+        model = copy.deepcopy(reward_model.model).float()
+        if reward_model.adapter is not None:
+            merge_into(model, reward_model.adapter)
+        return cls._trainable(model, autocast, gradient_checkpointing)
+
+    @classmethod
+    def like(cls, reward_model: RewardModel, base: Policy) -> ValueModel:
+        """Returns a trainable copy of adapter, head and offset on the body of `base`, on which the reward model is."""
+        adapter = copy.deepcopy(reward_model.adapter)
+        assert adapter is not None
+        value_model: ValueModel = cls.on_body(base, adapter.requires_grad_(), **reward_model.own_head())
+        return value_model
 
     @classmethod
     def from_policy(cls, policy: Policy, *, gradient_checkpointing: bool = False) -> ValueModel:
         """Returns a trainable float32 copy of the policy's body with a zero head, so that all values start at 0."""
-        model = classifier(copy.deepcopy(policy.model.base_model))
+        model = classifier(copy.deepcopy(policy.model.base_model)).float()
+        if policy.adapter is not None:
+            merge_into(model, policy.adapter)
         model.config.reward_bias = 0.0
         return cls._trainable(model, policy.autocast, gradient_checkpointing)
 

@@ -29,12 +29,12 @@ from fastrlhf.kl import next_kl_coef
 from fastrlhf.learner import Learner
 from fastrlhf.loop import advance, begin, check_fits, prepare
 from fastrlhf.metrics import MetricsLog, Statistics
-from fastrlhf.models import Policy, RewardModel, autocasting
+from fastrlhf.models import Policy, autocasting
 from fastrlhf.packing import Packed, pack
 from fastrlhf.ppo_config import PPOConfig
 from fastrlhf.ppo_data import load_ptx
 from fastrlhf.rewards import RunningMoments, shape_scores
-from fastrlhf.roles import Roles
+from fastrlhf.roles import Roles, load_base
 from fastrlhf.sampling import RolloutBackend, Sample, Sampling
 from fastrlhf.scoring import Scorer
 from fastrlhf.template import check_same_vocabulary, load_tokenizer
@@ -63,18 +63,18 @@ class PPO:
         options: dict[str, Any] = {name: getattr(config, name) for name in ("template", "limit", "max_rejected")}
         loaded = load_prompts(config.data, self.tokenizer, max_prompt_tokens=config.max_prompt_tokens, **options)
         self.prompts = loaded.rows
-        options = {"max_tokens": config.max_tokens, "device": self.device, "autocast": config.autocast_dtype()}
+        base = load_base(config)
+        options = {"device": self.device, "autocast": config.autocast_dtype(), "base": base}
         columns = {name for prompt in self.prompts for name in prompt.columns}
-        self.scorer = Scorer(config.reward, self.tokenizer, columns=columns, **options)
+        self.scorer = Scorer(config.reward, self.tokenizer, max_tokens=config.max_tokens, columns=columns, **options)
         self.held_out = HeldOut(config, self.tokenizer, self.scorer, self.prompts, **options)
         reward_models = [model for model, _ in self.scorer.models]
         if config.reference:
             check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
-        self.roles = Roles(config, reward_models, checkpoint)
+        self.roles = Roles(config, reward_models, checkpoint, base)
         self.policy, self.reference, self.value_model = self.roles.policy, self.roles.reference, self.roles.value_model
         ptx = load_ptx(config, self.tokenizer, self.policy.model)
-        num_value_warmup_steps = self.num_value_warmup_steps(reward_models)
-        self.learner = Learner(config, self.roles, ptx=ptx, num_value_warmup_steps=num_value_warmup_steps)
+        self.learner = Learner(config, self.roles, ptx=ptx)
         self.kl_coef, self.moments = config.kl_coef, RunningMoments()
         self.health = Health(ratios_start_at_one=config.truncation != "sampler")
         names = {field.name for field in fields(Sampling)} - {"greedy"}
@@ -104,13 +104,6 @@ class PPO:
         if self.config.batch_size % (number * each):
             counts = f"{number} processes x {each} samples_per_prompt"
             raise ValueError(f"batch_size ({self.config.batch_size}) must be a multiple of {counts}")
-
-    def num_value_warmup_steps(self, reward_models: list[RewardModel]) -> int:
-        """The number of first steps for the value model alone: some, unless it starts as the reward model."""
-        if self.value_model is None:
-            return 0
-        default = 0 if len(reward_models) == 1 else min(2, self.config.steps - 1)
-        return default if self.config.value_warmup_steps is None else self.config.value_warmup_steps
 
     def step(self) -> dict[str, float]:
         """Runs one PPO step: sample, score, shape, estimate advantages, update. Returns its metrics."""

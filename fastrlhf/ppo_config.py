@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
-from fastrlhf.config import REQUIRED, SCHEDULES, LoopConfig, above, at_least, choose, option, within
+from fastrlhf.config import REQUIRED, SCHEDULES, LoopConfig, above, at_least, choose, option, rare, within
 
 # summarize: Stiennon et al., as Huang et al. (arXiv 2403.17031) reproduce it; chat: Ouyang et al., as trainers do today
 PRESETS: dict[str, dict[str, Any]] = {
@@ -31,7 +30,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 ESTIMATORS = ("gae", "rloo", "grpo", "dr_grpo", "reinforce++", "reinforce++_baseline", "remax")
 STALE = "stale"  # weight_sync: the servers keep the weights that they have
-rare = partial(option, rare=True)
 GROUPED = ("rloo", "grpo", "dr_grpo", "reinforce++_baseline")  # compare the responses to one prompt
 
 
@@ -49,6 +47,7 @@ class PPOConfig(LoopConfig):
     learning_rate: float = option(None, "peak learning rate of the policy")
     value_learning_rate: float = option(None, "peak learning rate of the value model")
     schedule: str = option(None, "of the learning rate: constant, linear or cosine (to 0)")
+    value_lora_rank: int | None = rare(None, "rank of the value model's adapter; 0: all weights; default: lora_rank")
     value_schedule: str | None = rare(None, "of the value model's learning rate; default: schedule")
     epochs: int = option(None, "passes over the responses of a step")
     minibatches: int = option(1, "optimizer steps a pass")
@@ -134,6 +133,13 @@ class PPOConfig(LoopConfig):
         None, "module:function, called with policy and URLs before each rollout; stale: nothing is"
     )
 
+    def has_adapters(self) -> bool:
+        return self.lora_rank > 0 or bool(self.value_lora_rank)
+
+    def value_rank(self) -> int:
+        """The rank of the value model's adapter, 0 without one."""
+        return self.lora_rank if self.value_lora_rank is None else self.value_lora_rank
+
     def __post_init__(self) -> None:
         choose(self, "preset", tuple(PRESETS))
         for name, value in PRESETS[self.preset].items():
@@ -162,6 +168,7 @@ class PPOConfig(LoopConfig):
         parse_missing_eos(self.missing_eos)
         at_least(self, 1, "steps", "epochs", "minibatches", "max_prompt_tokens", "max_new_tokens", "max_slots")
         at_least(self, 1, "samples_per_prompt", "eval_every", "eval_limit")
+        at_least(self, 0, "value_lora_rank")
         above(self, 0, "value_learning_rate", "value_coef", "temperature", "kl_target", "kl_coef_end", "score_clip")
         above(self, 0, "clip_range", "clip_range_high", "clip_range_value", "max_update_kl", "kv_budget")
         above(self, 1, "dual_clip")
@@ -222,6 +229,8 @@ class PPOConfig(LoopConfig):
             raise ValueError("give kl_target (adapts kl_coef) or kl_coef_end (plans it), not both")
         if self.kl_coef == 0 and (self.kl_target is not None or self.kl_coef_end is not None):
             raise ValueError("kl_target and kl_coef_end multiply kl_coef, which must start above 0")
+        if self.reference_every and self.lora_rank and self.reference not in (None, self.model):
+            raise ValueError("reference_every: an adapter cannot become the reference, which is another model")
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError("kl_in=loss: the mean gradient of k1 is 0, so it penalises nothing; use k2 or k3")
         if self.max_update_kl is not None and self.truncation == "sampler":
@@ -241,6 +250,7 @@ class PPOConfig(LoopConfig):
         reasons = {
             "value_warmup_steps": no_values,
             "value_schedule": no_values,
+            "value_lora_rank": no_values,
             "value_coef": no_values,
             "clip_range_value": no_values,
             "gamma": whole,

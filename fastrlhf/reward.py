@@ -13,7 +13,7 @@ from torch import Tensor
 from fastrlhf import ranks
 from fastrlhf.config import RewardConfig
 from fastrlhf.data import Pair, batch_rows, load_pairs
-from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_with_held_out, prepare
+from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_trained, load_with_held_out, prepare
 from fastrlhf.metrics import MetricsLog, Statistics
 from fastrlhf.models import RewardModel
 from fastrlhf.ops import pairwise_reward_loss
@@ -42,13 +42,7 @@ class RewardTrainer:
         self.pairs, self.held_out = load_with_held_out(load_pairs, config, self.tokenizer)
         self.num_rows = config.epochs * len(self.pairs)
         self.num_steps = -(-self.num_rows // config.batch_size)
-        self.model = RewardModel.from_pretrained(
-            checkpoint / "model" if checkpoint else config.model,
-            device=self.device,
-            autocast=config.autocast_dtype(),
-            gradient_checkpointing=config.gradient_checkpointing,
-            new_head=True,
-        ).train()
+        self.model = load_trained(RewardModel, config, checkpoint, new_head=True)
         longest = max(len(side) for pair in (*self.pairs, *self.held_out) for side in sides(pair))
         check_fits(self.model.model, self.tokenizer, longest_row=longest)
         choose_pad(self.tokenizer, eos_token_ids(self.tokenizer, self.model.model))
@@ -146,7 +140,7 @@ class RewardTrainer:
 
     def save_models(self, folder: Path) -> None:
         """Writes what a checkpoint needs besides state_dict."""
-        self.model.save_pretrained(folder / "model")
+        self.model.save_trained(folder / "model")
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step besides the model."""

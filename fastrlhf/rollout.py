@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from fastrlhf.attention import ATTENTION
 from fastrlhf.decoding import Row, Run, make_rows
 from fastrlhf.graphs import Graphs, recorder
+from fastrlhf.lora import Adapter, acting
 from fastrlhf.packing import pack
 from fastrlhf.sampling import Sample, Sampling, checked_limits
 from fastrlhf.slots import CachePlan, Slots
@@ -36,6 +37,7 @@ class Engine:
     max_slots: most sequences decoded at once; the cache may hold so many of the longest one, and is kept between calls
     kv_budget: most bytes of the cache; fewer sequences are decoded at once where it asks for that
     tokenizer: of the model, for Sampling.stop
+    adapter: acts on the model's body
     cuda_graphs: whether decode steps on a GPU are replayed from CUDA graphs (under autocast in `generate` only)"""
 
     def __init__(
@@ -47,13 +49,14 @@ class Engine:
         kv_budget: int | None = None,
         tokenizer: Any = None,
         cuda_graphs: bool = True,
+        adapter: Adapter | None = None,
     ) -> None:
         if max_slots < 1:
             raise ValueError(f"Engine: max_slots must be at least 1, got {max_slots}")
         if model.config._attn_implementation != ATTENTION:
             got = model.config._attn_implementation
             raise ValueError(f"Engine: the model must be on attention {ATTENTION!r} (load_causal_lm), got {got!r}")
-        self.model = model
+        self.model, self.adapter = model, adapter
         self.max_slots, self.kv_budget = max_slots, kv_budget
         self.eos_token_ids = sorted(eos_token_ids)
         self.tokenizer = tokenizer
@@ -116,7 +119,7 @@ class Engine:
         slots, batch = Slots(), pack([[0]], device=self.model.device)
         slots.reserve(1, 1)
         slots.prefill(batch, [0])
-        with _evaluating(self.model), torch.no_grad():
+        with _evaluating(self.model), torch.no_grad(), acting(self.adapter):
             self.model(**batch.model_inputs(), slots=slots, logits_to_keep=1)
         return slots.num_bytes
 
@@ -171,7 +174,7 @@ class Engine:
             run = Run(self.model, self.slots, rows, sampling, num_slots, self.eos_token_ids, forward)
             with _evaluating(self.model):
                 while True:
-                    with torch.no_grad():  # not around the yield: it would be in force in the caller's loop
+                    with torch.no_grad(), acting(self.adapter):  # not around the yield: they would act in the caller
                         num_drawn, ended = run.step()
                     if num_drawn == 0:
                         return
@@ -194,7 +197,8 @@ class Engine:
         if self._graphs is None or self._graphs.inputs.device != device:
             self._graphs = Graphs(self._forward, record, max_rows=self.max_slots, device=device)
         graphs, state = self._graphs, (autocast, torch.get_autocast_dtype(device.type))
-        weights = [t.data_ptr() for t in chain(self.model.parameters(), self.model.buffers())]
+        own = () if self.adapter is None else self.adapter.parameters()
+        weights = [t.data_ptr() for t in chain(self.model.parameters(), self.model.buffers(), own)]
         return lambda inputs: graphs(inputs, num_slots=num_slots, addresses=(self.slots.version, state, weights))
 
     def _forward(self, inputs: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastrlhf import ranks
 from fastrlhf.data import Prompt
-from fastrlhf.models import RewardModel
+from fastrlhf.lora import hash_of, metadata_of
+from fastrlhf.models import ADAPTER, Policy, RewardModel
 from fastrlhf.packing import Packed
 from fastrlhf.rollout import Sample
 from fastrlhf.template import check_same_vocabulary, load_tokenizer
@@ -76,6 +77,7 @@ class Scorer:
 
     columns: the names of the other columns of the prompt file; None: those of the prompts at hand
     names: of the terms, reward models first
+    base: a reward model that was trained as an adapter on its body is loaded as that
 
     Raises: ValueError or TypeError for a source that is none, a model without a trained head or with another
     vocabulary, and a function that needs what it will not get."""
@@ -89,6 +91,7 @@ class Scorer:
         columns: Collection[str] | None = None,
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
+        base: Policy | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
@@ -106,8 +109,12 @@ class Scorer:
                 names[1].append(source if isinstance(source, str) else "function")
             else:
                 check_same_vocabulary(tokenizer, load_tokenizer(source), f"reward model {source}")
-                dtype = autocast or torch.float32  # frozen, so it needs no fp32 weights
-                model = RewardModel.from_pretrained(source, device=device, dtype=dtype, freeze=True)
+                adapter = Path(source) / ADAPTER
+                if base is not None and is_on(base, adapter):
+                    model = RewardModel.from_adapter(adapter, base).requires_grad_(False)
+                else:
+                    dtype = autocast or torch.float32  # frozen, so it needs no fp32 weights
+                    model = RewardModel.from_pretrained(source, device=device, dtype=dtype, freeze=True)
                 self.models.append((model, weight))
                 names[0].append(source)
         self.names = short_names([*names[0], *names[1]])
@@ -176,6 +183,11 @@ def is_function(source: str) -> bool:
     if ":" not in source and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"reward: no folder {source!r}; a function is given as module:function")
     return ":" in source
+
+
+def is_on(base: Policy, adapter: Path) -> bool:
+    """Whether a folder holds an adapter of this body."""
+    return adapter.is_dir() and metadata_of(adapter).get("base_hash") == hash_of(base.model)
 
 
 def keywords_of(function: RewardFunction, available: Collection[str]) -> list[str]:

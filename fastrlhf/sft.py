@@ -11,7 +11,7 @@ import torch
 from fastrlhf import ranks
 from fastrlhf.config import SFTConfig
 from fastrlhf.data import Demonstration, batch_rows, load_demonstrations
-from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_with_held_out, prepare
+from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_trained, load_with_held_out, prepare
 from fastrlhf.metrics import MetricsLog
 from fastrlhf.models import Policy
 from fastrlhf.optim import Optimizer, check_finite
@@ -39,12 +39,7 @@ class SFT:
         self.demonstrations, self.held_out = load_with_held_out(load_demonstrations, config, self.tokenizer)
         self.num_rows = config.epochs * len(self.demonstrations)
         self.num_steps = -(-self.num_rows // config.batch_size)
-        self.policy = Policy.from_pretrained(
-            checkpoint / "model" if checkpoint else config.model,
-            device=self.device,
-            autocast=config.autocast_dtype(),
-            gradient_checkpointing=config.gradient_checkpointing,
-        ).train()
+        self.policy = load_trained(Policy, config, checkpoint)
         longest = max(len(row.tokens) for row in (*self.demonstrations, *self.held_out))
         check_fits(self.policy.model, self.tokenizer, longest_row=longest)
         self.optimizer = Optimizer.of(config, self.policy, num_steps=self.num_steps)
@@ -102,7 +97,7 @@ class SFT:
 
     def save_models(self, folder: Path) -> None:
         """Writes what a checkpoint needs besides state_dict."""
-        self.policy.save_pretrained(folder / "model")
+        self.policy.save_trained(folder / "model")
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step besides the model."""

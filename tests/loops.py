@@ -96,5 +96,6 @@ def assert_resumes_bit_for_bit(loop, loop_config, settings, folder, *, killed_af
     for _ in resumed:
         pass
     assert metrics[0].read_bytes() == metrics[1].read_bytes()
-    for file in (folder / "whole" / "model").iterdir():
-        assert file.read_bytes() == (folder / "killed" / "model" / file.name).read_bytes(), file.name
+    for file in (path for path in (folder / "whole" / "model").rglob("*") if path.is_file()):
+        name = file.relative_to(folder / "whole")
+        assert file.read_bytes() == (folder / "killed" / name).read_bytes(), name
