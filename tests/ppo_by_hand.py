@@ -41,9 +41,9 @@ def perturb(loader, source, target, size):
     model.save_pretrained(target)
 
 
-def responses_of(lengths, eos, *, width=4):
+def responses_of(lengths, eos, *, width=4, seed=1):
     """(prompt, response) of random tokens; a response of a length in `eos` ends with it."""
-    tokenizer, generator = tiny_tokenizer(), torch.Generator().manual_seed(1)
+    tokenizer, generator = tiny_tokenizer(), torch.Generator().manual_seed(seed)
     rows = []
     for n, length in enumerate(lengths):
         response = torch.randint(20, 250, (length,), generator=generator).tolist()
