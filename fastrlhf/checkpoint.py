@@ -50,6 +50,7 @@ MAY_DIFFER = {
     "output",
     "max_tokens",
     "gradient_checkpointing",
+    "parallel",
 }
 
 

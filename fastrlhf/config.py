@@ -54,6 +54,7 @@ class LoopConfig:
     seed: int = option(0, "seed of everything that is drawn")
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "of the forward: auto (bfloat16 on cuda), float32 or bfloat16")
+    parallel: str = option("ddp", "under torchrun: ddp (a copy of each model a process) or fsdp (shards)", rare=True)
     gradient_checkpointing: bool = option(False, "recompute activations in backward to save memory")
     lora_rank: int = option(0, "train a low-rank adapter of this rank, and the head; 0: all weights")
     lora_alpha: float = rare(32.0, "what an adapter computes is multiplied by lora_alpha / lora_rank")
@@ -68,6 +69,7 @@ class LoopConfig:
         choose(self, "schedule", SCHEDULES)
         choose(self, "template", ("auto", "chat", "none"))
         choose(self, "device", ("auto", "cpu", "cuda"))
+        choose(self, "parallel", ("ddp", "fsdp"))
         choose(self, "dtype", ("auto", "float32", "bfloat16"))
         above(self, 0, "learning_rate", "adam_eps", "max_grad_norm", "lora_alpha")
         at_least(self, 1, "batch_size", "max_tokens", "limit", "keep_checkpoints")
@@ -79,6 +81,8 @@ class LoopConfig:
             raise ValueError("resume and overwrite exclude each other")
         if not self.has_adapters() and (self.lora_alpha, self.lora_targets) != (32.0, "all"):
             raise ValueError("lora_alpha and lora_targets are of adapters, and there is none: set lora_rank")
+        if self.parallel == "fsdp" and self.has_adapters():
+            raise ValueError("parallel: fsdp is for models that are trained whole; adapters (lora_rank) take ddp")
 
     def has_adapters(self) -> bool:
         """Whether some model is trained as an adapter."""

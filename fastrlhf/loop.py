@@ -67,7 +67,8 @@ def prepare(config: LoopConfig) -> Path | None:
     user's reward function draw from. Returns the newest checkpoint to resume from, None to start afresh.
 
     Raises: as check_output; ValueError when the processes see different output folders."""
-    ranks.start()
+    if ranks.start() == 1 and config.parallel == "fsdp":
+        raise ValueError("parallel: fsdp needs several processes; torchrun starts them (docs/parallel.md)")
     checkpoint = check_output(config)
     found = ranks.gather(str(checkpoint))  # none goes on, and writes there, before all have looked
     if len(set(found)) > 1:

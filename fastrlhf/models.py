@@ -20,6 +20,7 @@ from fastrlhf.heads import autocasting, head_logprobs, head_scores, hidden_state
 from fastrlhf.loading import attach_scalar, classifier, load_causal_lm, load_scalar
 from fastrlhf.lora import Adapter, merge_into, save_merged
 from fastrlhf.packing import Packed
+from fastrlhf.shards import unsharded
 
 ADAPTER = "adapter"  # in the folder of a model that was trained as one
 __all__ = [
@@ -65,22 +66,21 @@ class Role(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a folder that transformers loads; an adapter is in its weights, and by itself in `adapter`.
 
-        The first process does, for this and the next."""
-        if not ranks.is_first():
-            return
-        if self.adapter is None:
-            self.model.save_pretrained(folder)
-        else:
-            save_merged(self.model, self.adapter, folder)
-            self.adapter.save(Path(folder) / ADAPTER, **self.own_head())
+        All processes call this and the next, and the first writes."""
+        with unsharded(self) as whole:
+            if not ranks.is_first():
+                return
+            if self.adapter is None:
+                whole.model.save_pretrained(folder)
+            else:
+                save_merged(self.model, self.adapter, folder)
+                self.adapter.save(Path(folder) / ADAPTER, **self.own_head())
 
     def save_trained(self, folder: str | Path) -> None:
         """Writes what training changes: the model, or the adapter and the head beside it."""
-        if not ranks.is_first():
-            return
         if self.adapter is None:
-            self.model.save_pretrained(folder)
-        else:
+            self.save_pretrained(folder)
+        elif ranks.is_first():
             self.adapter.save(folder, **self.own_head())
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastrlhf import ranks
 from fastrlhf.config import LoopConfig
+from fastrlhf.shards import gathered, scattered
 
 
 class NonFiniteError(FloatingPointError):
@@ -101,7 +102,7 @@ class Optimizer:
 
         Raises: NonFiniteError, naming `where` (the step and the rows of the batch), before a parameter is changed."""
         ranks.add_gradients(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        norm = gathered(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         check_finite("the norm of the gradient", norm, where)
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate
@@ -116,9 +117,11 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Adam's moments and the position in the schedule."""
-        return {"adam": self.adam.state_dict(), "num_steps_done": self.num_steps_done}
+        return {"adam": gathered(self.adam.state_dict()), "num_steps_done": self.num_steps_done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what state_dict gave."""
-        self.adam.load_state_dict(state["adam"])
+        parameters = [parameter for group in self.adam.param_groups for parameter in group["params"]]
+        states = {number: scattered(values, parameters[number]) for number, values in state["adam"]["state"].items()}
+        self.adam.load_state_dict({**state["adam"], "state": states})
         self.num_steps_done = state["num_steps_done"]

@@ -37,6 +37,7 @@ from fastrlhf.rewards import RunningMoments, shape_scores
 from fastrlhf.roles import Roles, load_base
 from fastrlhf.sampling import RolloutBackend, Sample, Sampling
 from fastrlhf.scoring import Scorer
+from fastrlhf.shards import twin, unsharded
 from fastrlhf.template import check_same_vocabulary, load_tokenizer
 
 NUM_SAMPLES = 4  # of a step that are left in samples.jsonl
@@ -57,7 +58,7 @@ class PPO:
         self.config = config
         self.num_steps = config.steps
         checkpoint = prepare(config)
-        self.check_shares()
+        ranks.check_share(config.batch_size, config.samples_per_prompt)
         self.device = config.resolve_device()
         self.tokenizer = load_tokenizer(config.model)
         options: dict[str, Any] = {name: getattr(config, name) for name in ("template", "limit", "max_rejected")}
@@ -71,7 +72,10 @@ class PPO:
         reward_models = [model for model, _ in self.scorer.models]
         if config.reference:
             check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
+        judges = [model for model, _ in self.held_out.scorer.models]
         self.roles = Roles(config, reward_models, checkpoint, base)
+        if config.parallel == "fsdp":
+            self.roles.shard(*{*reward_models, *judges})
         self.policy, self.reference, self.value_model = self.roles.policy, self.roles.reference, self.roles.value_model
         ptx = load_ptx(config, self.tokenizer, self.policy.model)
         self.learner = Learner(config, self.roles, ptx=ptx)
@@ -80,12 +84,11 @@ class PPO:
         names = {field.name for field in fields(Sampling)} - {"greedy"}
         self.sampling = Sampling(**{name: getattr(config, name) for name in names})
         make = partial(make_backend, config, tokenizer=self.tokenizer) if backend is None else backend
-        self.engine, average = make(self.policy), self.roles.average
-        self.final_engine = self.engine if average is None else make_engine(config, average, self.tokenizer)
+        self.engine, average = make(twin(self.policy)), self.roles.average
+        self.final_engine = self.engine if average is None else make_engine(config, twin(average), self.tokenizer)
         # those of the engine equal the trainer's to 1e-5, but for half precision, where the two round differently
         self.reuses_logprobs = backend is None and config.rollout_url is None and self.policy.autocast is None
         longest = max(len(prompt.tokens) for prompt in (*self.prompts, *self.held_out.prompts))
-        judges = [model for model, _ in self.held_out.scorer.models]
         for model in (self.policy, self.reference, self.value_model, *reward_models, *judges):
             if model is not None:
                 check_fits(model.model, self.tokenizer, longest_prompt=longest, max_new_tokens=config.max_new_tokens)
@@ -97,13 +100,6 @@ class PPO:
 
     def __next__(self) -> dict[str, float]:
         return advance(self)
-
-    def check_shares(self) -> None:
-        """Raises ValueError unless each process of the run can answer as many prompts."""
-        number, each = ranks.place()[1], self.config.samples_per_prompt
-        if self.config.batch_size % (number * each):
-            counts = f"{number} processes x {each} samples_per_prompt"
-            raise ValueError(f"batch_size ({self.config.batch_size}) must be a multiple of {counts}")
 
     def step(self) -> dict[str, float]:
         """Runs one PPO step: sample, score, shape, estimate advantages, update. Returns its metrics."""
@@ -146,8 +142,10 @@ class PPO:
         first = (self.config.seed << 32) + self.num_steps_done * self.config.batch_size
         seeds = self.held_out.seeds if held_out else range(first, first + len(prompts))
         total = len(prompts) * self.sampling.max_new_tokens
-        with self.log.progress("generate", total) as done, autocasting(self.device, self.policy.autocast):
-            own = (self.final_engine if held_out else self.engine).generate(
+        policy, engine = (self.roles.final, self.final_engine) if held_out else (self.policy, self.engine)
+        progress, autocast = self.log.progress("generate", total), autocasting(self.device, self.policy.autocast)
+        with unsharded(policy), progress as done, autocast:
+            own = engine.generate(
                 [prompt.tokens for prompt in ranks.share(prompts)],
                 replace(self.sampling, greedy=True) if greedy else self.sampling,
                 seeds=ranks.share(seeds),

@@ -65,6 +65,13 @@ def share(rows: Sequence[T]) -> Sequence[T]:
     return rows[number * len(rows) // of : (number + 1) * len(rows) // of]
 
 
+def check_share(batch_size: int, each: int) -> None:
+    """Raises ValueError unless each process can answer as many prompts, with `each` of batch_size responses."""
+    if batch_size % (place()[1] * each):
+        counts = f"{place()[1]} processes x {each} samples_per_prompt"
+        raise ValueError(f"batch_size ({batch_size}) must be a multiple of {counts}")
+
+
 def gather(value: T) -> list[T]:
     """Returns what each process gives, in their order. value: anything that pickles, tensors on the CPU."""
     if place()[1] == 1:
@@ -86,10 +93,12 @@ def added(value: Tensor) -> Tensor:
 
 
 def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Puts the sum over the processes in the place of each gradient; all processes have the same ones."""
+    """Puts the sum over the processes in the place of each gradient; all processes have the same ones. Gradients of
+    sharded parameters are sums already."""
     if place()[1] == 1:
         return
-    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for bucket in _buckets([gradient for gradient in gradients if not hasattr(gradient, "full_tensor")]):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         with _talking():
             dist.all_reduce(flat)

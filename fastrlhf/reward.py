@@ -19,6 +19,7 @@ from fastrlhf.models import RewardModel
 from fastrlhf.ops import pairwise_reward_loss
 from fastrlhf.optim import Optimizer, check_finite
 from fastrlhf.packing import Packed, pack
+from fastrlhf.shards import shard
 from fastrlhf.template import eos_token_ids, load_tokenizer
 
 
@@ -47,6 +48,8 @@ class RewardTrainer:
         check_fits(self.model.model, self.tokenizer, longest_row=longest)
         choose_pad(self.tokenizer, eos_token_ids(self.tokenizer, self.model.model))
         self.shares_prompts = can_share_prompts(self.model, self.device)
+        if config.parallel == "fsdp":
+            shard(self.model)
         self.optimizer = Optimizer.of(config, self.model, num_steps=self.num_steps)
         begin(self, checkpoint, (side for pair in self.pairs for side in sides(pair)))
 

@@ -12,6 +12,7 @@ import torch
 from fastrlhf.lora import Adapter
 from fastrlhf.models import Policy, RewardModel, ValueModel
 from fastrlhf.ppo_config import PPOConfig
+from fastrlhf.shards import shard
 
 
 def load_base(config: PPOConfig) -> Policy | None:
@@ -117,6 +118,12 @@ class Roles:
 
     def _saved(self, role: str) -> Path | None:
         return self.checkpoint / role if self.checkpoint else None
+
+    def shard(self, *others: RewardModel) -> None:
+        """Cuts all models into shards, and others with them."""
+        for model in (self.policy, self.reference, self.average, self.value_model, *others):
+            if model is not None:
+                shard(model)
 
     @property
     def final(self) -> Policy:

@@ -146,6 +146,8 @@ class Scorer:
         return terms + [scores.to(batch.tokens.device) for scores in calls]
 
     def _call(self, function: RewardFunction, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> Tensor:
+        if not samples:  # more processes than responses
+            return torch.zeros(0)
         name = getattr(function, "__qualname__", repr(function))
         response_ids = [sample.response for sample in samples]
         names = self.columns

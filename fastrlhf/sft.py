@@ -16,6 +16,7 @@ from fastrlhf.metrics import MetricsLog
 from fastrlhf.models import Policy
 from fastrlhf.optim import Optimizer, check_finite
 from fastrlhf.packing import Packed, pack
+from fastrlhf.shards import shard
 from fastrlhf.template import load_tokenizer
 
 
@@ -42,6 +43,8 @@ class SFT:
         self.policy = load_trained(Policy, config, checkpoint)
         longest = max(len(row.tokens) for row in (*self.demonstrations, *self.held_out))
         check_fits(self.policy.model, self.tokenizer, longest_row=longest)
+        if config.parallel == "fsdp":
+            shard(self.policy)
         self.optimizer = Optimizer.of(config, self.policy, num_steps=self.num_steps)
         begin(self, checkpoint, (demonstration.tokens for demonstration in self.demonstrations))
 

@@ -25,7 +25,9 @@ def nan_in_the_second(prompts, responses, **_):
 
 
 def run(spec):
-    """Runs a loop to its end; the second process kills itself after step `killed_after`. Returns PPO's samples."""
+    """Runs a loop to its end; the second process kills itself after step `killed_after`.
+
+    Returns PPO's samples, and the share of its parameters that this process holds."""
     loop, config = LOOPS[spec["loop"]]
     trainer = loop(config(**spec["settings"]))
     sampled = []
@@ -34,7 +36,9 @@ def run(spec):
     for number, _ in enumerate(trainer, 1):
         if number == spec.get("killed_after") and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-    return sampled
+    parameters = list((trainer.model if spec["loop"] == "reward" else trainer.policy).parameters())
+    held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in parameters)
+    return {"sampled": sampled, "held": held / sum(p.numel() for p in parameters)}
 
 
 def record(trainer, sampled, limits):

@@ -42,7 +42,17 @@ ROOMS = {
         {"torch", "transformers", "safetensors", "numpy"},
     ),
     "files": (
-        {"data", "template", "options", "metrics", "checkpoint", "whole", "optim", "ranks"},
+        {
+            "data",
+            "template",
+            "options",
+            "metrics",
+            "checkpoint",
+            "whole",
+            "optim",
+            "ranks",
+            "shards",
+        },
         {"native", "settings"},
         {"torch", "transformers", "jinja2", "numpy", "yaml", "rich", "safetensors"},
     ),

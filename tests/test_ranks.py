@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 
 import pytest
+import torch
 from loops import ROOT, demonstrations, model_folder, pairs, write_rows
 from rank_worker import run
+from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 
 from fastrlhf.metrics import read_jsonl
@@ -23,6 +26,7 @@ ENVIRONMENT = {
 }
 
 
+SHARDED = {"gae": {"gradient_checkpointing": True}}  # further settings of the runs in shards
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -75,9 +79,12 @@ def specs(folder):
                 "max_update_kl": 0.05,
                 "ptx_data": ptx,
                 "ema_decay": 0.9,
+                "reference_every": 2,
+                "save_every": 1,
             },
         },
         "remax": {"loop": "ppo", "settings": {**ppo, "estimator": "remax", "kl_target": 1.0}},
+        "lora": {"loop": "ppo", "settings": {**ppo, "lora_rank": 4, "learning_rate": 1e-2}},
         # the last batch is one row, so one process has none
         "sft": {"loop": "sft", "settings": {**tuned, "data": ptx, "batch_size": 9, "epochs": 1}},
         "reward": {"loop": "reward", "settings": {**tuned, "data": str(folder / "pairs.jsonl"), "batch_size": 8}},
@@ -98,48 +105,113 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """Tokens sampled in each run, by one process and by two."""
+    """What the worker tells of each run: by one process, by two, and by two that hold shards."""
     both = []
     for name in ("one", "two"):
-        runs = [
-            {**spec, "settings": {**spec["settings"], "output": str(folder / name / key)}}
-            for key, spec in specs(folder).items()
-        ]
+        runs = [changed(spec, output=str(folder / name / key)) for key, spec in specs(folder).items()]
         if name == "one":
             both.append([run(spec) for spec in runs])
         else:
-            done = run_in_two(folder, runs)
+            sharded = [
+                changed(spec, output=str(folder / "shards" / key), parallel="fsdp", **SHARDED.get(key, {}))
+                for key, spec in specs(folder).items()
+                if key != "lora"
+            ]
+            done = run_in_two(folder, [*runs, *sharded])
             assert done.returncode == 0, done.stderr
-            both.append(json.loads((folder / "runs.found").read_text()))
-    return [dict(zip(specs(folder), found, strict=True)) for found in both]
+            found = json.loads((folder / "runs.found").read_text())
+            both.append(found[: len(runs)])
+    names = list(specs(folder))
+    one, two = (dict(zip(names, each, strict=True)) for each in both)
+    names.remove("lora")
+    return one, two, dict(zip(names, found[len(runs) :], strict=True))
 
 
-@pytest.mark.parametrize("name", ["gae", "groups", "remax"])
-def test_two_processes_sample_what_one_samples(found, name):
-    one, two = (each[name] for each in found)
-    assert one == two and len(one) == (6 if name == "remax" else 3)
+def changed(spec, **settings):
+    """A run with other settings."""
+    return {**spec, "settings": {**spec["settings"], **settings}}
 
 
-@pytest.mark.parametrize("name", ["gae", "groups", "remax", "sft", "reward"])
-def test_two_processes_have_the_metrics_of_one(found, folder, name):
-    one, two = (read_jsonl(folder / number / name / "metrics.jsonl") for number in ("one", "two"))
-    assert len(one) == len(two) >= 3
+def test_two_processes_train_an_adapter_as_one_does(found, folder):
+    assert found[0]["lora"]["sampled"] == found[1]["lora"]["sampled"]
+    one, two = (read_jsonl(folder / number / "lora" / "metrics.jsonl") for number in ("one", "two"))
     for ours, theirs in zip(one, two, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
 
 
-def test_a_killed_process_ends_the_run_and_the_run_resumes_bit_for_bit(found, folder):
-    spec = specs(folder)["groups"]
-    settings = {**spec["settings"], "output": str(folder / "killed"), "save_every": 1}
-    done = run_in_two(folder, [{**spec, "settings": settings, "killed_after": 2}])
+@pytest.mark.parametrize("name", ["gae", "groups", "remax"])
+def test_two_processes_sample_what_one_samples(found, name):
+    one, two, shards = (each[name]["sampled"] for each in found)
+    assert one == two == shards and len(one) == (6 if name == "remax" else 3)
+
+
+@pytest.mark.parametrize("name", ["gae", "groups", "remax", "sft", "reward"])
+@pytest.mark.parametrize("how", ["two", "shards"])
+def test_two_processes_have_the_metrics_of_one(found, folder, name, how):
+    one, other = (read_jsonl(folder / run / name / "metrics.jsonl") for run in ("one", how))
+    assert len(one) == len(other) >= 3
+    for ours, theirs in zip(one, other, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gae", "groups", "remax", "sft", "reward"])
+def test_a_process_holds_its_shards_only(found, name):
+    _, two, shards = (each[name]["held"] for each in found)
+    assert two == 1 and 0.45 < shards < 0.55
+
+
+def test_shards_of_a_single_process_are_refused(folder):
+    with pytest.raises(ValueError, match="fsdp needs several processes; torchrun starts them"):
+        run(changed(specs(folder)["sft"], output=str(folder / "single"), parallel="fsdp"))
+    with pytest.raises(ValueError, match=r"adapters \(lora_rank\) take ddp"):
+        run(changed(specs(folder)["lora"], output=str(folder / "single"), parallel="fsdp"))
+
+
+@pytest.mark.parametrize("name", ["gae", "groups", "remax", "sft", "reward"])
+def test_the_final_model_is_whole_and_that_of_one_process(found, folder, name):
+    one, two, shards = (load_file(folder / run / name / "model/model.safetensors") for run in ("one", "two", "shards"))
+    assert one.keys() == two.keys() == shards.keys()
+    for key, value in one.items():
+        assert torch.allclose(value, two[key], rtol=1e-4, atol=1e-5)
+        assert torch.allclose(value, shards[key], rtol=1e-4, atol=1e-5)
+    configs = [json.loads((folder / run / name / "model/config.json").read_text()) for run in ("one", "two", "shards")]
+    biases = [config.pop("reward_bias", 0.0) for config in configs]
+    assert configs[0] == configs[1] == configs[2]
+    assert biases[1:] == pytest.approx([biases[0]] * 2, rel=1e-4)
+
+
+def back_to_step_2(folder, name, new):
+    """Settings that resume a copy of a run after its second step."""
+    shutil.copytree(folder / name / "groups", folder / new)
+    shutil.rmtree(folder / new / "model")
+    shutil.rmtree(folder / new / "checkpoints" / "step-000003")
+    return {**specs(folder)["groups"]["settings"], "output": str(folder / new), "resume": True}
+
+
+def assert_same_run(one, other):
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    for file in (one / "model").iterdir():
+        assert file.read_bytes() == (other / "model" / file.name).read_bytes(), file.name
+
+
+def test_a_killed_process_ends_the_run_and_runs_resume_bit_for_bit(found, folder):
+    spec = changed(specs(folder)["groups"], output=str(folder / "killed"))
+    done = run_in_two(folder, [{**spec, "killed_after": 2}])
     assert done.returncode != 0 and "SIGKILL" in done.stderr
-    metrics = folder / "killed" / "metrics.jsonl"
-    assert len(read_jsonl(metrics)) == 2 and not (folder / "killed" / "model").exists()
-    done = run_in_two(folder, [{**spec, "settings": {**settings, "resume": True}}])
+    assert len(read_jsonl(folder / "killed" / "metrics.jsonl")) == 2 and not (folder / "killed" / "model").exists()
+    sharded = {**back_to_step_2(folder, "shards", "again"), "parallel": "fsdp"}
+    done = run_in_two(folder, [changed(spec, resume=True), {"loop": "ppo", "settings": sharded}])
     assert done.returncode == 0, done.stderr
-    assert metrics.read_bytes() == (folder / "two" / "groups" / "metrics.jsonl").read_bytes()
-    for file in (folder / "killed" / "model").iterdir():
-        assert file.read_bytes() == (folder / "two" / "groups" / "model" / file.name).read_bytes(), file.name
+    assert_same_run(folder / "two" / "groups", folder / "killed")
+    assert_same_run(folder / "shards" / "groups", folder / "again")
+
+
+def test_one_process_resumes_what_two_left_in_shards(found, folder):
+    settings = back_to_step_2(folder, "shards", "alone")
+    with pytest.warns(UserWarning, match="processes was 2 and is 1"):
+        run({"loop": "ppo", "settings": settings})
+    one, other = (read_jsonl(folder / run / "metrics.jsonl") for run in ("shards/groups", "alone"))
+    assert other[2] == pytest.approx(one[2], rel=1e-5, abs=1e-6)
 
 
 def test_what_one_process_cannot_do_ends_all_with_its_message(folder):
