@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import ranks
+from fastrlhf.budget import Budget
 from fastrlhf.checkpoint import fingerprint
 from fastrlhf.data import Demonstration, batch_rows, shuffled
 from fastrlhf.estimators import token_weights
@@ -25,9 +27,11 @@ from fastrlhf.roles import Roles
 class Learner:
     """The optimizers of a run, and the passes over each step's responses.
 
-    ptx: demonstrations whose loss is added to the policy's"""
+    ptx: demonstrations whose loss is added to the policy's
+    budget: of a micro-batch"""
 
-    def __init__(self, config: PPOConfig, roles: Roles, *, ptx: Sequence[Demonstration]) -> None:
+    def __init__(self, config: PPOConfig, roles: Roles, budget: Budget, *, ptx: Sequence[Demonstration]) -> None:
+        self.budget = budget
         self.config, self.ptx, self.num_value_warmup_steps = config, ptx, roles.num_value_warmup_steps
         self.policy, self.value_model = roles.policy, roles.value_model
         self.step, self.kl_coef = 0, config.kl_coef
@@ -36,6 +40,7 @@ class Learner:
         self.policy_optimizer = Optimizer.of(
             config, self.policy, num_steps=updates * (config.steps - self.num_value_warmup_steps)
         )
+        self.optimizers = [self.policy_optimizer]
         if self.value_model is not None:
             self.value_optimizer = Optimizer.of(
                 config,
@@ -44,6 +49,7 @@ class Learner:
                 learning_rate=config.value_learning_rate,
                 schedule=config.value_schedule,
             )
+            self.optimizers.append(self.value_optimizer)
 
     def train(self, batch: Packed, *, step: int, kl_coef: float, done: Callable[[int], object]) -> list[Statistics]:
         """The updates of step 0, 1, ... Returns the statistics of each.
@@ -79,30 +85,42 @@ class Learner:
 
         Losses are sums over tokens divided by the tokens of the whole minibatch, so neither micro-batches matter nor
         the number of processes that share them."""
-        config, num_tokens, stats = self.config, minibatch.num_responses, Statistics()
-        weights = token_weights(minibatch, minibatch["prompts"], config)
-        minibatch = minibatch.with_fields(weights=weights, advantages=weights * minibatch["advantages"])
-        self.policy.train()
-        for part in minibatch.microbatches(config.max_tokens, share=ranks.place()):
-            if trains_policy:
-                self.policy_loss(part, num_tokens, stats).backward()
-            if self.value_model is not None:
-                self.value_loss(self.value_model.train(), part, num_tokens, stats).backward()
-            done(part.num_tokens)
-        stats = stats.joined()
+        work = partial(self.add_gradients, minibatch, trains_policy, done)
+        stats = self.budget.run(work, lengths=minibatch.lengths, optimizers=self.optimizers)
         where = f"step {self.step + 1}, minibatch {number} ({minibatch.num_sequences} responses)"
-        limit = config.max_update_kl
-        if trains_policy and limit is not None and stats.values["ppo/policy/approx_kl"] > limit:
+        if trains_policy and self.went_too_far(stats):
             self.policy_optimizer.drop_gradients()
         elif trains_policy:
-            if self.ptx:
-                self.add_ptx_gradients(stats)
             learning_rate = self.policy_optimizer.learning_rate
             stats.add("ppo/policy/", {"learning_rate": torch.tensor(learning_rate, dtype=torch.float64)})
             stats.add("ppo/policy/", {"grad_norm": self.policy_optimizer.step(f"the policy's update, {where}")})
         if self.value_model is not None:
             stats.add("ppo/value/", {"grad_norm": self.value_optimizer.step(f"the value model's update, {where}")})
         return stats
+
+    def add_gradients(
+        self, minibatch: Packed, trains_policy: bool, done: Callable[[int], object], max_tokens: int
+    ) -> Statistics:
+        """Leaves the gradients of an update; returns its statistics. max_tokens: of a micro-batch."""
+        num_tokens, stats = minibatch.num_responses, Statistics()
+        weights = token_weights(minibatch, minibatch["prompts"], self.config)
+        minibatch = minibatch.with_fields(weights=weights, advantages=weights * minibatch["advantages"])
+        self.policy.train()
+        for part in minibatch.microbatches(max_tokens, share=ranks.place()):
+            if trains_policy:
+                self.policy_loss(part, num_tokens, stats).backward()
+            if self.value_model is not None:
+                self.value_loss(self.value_model.train(), part, num_tokens, stats).backward()
+            done(part.num_tokens)
+        stats = stats.joined()
+        if self.ptx and trains_policy and not self.went_too_far(stats):
+            self.add_ptx_gradients(stats, max_tokens)
+        return stats
+
+    def went_too_far(self, stats: Statistics) -> bool:
+        """Whether the policy of an update is further from that of the step's start than it may be."""
+        limit = self.config.max_update_kl
+        return limit is not None and bool(stats.values["ppo/policy/approx_kl"] > limit)
 
     def policy_loss(self, part: Packed, num_tokens: int, stats: Statistics) -> Tensor:
         """A micro-batch's share of the policy's loss: clipped surrogate, entropy bonus and, if it is here, the KL."""
@@ -145,14 +163,14 @@ class Learner:
         stats.add("ppo/value/", {"loss": loss, **loss_stats})
         return self.config.value_coef * loss
 
-    def add_ptx_gradients(self, stats: Statistics) -> None:
+    def add_ptx_gradients(self, stats: Statistics, max_tokens: int) -> None:
         """Adds the gradients of as many demonstrations to an update's (PPO-ptx: Ouyang et al., arXiv 2203.02155)."""
         config, number = self.config, self.policy_optimizer.num_steps_done
         num_rows = config.batch_size // config.minibatches  # alike each time: pieces of one stream
         rows = [self.ptx[row] for row in batch_rows(len(self.ptx), num_rows, number, seed=config.seed)]
         batch = pack([row.tokens for row in rows], [row.response_mask for row in rows], device=self.policy.model.device)
         total = torch.zeros((), device=batch.tokens.device)
-        for part in batch.microbatches(config.max_tokens, share=ranks.place()):
+        for part in batch.microbatches(max_tokens, share=ranks.place()):
             loss = -self.policy(part).sum() / batch.num_responses
             (config.ptx_coef * loss).backward()
             total += loss.detach()

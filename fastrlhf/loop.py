@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fastrlhf import ranks
+from fastrlhf.budget import Budget
 from fastrlhf.checkpoint import (
     check_output,
     fingerprint,
@@ -34,7 +35,7 @@ R = TypeVar("R", bound=Role)
 
 
 class Loop(Protocol):
-    """What `begin` and `advance` need of a loop; they set the last three."""
+    """What `begin` and `advance` need of a loop; they set the last three attributes."""
 
     @property
     def config(self) -> LoopConfig: ...
@@ -42,6 +43,7 @@ class Loop(Protocol):
     @property
     def num_steps(self) -> int: ...
 
+    budget: Budget
     num_steps_done: int
     data_fingerprint: int
     log: MetricsLog
@@ -97,6 +99,7 @@ def begin(loop: Loop, checkpoint: Path | None, data: Iterable[Sequence[int]]) ->
         if state["data_fingerprint"] != loop.data_fingerprint:
             raise ValueError(f"resume: the tokens of {config.data} are no longer those of {checkpoint}")
         loop.load_state_dict(state["loop"])
+        loop.budget.load_state_dict(state["budget"])
         loop.num_steps_done = state["step"]
     if ranks.is_first():
         open_output(config)
@@ -134,6 +137,7 @@ def advance(loop: Loop) -> dict[str, float]:
     last, every = loop.num_steps_done == loop.num_steps, loop.config.save_every
     if every and (last or loop.num_steps_done % every == 0):
         state = {"loop": loop.state_dict(), "data_fingerprint": loop.data_fingerprint}
+        state["budget"] = loop.budget.state_dict()
         save_checkpoint(output, loop.num_steps_done, loop.save_models, keep=loop.config.keep_checkpoints, **state)
     if last:
         write_whole(output / "model", loop.save)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastrlhf import ranks
 from fastrlhf.backend import make_backend, make_engine
+from fastrlhf.budget import Budget
 from fastrlhf.data import Prompt, batch_rows, load_prompts
 from fastrlhf.estimators import estimate_advantages, per_token
 from fastrlhf.first_step import check_first_step, have_same_weights
@@ -78,7 +79,8 @@ class PPO:
             self.roles.shard(*{*reward_models, *judges})
         self.policy, self.reference, self.value_model = self.roles.policy, self.roles.reference, self.roles.value_model
         ptx = load_ptx(config, self.tokenizer, self.policy.model)
-        self.learner = Learner(config, self.roles, ptx=ptx)
+        self.budget = Budget(config.max_tokens)
+        self.learner = Learner(config, self.roles, self.budget, ptx=ptx)
         self.kl_coef, self.moments = config.kl_coef, RunningMoments()
         self.health = Health(ratios_start_at_one=config.truncation != "sampler")
         names = {field.name for field in fields(Sampling)} - {"greedy"}

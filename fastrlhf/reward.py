@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import ranks
+from fastrlhf.budget import Budget
 from fastrlhf.config import RewardConfig
 from fastrlhf.data import Pair, batch_rows, load_pairs
 from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_trained, load_with_held_out, prepare
@@ -50,6 +52,7 @@ class RewardTrainer:
         self.shares_prompts = can_share_prompts(self.model, self.device)
         if config.parallel == "fsdp":
             shard(self.model)
+        self.budget = Budget(config.max_tokens)
         self.optimizer = Optimizer.of(config, self.model, num_steps=self.num_steps)
         begin(self, checkpoint, (side for pair in self.pairs for side in sides(pair)))
 
@@ -64,22 +67,11 @@ class RewardTrainer:
         config, size = self.config, len(self.pairs)
         rows = batch_rows(size, config.batch_size, self.num_steps_done, seed=config.seed, total=self.num_rows)
         pairs = [self.pairs[row] for row in rows]
-        stats = Statistics()
         num_tokens = sum(len(side) for pair in pairs for side in sides(pair))
+        lengths = [sum(map(len, sides(pair))) - self.shares_prompts * len(pair.prompt) for pair in pairs]
         with self.log.progress(f"step {self.num_steps_done + 1}", num_tokens) as done:
-            for part, margin in self.microbatches(pairs):
-                scores = self.model(part)[: 2 * len(margin)]
-                loss, part_stats = pairwise_reward_loss(
-                    scores[0::2],
-                    scores[1::2],
-                    margin=margin,
-                    label_smoothing=config.label_smoothing,
-                    center_coef=config.center_coef,
-                    denominator=len(pairs),
-                )
-                loss.backward()
-                stats.add("", {"loss": loss, **part_stats})
-                done(part.num_tokens + sum(part.prefix_lengths))
+            work = partial(self.add_gradients, pairs, done)
+            stats = self.budget.run(work, lengths=lengths, optimizers=[self.optimizer])
         where = f"step {self.num_steps_done + 1}, rows {rows} of the rows used"
         sums = stats.joined().values
         check_finite("the loss", sums["loss"], where)
@@ -92,6 +84,24 @@ class RewardTrainer:
         if config.center_bias and self.num_steps_done + 1 == self.num_steps:
             metrics["reward_bias"] = self.center()
         return metrics
+
+    def add_gradients(self, pairs: Sequence[Pair], done: Callable[[int], object], max_tokens: int) -> Statistics:
+        """Leaves this process's share of the gradients of a step; returns its statistics."""
+        config, stats = self.config, Statistics()
+        for part, margin in self.microbatches(pairs, max_tokens):
+            scores = self.model(part)[: 2 * len(margin)]
+            loss, part_stats = pairwise_reward_loss(
+                scores[0::2],
+                scores[1::2],
+                margin=margin,
+                label_smoothing=config.label_smoothing,
+                center_coef=config.center_coef,
+                denominator=len(pairs),
+            )
+            loss.backward()
+            stats.add("", {"loss": loss, **part_stats})
+            done(part.num_tokens + sum(part.prefix_lengths))
+        return stats
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -119,17 +129,17 @@ class RewardTrainer:
 
     def score(self, pairs: Sequence[Pair]) -> Tensor:
         """The scores (2N,) of chosen and rejected responses in turn."""
-        parts = self.microbatches(pairs)
+        parts = self.microbatches(pairs, self.config.max_tokens)
         return ranks.joined(torch.cat([self.model(part)[: 2 * len(margin)] for part, margin in parts]))
 
-    def microbatches(self, pairs: Sequence[Pair]) -> Iterator[tuple[Packed, Tensor]]:
+    def microbatches(self, pairs: Sequence[Pair], max_tokens: int) -> Iterator[tuple[Packed, Tensor]]:
         """This process's packs of chosen and rejected responses in turn, each with the margins (N,) of its pairs; the
         scores beyond those pairs do not count."""
         batch = pack_pairs(pairs, share_prompts=self.shares_prompts, device=self.device)
         margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float32, device=self.device)
         own = batch.share_of(*ranks.place(), together=2)
         start, end = own.start // 2, own.stop // 2
-        for part in batch.microbatches(self.config.max_tokens, together=2, share=ranks.place()):
+        for part in batch.microbatches(max_tokens, together=2, share=ranks.place()):
             stop = min(start + part.num_sequences // 2, end)
             yield part, margins[start:stop]
             start = stop

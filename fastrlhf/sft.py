@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastrlhf import ranks
+from fastrlhf.budget import Budget
 from fastrlhf.config import SFTConfig
 from fastrlhf.data import Demonstration, batch_rows, load_demonstrations
 from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_trained, load_with_held_out, prepare
@@ -45,6 +48,7 @@ class SFT:
         check_fits(self.policy.model, self.tokenizer, longest_row=longest)
         if config.parallel == "fsdp":
             shard(self.policy)
+        self.budget = Budget(config.max_tokens)
         self.optimizer = Optimizer.of(config, self.policy, num_steps=self.num_steps)
         begin(self, checkpoint, (demonstration.tokens for demonstration in self.demonstrations))
 
@@ -62,14 +66,9 @@ class SFT:
         config, size = self.config, len(self.demonstrations)
         rows = batch_rows(size, config.batch_size, self.num_steps_done, seed=config.seed, total=self.num_rows)
         batch = self.pack([self.demonstrations[row] for row in rows])
-        loss = torch.zeros((), device=self.device)
         with self.log.progress(f"step {self.num_steps_done + 1}", batch.num_tokens) as done:
-            for part in batch.microbatches(config.max_tokens, share=ranks.place()):
-                part_loss = -self.policy(part).sum() / batch.num_responses
-                part_loss.backward()
-                loss += part_loss.detach()
-                done(part.num_tokens)
-        loss = ranks.added(loss)
+            work = partial(self.add_gradients, batch, done)
+            loss = ranks.added(self.budget.run(work, lengths=batch.lengths, optimizers=[self.optimizer]))
         where = f"step {self.num_steps_done + 1}, rows {rows} of the rows used"
         check_finite("the loss", loss, where)
         metrics = {"loss": loss.item(), "learning_rate": self.optimizer.learning_rate}
@@ -78,6 +77,16 @@ class SFT:
         if self.held_out and ends_epoch(self.num_steps_done, config.batch_size, size, self.num_steps):
             metrics |= self.evaluate()
         return metrics
+
+    def add_gradients(self, batch: Packed, done: Callable[[int], object], max_tokens: int) -> Tensor:
+        """Leaves this process's share of the gradients of a step; returns that of the loss."""
+        loss = torch.zeros((), device=self.device)
+        for part in batch.microbatches(max_tokens, share=ranks.place()):
+            part_loss = -self.policy(part).sum() / batch.num_responses
+            part_loss.backward()
+            loss += part_loss.detach()
+            done(part.num_tokens)
+        return loss
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -59,6 +59,7 @@ ROOMS = {
     "loops": (
         {
             "loop",
+            "budget",
             "first_step",
             "backend",
             "roles",
