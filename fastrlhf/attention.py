@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from fastrlhf.ops.packed_attention import packed_attention
+
 ATTENTION = "fastrlhf"
 # keywords of some models' attention that change its result: sinks, biases, sparse choices of keys
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
@@ -67,6 +69,11 @@ def attend(
     query, key = query.to(value.dtype), key.to(value.dtype)
     if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+    if query.is_cpu and softcap is None and query.dtype in (torch.float32, torch.float64):
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+        prefixes = torch.tensor(prefix_lengths, dtype=torch.int32) if prefix_lengths else None
+        options: dict[str, Any] = {"prefix_lengths": prefixes, "scale": scaling, "window": sliding_window}
+        return packed_attention(q, k, v, cu_seq_lens_q, **options)[None], None
     lengths = cu_seq_lens_q.diff().tolist() if sequence_lengths is None else list(sequence_lengths)
     queries, keys, values = (list(t.split(lengths, 2)) for t in (query, key, value))
     for n, prefix in enumerate(prefix_lengths):

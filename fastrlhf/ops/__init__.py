@@ -16,6 +16,7 @@ from fastrlhf.ops.linear_kl_divergence import linear_kl_divergence
 from fastrlhf.ops.linear_ppo_loss import linear_ppo_loss
 from fastrlhf.ops.linear_token_logprobs import linear_token_logprobs
 from fastrlhf.ops.masked_whiten import masked_whiten
+from fastrlhf.ops.packed_attention import packed_attention
 from fastrlhf.ops.pairwise_reward_loss import pairwise_reward_loss
 from fastrlhf.ops.ppo_advantages import ppo_advantages
 from fastrlhf.ops.ppo_policy_loss import ppo_policy_loss
@@ -39,6 +40,7 @@ __all__ = [
     "linear_ppo_loss",
     "linear_token_logprobs",
     "masked_whiten",
+    "packed_attention",
     "pairwise_reward_loss",
     "ppo_advantages",
     "ppo_policy_loss",
