@@ -26,11 +26,16 @@ BUCKET = 64 * 2**20  # bytes of gradients that are added at once
 
 def start() -> int:
     """Joins the processes that torchrun started, each on a GPU of its own where there are some; once only. Returns how
-    many there are."""
+    many there are.
+
+    Raises: ValueError for more processes on a machine than it has GPUs; RuntimeError when the others do not come."""
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         backend = "gloo"
         if torch.cuda.is_available():
-            torch.cuda.set_device(dist.get_node_local_rank())
+            number, num_gpus = dist.get_node_local_rank(), torch.cuda.device_count()
+            if number >= num_gpus:
+                raise ValueError(f"torchrun: process {number} of this machine has no GPU: torch sees {num_gpus}")
+            torch.cuda.set_device(number)
             backend = "cpu:gloo,cuda:nccl"
         with _talking():
             dist.init_process_group(backend)
@@ -124,5 +129,5 @@ def _talking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().rpartition("\n")[2]
+        reason = str(error).strip().rpartition("\n")[2].partition(". ")[0]
         raise RuntimeError(f"another process of the run has ended; its message says why ({reason})") from error

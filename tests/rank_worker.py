@@ -27,9 +27,14 @@ def nan_in_the_second(prompts, responses, **_):
 def run(spec):
     """Runs a loop to its end; the second process kills itself after step `killed_after`.
 
-    Returns PPO's samples, and the share of its parameters that this process holds."""
+    Returns PPO's samples, and the share of its parameters that this process holds; of a run that is `refused` why."""
     loop, config = LOOPS[spec["loop"]]
-    trainer = loop(config(**spec["settings"]))
+    try:
+        trainer = loop(config(**spec["settings"]))
+    except ValueError as error:
+        if spec.get("refused"):
+            return {"error": str(error)}
+        raise
     sampled = []
     if spec["loop"] == "ppo":
         record(trainer, sampled, spec.get("limits"))

@@ -9,11 +9,13 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from loops import ROOT, demonstrations, model_folder, pairs, write_rows
 from rank_worker import run
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 
+from fastrlhf import ranks
 from fastrlhf.metrics import read_jsonl
 from fastrlhf.models import RewardModel
 
@@ -121,14 +123,15 @@ def found(folder):
                 for key, spec in specs(folder).items()
                 if key != "lora"
             ]
-            done = run_in_two(folder, [*runs, *sharded])
+            refused = changed(specs(folder)["groups"], output=str(folder / name / "refused"), batch_size=6)
+            done = run_in_two(folder, [*runs, *sharded, {**refused, "refused": True}])
             assert done.returncode == 0, done.stderr
             found = json.loads((folder / "runs.found").read_text())
             both.append(found[: len(runs)])
     names = list(specs(folder))
     one, two = (dict(zip(names, each, strict=True)) for each in both)
     names.remove("lora")
-    return one, two, dict(zip(names, found[len(runs) :], strict=True))
+    return one, {**two, "refused": found[-1]}, dict(zip(names, found[len(runs) : -1], strict=True))
 
 
 def changed(spec, **settings):
@@ -225,11 +228,9 @@ def test_what_one_process_cannot_do_ends_all_with_its_message(folder):
     assert "fastrlhf ppo: error: reward: nan_in_the_second gave nan for response 0 to prompt 'Say" in done.stderr
 
 
-def test_a_batch_that_processes_cannot_share_is_refused(folder):
-    settings = {**specs(folder)["groups"]["settings"], "batch_size": 6, "output": folder / "refused"}
-    done = torchrun("-m", "fastrlhf", "ppo", *options(settings))
-    assert done.returncode != 0 and not (folder / "refused").exists()
-    assert "batch_size (6) must be a multiple of 2 processes x 2 samples_per_prompt" in done.stderr
+def test_a_batch_that_processes_cannot_share_is_refused(found, folder):
+    assert not (folder / "two" / "refused").exists()
+    assert found[1]["refused"]["error"] == "batch_size (6) must be a multiple of 2 processes x 2 samples_per_prompt"
 
 
 def test_nodes_that_meet_at_an_address_train_together(found, folder):
@@ -257,3 +258,12 @@ def test_nodes_that_meet_at_an_address_train_together(found, folder):
     assert [node.returncode for node in nodes] == [0, 0], said
     assert sum(f"model: {folder / 'nodes' / 'model'}" in text for text in said) == 1
     assert (folder / "nodes" / "metrics.jsonl").read_bytes() == (folder / "two" / "sft" / "metrics.jsonl").read_bytes()
+
+
+def test_a_process_without_a_gpu_of_its_own_is_named(monkeypatch):
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "get_node_local_rank", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="process 2 of this machine has no GPU: torch sees 2"):
+        ranks.start()
