@@ -22,6 +22,7 @@ from fastrlhf.fused_layers import fuse_layers
 from fastrlhf.heads import head_logprobs, head_scores, hidden_states
 from fastrlhf.lora import recompute
 from fastrlhf.packing import Packed, pack
+from fastrlhf.thin_layers import thin_layers
 
 PROBE_LENGTHS = (5, 9)
 
@@ -165,6 +166,7 @@ def attach(
         else:
             expected = torch.cat([packed(_pack([t])) for t in tokens])
         fuse_layers(model)
+        thin_layers(model)
         _check_attention(model, tokens[0])
         _compare(model, packed(_pack(tokens)), expected, dtype)
     model.requires_grad_(not freeze)

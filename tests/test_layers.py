@@ -25,6 +25,7 @@ ROOMS = {
         {
             "attention",
             "fused_layers",
+            "thin_layers",
             "heads",
             "loading",
             "models",

@@ -24,6 +24,7 @@ from fastrlhf.ops.ranking_loss import ranking_loss
 from fastrlhf.ops.rms_norm import rms_norm
 from fastrlhf.ops.sample_tokens import sample_tokens
 from fastrlhf.ops.silu_mul import silu_mul
+from fastrlhf.ops.thin_linear import thin_linear
 from fastrlhf.ops.token_logprobs import token_logprobs
 from fastrlhf.ops.value_loss import value_loss
 
@@ -48,6 +49,7 @@ __all__ = [
     "rms_norm",
     "sample_tokens",
     "silu_mul",
+    "thin_linear",
     "token_logprobs",
     "value_loss",
 ]

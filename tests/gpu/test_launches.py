@@ -12,8 +12,8 @@ from torch import Tensor
 from fastrlhf.ops._registry import BACKENDS, OPS
 
 NATIVE = [name for name in OPS if BACKENDS[name]["cuda"] == "native"]
-# of matrix products and other ops, and of functions of torch's
-COMPOSED = {*(name for name in OPS if name.startswith("linear_")), "ppo_sequence_loss"}
+# of matrix products and other ops, and of functions of torch's; thin_linear is for the CPU
+COMPOSED = {*(name for name in OPS if name.startswith("linear_")), "ppo_sequence_loss", "thin_linear"}
 CYCLES = 200_000_000  # a tenth of a second, in which the host launches all samples of an op
 
 
