@@ -1,5 +1,6 @@
-"""What the processes of tests/test_ranks.py run: rank_worker.py RUNS.json, a list of {"loop", "settings", ...}."""
+"""What the processes of tests/test_ranks.py run: rank_worker.py RUNS.json of {"loop", "settings", ...}, "shards"."""
 
+import copy
 import json
 import os
 import signal
@@ -8,8 +9,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tiny import ARCHITECTURES, tiny_model
 
 from fastrlhf import PPO, SFT, PPOConfig, RewardConfig, RewardTrainer, SFTConfig
+from fastrlhf.models import Policy, load_causal_lm
+from fastrlhf.packing import pack
+from fastrlhf.shards import gathered, shard
 
 LOOPS = {"sft": (SFT, SFTConfig), "reward": (RewardTrainer, RewardConfig), "ppo": (PPO, PPOConfig)}
 
@@ -46,6 +51,21 @@ def run(spec):
     return {"sampled": sampled, "held": held / sum(p.numel() for p in parameters)}
 
 
+def gradient_errors():
+    """For each architecture the largest error of gradients that two processes with shards get from a sequence each."""
+    errors = {}
+    for arch in ARCHITECTURES:
+        whole = Policy(load_causal_lm(tiny_model(arch)))
+        shards = Policy(load_causal_lm(copy.deepcopy(whole.model)))
+        shard(shards)
+        batch = pack([[5, 6, 7, 8, 9], [3, 4, 5]], prompt_lengths=[1, 1])
+        whole(batch).sum().backward()
+        shards(batch.select([dist.get_rank()])).sum().backward()
+        pairs = zip(gathered([p.grad for p in shards.parameters()]), whole.parameters(), strict=True)
+        errors[arch] = max(((ours - p.grad).abs().max() / p.grad.abs().max()).item() for ours, p in pairs)
+    return errors
+
+
 def record(trainer, sampled, limits):
     """Notes the samples of all processes; `limits`: most new tokens of the prompts of a step, in turn."""
     engine_generate, generate, size = trainer.engine.generate, trainer.generate, trainer.config.batch_size
@@ -67,7 +87,8 @@ def record(trainer, sampled, limits):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     specs = Path(sys.argv[1])
-    found = [run(spec) for spec in json.loads(specs.read_text())]
+    torch.manual_seed(0)
+    found = [gradient_errors() if spec == "shards" else run(spec) for spec in json.loads(specs.read_text())]
     if dist.get_rank() == 0:
         specs.with_suffix(".found").write_text(json.dumps(found))
     dist.destroy_process_group()

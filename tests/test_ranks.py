@@ -13,7 +13,7 @@ import torch.distributed as dist
 from loops import ROOT, demonstrations, model_folder, pairs, write_rows
 from rank_worker import run
 from safetensors.torch import load_file
-from tiny import tiny_tokenizer
+from tiny import ARCHITECTURES, tiny_tokenizer
 
 from fastrlhf import ranks
 from fastrlhf.metrics import read_jsonl
@@ -99,7 +99,7 @@ def specs(folder):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("ranks")
-    model_folder(path / "model")
+    model_folder(path / "model", tie_word_embeddings=True)
     RewardModel.from_pretrained(path / "model", new_head=True).save_pretrained(path / "reward")
     tiny_tokenizer(300).save_pretrained(path / "reward")
     write_rows(path / "prompts.jsonl", [{"prompt": f"Say {n * 37}"} for n in range(40)])
@@ -124,14 +124,18 @@ def found(folder):
                 if key != "lora"
             ]
             refused = changed(specs(folder)["groups"], output=str(folder / name / "refused"), batch_size=6)
-            done = run_in_two(folder, [*runs, *sharded, {**refused, "refused": True}])
+            done = run_in_two(folder, [*runs, *sharded, {**refused, "refused": True}, "shards"])
             assert done.returncode == 0, done.stderr
             found = json.loads((folder / "runs.found").read_text())
             both.append(found[: len(runs)])
     names = list(specs(folder))
     one, two = (dict(zip(names, each, strict=True)) for each in both)
     names.remove("lora")
-    return one, {**two, "refused": found[-1]}, dict(zip(names, found[len(runs) : -1], strict=True))
+    return (
+        one,
+        {**two, "refused": found[-2]},
+        {**dict(zip(names, found[len(runs) :], strict=False)), "errors": found[-1]},
+    )
 
 
 def changed(spec, **settings):
@@ -165,6 +169,11 @@ def test_two_processes_have_the_metrics_of_one(found, folder, name, how):
 def test_a_process_holds_its_shards_only(found, name):
     _, two, shards = (each[name]["held"] for each in found)
     assert two == 1 and 0.45 < shards < 0.55
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_shards_of_every_architecture_have_the_gradients_of_the_whole(found, arch):
+    assert found[2]["errors"][arch] < 1e-5
 
 
 def test_shards_of_a_single_process_are_refused(folder):
