@@ -200,11 +200,14 @@ class PPOConfig(LoopConfig):
                 "rollout_url: give weight_sync=module:function, which brings the policy's weights to the servers "
                 "(docs/rollout.md), or weight_sync=stale if they shall keep those that they have"
             )
+        if self.parallel == "fsdp":
+            raise ValueError("rollout_url: no process has all weights under parallel=fsdp, for weight_sync to bring")
         if truncating:
             raise ValueError(f"{given}: a server tells log-probabilities before or after these, not both")
-        if self.temperature != 1 and self.estimator == "remax":
+        greedy = "remax" if self.estimator == "remax" else "eval_greedy"
+        if self.temperature != 1 and (greedy == "remax" or (self.eval_greedy and self.ema_decay is None)):
             text = "a server tells log-probabilities of a greedy response at temperature 1"
-            raise ValueError(f"remax: {text}, not {self.temperature}")
+            raise ValueError(f"{greedy}: {text}, not {self.temperature}")
         if self.temperature != 1 and self.rollout_logprobs == "raw_logprobs":
             advice = "start the servers with --logprobs-mode processed_logprobs and set rollout_logprobs to that"
             raise ValueError(f"temperature={self.temperature}: raw_logprobs are those of temperature 1; {advice}")

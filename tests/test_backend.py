@@ -77,7 +77,7 @@ def test_a_run_on_servers_is_the_run_on_the_engine(folder, served):
     metrics = run(folder, "servers", rollout_url=", ".join(served.urls), weight_sync=served.bring)
     for ours, theirs in zip(metrics, expected, strict=True):
         assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-3, abs=1e-4)
-        assert ours["rollout/logprob_difference_max"] < 1e-5
+        assert ours.get("rollout/logprob_difference_max", 0.0) < 1e-5  # none is told where all are equal
     assert served.calls == [(served.urls, [4 * step, 4 * step]) for step in range(3)]  # half of 8 responses each
 
 

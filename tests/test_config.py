@@ -121,11 +121,18 @@ SERVER = {"rollout_url": "http://a, http://b/", "weight_sync": "stale"}
         (SERVER | {"rollout_url": "a:8000"}, ValueError, "rollout_url must be URL,URL,... of http:// or https://"),
         (SERVER | {"top_k": 5, "truncation": "sampler"}, ValueError, "top_k=5, .* before or after these, not both"),
         (SERVER | {"min_new_tokens": 5, "truncation": "model"}, ValueError, "min_new_tokens=5: a server tells"),
+        (SERVER | {"parallel": "fsdp"}, ValueError, "rollout_url: no process has all weights under parallel=fsdp"),
         (SERVER | {"temperature": 0.7}, ValueError, "temperature=0.7: raw_logprobs are those of temperature 1"),
         (
             SERVER | {"temperature": 0.7, "estimator": "remax", "rollout_logprobs": "processed_logprobs"},
             ValueError,
             "remax: a server tells log-probabilities of a greedy response at temperature 1, not 0.7",
+        ),
+        (
+            SERVER
+            | {"temperature": 0.7, "eval_greedy": True, "eval_data": "e", "rollout_logprobs": "processed_logprobs"},
+            ValueError,
+            "eval_greedy: a server tells log-probabilities of a greedy response",
         ),
     ],
 )
