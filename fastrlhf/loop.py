@@ -25,6 +25,7 @@ from fastrlhf.checkpoint import (
 )
 from fastrlhf.config import LoopConfig, RewardConfig, SFTConfig
 from fastrlhf.data import Loaded
+from fastrlhf.memory_plan import Plan
 from fastrlhf.metrics import MetricsLog
 from fastrlhf.models import Role
 from fastrlhf.optim import NonFiniteError
@@ -44,6 +45,7 @@ class Loop(Protocol):
     def num_steps(self) -> int: ...
 
     budget: Budget
+    plan: Plan | None
     num_steps_done: int
     data_fingerprint: int
     log: MetricsLog
@@ -141,6 +143,8 @@ def advance(loop: Loop) -> dict[str, float]:
         save_checkpoint(output, loop.num_steps_done, loop.save_models, keep=loop.config.keep_checkpoints, **state)
     if last:
         write_whole(output / "model", loop.save)
+        if loop.plan is not None:
+            loop.log.say(loop.plan.outcome())
     return metrics
 
 

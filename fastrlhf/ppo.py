@@ -29,6 +29,7 @@ from fastrlhf.instruments import Health, describe, sample_rows
 from fastrlhf.kl import next_kl_coef
 from fastrlhf.learner import Learner
 from fastrlhf.loop import advance, begin, check_fits, prepare
+from fastrlhf.memory_plan import plan_ppo, tell
 from fastrlhf.metrics import MetricsLog, Statistics
 from fastrlhf.models import Policy, autocasting
 from fastrlhf.packing import Packed, pack
@@ -65,6 +66,7 @@ class PPO:
         options: dict[str, Any] = {name: getattr(config, name) for name in ("template", "limit", "max_rejected")}
         loaded = load_prompts(config.data, self.tokenizer, max_prompt_tokens=config.max_prompt_tokens, **options)
         self.prompts = loaded.rows
+        self.plan = tell(plan_ppo, config, longest_prompt=max(len(prompt.tokens) for prompt in self.prompts))
         base = load_base(config)
         options = {"device": self.device, "autocast": config.autocast_dtype(), "base": base}
         columns = {name for prompt in self.prompts for name in prompt.columns}

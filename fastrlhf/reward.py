@@ -16,6 +16,7 @@ from fastrlhf.budget import Budget
 from fastrlhf.config import RewardConfig
 from fastrlhf.data import Pair, batch_rows, load_pairs
 from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_trained, load_with_held_out, prepare
+from fastrlhf.memory_plan import plan_training, tell
 from fastrlhf.metrics import MetricsLog, Statistics
 from fastrlhf.models import RewardModel
 from fastrlhf.ops import pairwise_reward_loss
@@ -45,6 +46,8 @@ class RewardTrainer:
         self.pairs, self.held_out = load_with_held_out(load_pairs, config, self.tokenizer)
         self.num_rows = config.epochs * len(self.pairs)
         self.num_steps = -(-self.num_rows // config.batch_size)
+        lengths = sorted((sum(map(len, sides(pair))) for pair in self.pairs), reverse=True)
+        self.plan = tell(plan_training, config, num_tokens=sum(lengths[: config.batch_size]), scalar=True)
         self.model = load_trained(RewardModel, config, checkpoint, new_head=True)
         longest = max(len(side) for pair in (*self.pairs, *self.held_out) for side in sides(pair))
         check_fits(self.model.model, self.tokenizer, longest_row=longest)

@@ -15,6 +15,7 @@ from fastrlhf.budget import Budget
 from fastrlhf.config import SFTConfig
 from fastrlhf.data import Demonstration, batch_rows, load_demonstrations
 from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_trained, load_with_held_out, prepare
+from fastrlhf.memory_plan import plan_training, tell
 from fastrlhf.metrics import MetricsLog
 from fastrlhf.models import Policy
 from fastrlhf.optim import Optimizer, check_finite
@@ -43,6 +44,8 @@ class SFT:
         self.demonstrations, self.held_out = load_with_held_out(load_demonstrations, config, self.tokenizer)
         self.num_rows = config.epochs * len(self.demonstrations)
         self.num_steps = -(-self.num_rows // config.batch_size)
+        lengths = sorted((len(row.tokens) for row in self.demonstrations), reverse=True)
+        self.plan = tell(plan_training, config, num_tokens=sum(lengths[: config.batch_size]))
         self.policy = load_trained(Policy, config, checkpoint)
         longest = max(len(row.tokens) for row in (*self.demonstrations, *self.held_out))
         check_fits(self.policy.model, self.tokenizer, longest_row=longest)

@@ -61,6 +61,7 @@ ROOMS = {
         {
             "loop",
             "budget",
+            "memory_plan",
             "first_step",
             "backend",
             "roles",

@@ -1,0 +1,209 @@
+"""What a run will hold in memory, told before its models are loaded, and compared at its end with what it took.
+
+Weights, gradients and moments are counted from the configurations of the models; what a layer keeps for a backward
+pass is measured, on one and two layers of the model's sizes with a tiny vocabulary. Both ends are estimates: fragments,
+buffers of libraries and copies while loading are not in them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fastrlhf import ranks
+from fastrlhf.attention import ATTENTION
+from fastrlhf.config import LoopConfig
+from fastrlhf.fused_layers import fuse_layers
+from fastrlhf.heads import autocasting
+from fastrlhf.lora import WEIGHTS as WEIGHTS_FILE
+from fastrlhf.lora import linears_of
+from fastrlhf.metrics import peak_memory_gib
+from fastrlhf.models import ADAPTER
+from fastrlhf.packing import pack
+from fastrlhf.ppo_config import PPOConfig
+from fastrlhf.scoring import is_function, parse_reward
+
+LOGIT_ROWS = 512  # of a chunk of the head, which holds logits and their gradient in float32
+FROZEN, TRAINED = (4,), (4, 4, 8)  # bytes a parameter: float32 weights; with gradients and AdamW's moments
+
+
+@dataclass
+class Plan:
+    """Bytes by what they are for: models as (weights, gradients, moments), and the rest.
+
+    before: GiB of the process when the plan was made"""
+
+    models: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    rest: dict[str, float] = field(default_factory=dict)
+    available: float = 0.0
+    before: float = field(default_factory=peak_memory_gib)
+
+    @property
+    def num_bytes(self) -> float:
+        return sum(map(sum, self.models.values())) + sum(self.rest.values())
+
+    def __str__(self) -> str:
+        lines = [f"{'memory plan, GiB':<34}{'weights':>10}{'gradients':>11}{'moments':>9}"]
+        for name, parts in self.models.items():
+            lines.append(f"  {name:<32}" + "".join(f"{part / 2**30:>10.3f}" for part in parts))
+        lines += [f"  {name:<32}{part / 2**30:>10.3f}" for name, part in self.rest.items()]
+        lines.append(f"  {'in all':<32}{self.num_bytes / 2**30:>10.3f} of {self.available / 2**30:.1f} available")
+        if self.num_bytes > self.available:
+            advice = "lora_rank, gradient_checkpointing, a smaller max_tokens, or for PPO max_slots or kv_budget"
+            lines.append(f"warning: the plan is more than there is; try {advice}")
+        return "\n".join(lines)
+
+    def outcome(self) -> str:
+        """A line on what the run took, beside the plan."""
+        took = peak_memory_gib() - (0 if torch.cuda.is_available() else self.before)
+        return f"memory: {self.num_bytes / 2**30:.3f} GiB planned, {took:.3f} GiB taken at the peak"
+
+
+def plan_training(config: LoopConfig, *, num_tokens: int, scalar: bool = False) -> Plan:
+    """The plan of SFT or of a reward model, which is scalar. num_tokens: of the longest step."""
+    model, plan = _Model(config.model, config), Plan(available=available_bytes(config.resolve_device()))
+    if config.lora_rank:
+        plan.models["model, frozen"] = (model.num_scalar * model.size if scalar else model.frozen,)
+        plan.models["adapter"] = _times(model.num_adapter(config.lora_rank), TRAINED)
+    else:
+        plan.models["model"] = _times(model.num_scalar if scalar else model.num_parameters, TRAINED)
+    _add_passes(plan, config, model, num_tokens, has_logits=not scalar)
+    return plan
+
+
+def plan_ppo(config: PPOConfig, *, longest_prompt: int) -> Plan:
+    """The plan of PPO, whose roles share a frozen body where they are adapters."""
+    policy, plan = _Model(config.model, config), Plan(available=available_bytes(config.resolve_device()))
+    if config.has_adapters():
+        plan.models["base, frozen"] = (policy.frozen if config.lora_rank else 4 * policy.num_parameters,)
+    own = policy.num_adapter(config.lora_rank) if config.lora_rank else policy.num_parameters
+    plan.models["policy"] = _times(own, TRAINED)
+    if not (config.has_adapters() and config.reference in (None, config.model)):
+        plan.models["reference"] = _times(_Model(config.reference or config.model, config).num_parameters, FROZEN)
+    elif config.reference_every and config.lora_rank:
+        plan.models["reference"] = _times(own, FROZEN)
+    rewards = {source: _Model(source, config) for source in reward_folders(config.reward)}
+    for source, model in rewards.items():
+        adapter = Path(source) / ADAPTER / WEIGHTS_FILE
+        on_base = config.has_adapters() and adapter.is_file()
+        plan.models[f"reward {source}"[-32:]] = (adapter.stat().st_size if on_base else model.num_scalar * model.size,)
+    if config.estimator == "gae":
+        start = next(iter(rewards.values())) if len(rewards) == 1 else policy
+        rank = config.value_rank()
+        plan.models["value model"] = _times(policy.num_adapter(rank) if rank else start.num_scalar, TRAINED)
+    if config.ema_decay is not None:
+        plan.models["average"] = _times(own, FROZEN)
+    length = longest_prompt + config.max_new_tokens
+    _add_passes(plan, config, policy, config.batch_size * length // config.minibatches)
+    if config.rollout_url is None:
+        slots = min(config.max_slots, config.batch_size)
+        cache = slots * length * policy.cache_per_token
+        limit = cache if config.kv_budget is None else config.kv_budget * 2**30
+        plan.rest[f"KV cache, {slots} x {length:,} tokens"] = min(cache, limit)
+    return plan
+
+
+def tell(make: Callable[..., Plan], config: Any, **lengths: int) -> Plan | None:
+    """Prints a plan and returns it; None where the configurations cannot be read, which loading will then explain."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # models without memory draw their weights too
+            plan = make(config, **lengths)
+    except Exception as error:  # each architecture has its own
+        ranks.say(f"no memory plan: {str(error).strip().partition(chr(10))[0]}")
+        return None
+    ranks.say(plan)
+    return plan
+
+
+def reward_folders(reward: Any) -> Iterator[str]:
+    """The reward models among the terms of a reward."""
+    for source, _ in parse_reward(reward) if isinstance(reward, str) else []:
+        if not is_function(source):
+            yield source
+
+
+def available_bytes(device: torch.device) -> float:
+    """Free memory of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return float("inf")
+
+
+class _Model:
+    """Sizes of a model, from its configuration."""
+
+    def __init__(self, path: str, config: LoopConfig) -> None:
+        self.config, self.half = AutoConfig.from_pretrained(path), config.autocast_dtype()
+        self.targets, text = config.lora_targets, self.config.get_text_config()
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.size = 4 if self.half is None else 2  # of a number that is not trained
+        self.frozen = self.num_parameters * self.size
+        body = sum(parameter.numel() for parameter in self.model.base_model.parameters())
+        self.num_scalar = body + text.hidden_size  # with a head of one label
+        self.num_layers, self.width, self.vocab = text.num_hidden_layers, text.hidden_size, text.vocab_size
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.cache_per_token = 2 * self.num_layers * heads * head_width * self.size
+
+    def num_adapter(self, rank: int) -> int:
+        layers = linears_of(self.model, self.targets).values()
+        return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
+
+    def kept_per_token(self, recompute: bool) -> float:
+        """Bytes that a training pass keeps for a token; recompute: of all but one layer only the input is kept."""
+        one, two = (self._kept(num_layers, 48) - self._kept(num_layers, 16) for num_layers in (1, 2))
+        layer = (two - one) / 32
+        rest = one / 32 - layer
+        inputs = 4 * self.width
+        return rest + layer + self.num_layers * inputs if recompute else rest + self.num_layers * layer
+
+    def _kept(self, num_layers: int, num_tokens: int) -> int:
+        small = copy.deepcopy(self.config)
+        text = small.get_text_config()
+        text.num_hidden_layers, text.vocab_size, text.pad_token_id = num_layers, 16, None
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:num_layers]
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+        model = model.to_empty(device="cpu").eval()  # no dropout; what its weights are does not matter
+        model.set_attn_implementation(ATTENTION)
+        fuse_layers(model)
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        kept: dict[int, Any] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage
+            return tensor
+
+        batch = pack([[1] * num_tokens])
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, autocasting(batch.tokens.device, self.half):
+            model.base_model(**batch.model_inputs())
+        return sum(storage.nbytes() for storage in kept.values())
+
+
+def _add_passes(plan: Plan, config: LoopConfig, model: _Model, num_tokens: int, *, has_logits: bool = True) -> None:
+    tokens = min(config.max_tokens, num_tokens)
+    kept = model.kept_per_token(config.gradient_checkpointing)
+    plan.rest[f"activations of {tokens:,} tokens"] = tokens * kept
+    if has_logits:
+        plan.rest["logits of the head"] = 2 * 4 * min(LOGIT_ROWS, tokens) * model.vocab
+    if model.half is not None and not config.lora_rank:
+        plan.rest[f"{model.half} copies".removeprefix("torch.")] = 2 * model.num_parameters
+
+
+def _times(number: int, sizes: tuple[int, ...]) -> tuple[float, ...]:
+    return tuple(number * size for size in sizes)
