@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
             if config.seed not in curves:
                 curves[config.seed] = list(curve(config))
                 write(path, curves)
-    plot(path.with_suffix(".svg"), curves, target)
+                plot(path.with_suffix(".svg"), curves, target)
     for seed, rows in sorted(curves.items()):
         text, gold = collapse(rows, target), [row["gold"] for row in rows if row.get("gold", "") != ""]
         last = {name: float(rows[-1][name]) for name in ("kl", "entropy")}
