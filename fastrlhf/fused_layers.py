@@ -1,23 +1,29 @@
-"""Our ops in place of what transformers' layers compute in many small steps: norms and gated activations.
+"""Our ops in place of what transformers' layers compute in many small steps: norms, gated activations, rotations.
 
 A module is taken over by giving it a subclass of its class with another `forward`: parameters, hooks and names stay,
 and copies, checkpoints and adapters see the module that they know. It is taken over only if a stand-in, the module
 with small random parts, computes the same either way, gradients included; what we do not know is left alone.
+
+An attention layer keeps its forward, but for the function that it rotates queries and keys by. That is a name in its
+file, which other models share, so the layer gets a copy of its forward in which the name means our function.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastrlhf.ops.rms_norm import rms_norm
+from fastrlhf.ops.rotary import rotary
 from fastrlhf.ops.silu_mul import silu_mul
 
+ROTATION = "apply_rotary_pos_emb"  # transformers' function, by which layers call it
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 EPSILONS = ("variance_epsilon", "eps")  # what transformers' norms call it
 
@@ -45,18 +51,66 @@ class _GatedMLP(FusedLayer):
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Takes over the norms and gated MLPs of a model, in place."""
+    """Takes over the norms, gated MLPs and rotations of a model, in place."""
     for module in model.modules():
-        original: Any = type(module)
-        for kind, stand_in_of in ((_Norm, _norm_stand_in), (_GatedMLP, _mlp_stand_in)):
-            made = None if isinstance(module, FusedLayer) else stand_in_of(module)
-            if made is not None and _agrees(_fused(kind, original), *made):
-                module.__class__ = _fused(kind, original)
+        fused = None if isinstance(module, FusedLayer) else _taken_over(module)
+        if fused is not None:
+            module.__class__ = fused
+
+
+def _taken_over(module: nn.Module) -> Any:
+    """The class of a module that computes the same with our ops, or None."""
+    original: Any = type(module)
+    for kind, stand_in_of in ((_Norm, _norm_stand_in), (_GatedMLP, _mlp_stand_in)):
+        made = stand_in_of(module)
+        if made is not None and _agrees(_fused(kind, original), *made):
+            return _fused(kind, original)
+    return _rotating(original)
 
 
 @functools.cache
 def _fused(kind: Any, original: Any) -> Any:
-    return type(original.__name__, (kind, original), {"__module__": original.__module__})
+    return _subclass(kind, original)
+
+
+def _subclass(kind: Any, original: Any, **members: Any) -> Any:
+    return type(original.__name__, (kind, original), {"__module__": original.__module__, **members})
+
+
+@functools.cache
+def _rotating(original: Any) -> Any:
+    """An attention layer's class whose forward finds our function under the name of theirs, or None."""
+    forward = original.forward
+    if not isinstance(forward, FunctionType) or ROTATION not in forward.__code__.co_names:
+        return None
+    theirs = forward.__globals__.get(ROTATION)
+    ours = functools.partial(_rotate, theirs)
+    if theirs is None or not _rotates_alike(ours, theirs):
+        return None
+    names = {**forward.__globals__, ROTATION: ours}
+    copied = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    return _subclass(FusedLayer, original, forward=copied)
+
+
+def _rotate(theirs: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **more: Any) -> Any:
+    """Queries and keys (batch, heads, tokens, K) turned by angles of cos, sin (batch, tokens, K)."""
+    alike = q.dtype == k.dtype == cos.dtype and k.shape[2:] == q.shape[2:] and cos.shape == (len(q), *q.shape[2:])
+    if others or more or q.ndim != 4 or not alike:  # as under autocast, or where a part of a head is turned
+        return theirs(q, k, cos, sin, *others, **more)
+    batch, _, tokens, width = q.shape
+    angles = [t.reshape(batch * tokens, width) for t in (cos, sin)]
+    rows = [t.transpose(1, 2).reshape(batch * tokens, -1, width) for t in (q, k)]
+    return tuple(rotary(t, *angles).view(batch, tokens, -1, width).transpose(1, 2) for t in rows)
+
+
+def _rotates_alike(ours: Callable[..., Any], theirs: Callable[..., Any]) -> bool:
+    q, k = (_random(2, heads, 5, 8, seed=heads) for heads in (4, 2))
+    cos, sin = (_random(2, 5, 4, seed=seed).repeat(1, 1, 2) for seed in (5, 6))
+    try:
+        return all(_is_close(a, b) for a, b in zip(ours(q, k, cos, sin), theirs(q, k, cos, sin), strict=True))
+    except Exception:  # a function of other arguments
+        return False
 
 
 def _epsilon(norm: nn.Module) -> Any:

@@ -6,12 +6,16 @@ import pytest
 import torch
 from tiny import tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from fastrlhf import fused_layers
 from fastrlhf.fused_layers import FusedLayer, fuse_layers
 from fastrlhf.models import Policy, RewardModel, ValueModel, load_causal_lm
+from fastrlhf.packing import pack
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 90}
 
 
 def taken(model):
@@ -19,19 +23,36 @@ def taken(model):
 
 
 @pytest.mark.parametrize(("arch", "norms"), [("llama", 2), ("qwen2", 2), ("mistral", 2), ("qwen3", 4)])
-def test_norms_and_mlps_of_llama_like_models_are_taken_over(arch, norms):
+def test_norms_mlps_and_attention_of_llama_like_models_are_taken_over(arch, norms):
     model = tiny_model(arch)
     fuse_layers(model)
     found = taken(model)
     assert sum(name.endswith("norm") for name in found) == 2 * norms + 1
-    assert sum(name.endswith("mlp") for name in found) == 2
+    assert sum(name.endswith("mlp") for name in found) == sum(name.endswith("self_attn") for name in found) == 2
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "gpt_neox", "gemma3_text"])
-def test_models_of_other_layers_are_left_alone(arch):
+@pytest.mark.parametrize(("arch", "rotates"), [("gpt2", False), ("gpt_neox", True), ("gemma3_text", True)])
+def test_of_models_with_other_layers_rotations_alone_are_taken_over(arch, rotates):
     model = tiny_model(arch)
     fuse_layers(model)
-    assert not taken(model)
+    assert len(taken(model)) == 2 * rotates and all("attn" in name or "attention" in name for name in taken(model))
+
+
+def test_a_rotation_of_neighbours_in_a_head_is_left_alone():
+    """Cohere pairs the elements 2 i and 2 i + 1 of a head."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("cohere", **SMALL))
+    fuse_layers(model)
+    assert not [name for name in taken(model) if name.endswith("attn")]
+
+
+def test_rotations_are_ours_where_a_head_is_turned_whole(monkeypatch):
+    calls, original = [], fused_layers.rotary
+    monkeypatch.setattr(fused_layers, "rotary", lambda *args: calls.append(1) or original(*args))
+    for arch, expected in (("llama", 4), ("gpt_neox", 0)):  # of which neox turns a quarter of each head
+        model = load_causal_lm(tiny_model(arch))
+        calls.clear()
+        model(**pack([[5, 6, 7]]).model_inputs())
+        assert len(calls) == expected, arch
 
 
 class Clamped(LlamaMLP):

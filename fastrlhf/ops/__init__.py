@@ -22,6 +22,7 @@ from fastrlhf.ops.ppo_advantages import ppo_advantages
 from fastrlhf.ops.ppo_policy_loss import ppo_policy_loss
 from fastrlhf.ops.ranking_loss import ranking_loss
 from fastrlhf.ops.rms_norm import rms_norm
+from fastrlhf.ops.rotary import rotary
 from fastrlhf.ops.sample_tokens import sample_tokens
 from fastrlhf.ops.silu_mul import silu_mul
 from fastrlhf.ops.thin_linear import thin_linear
@@ -47,6 +48,7 @@ __all__ = [
     "ppo_policy_loss",
     "ranking_loss",
     "rms_norm",
+    "rotary",
     "sample_tokens",
     "silu_mul",
     "thin_linear",

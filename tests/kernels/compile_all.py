@@ -102,6 +102,12 @@ def rms_norm_backward(dtype):
         yield "rms_norm_backward", (rows, rows, torch.empty(width, dtype=dtype), 1e-6)
 
 
+def rotary(dtype):
+    angles = torch.empty(8, 128, dtype=dtype)
+    for transposed in (False, True):
+        yield "rotary", (torch.empty(8, 32, 128, dtype=dtype), angles, angles, transposed)
+
+
 def silu_mul(dtype):
     yield "silu_mul", [torch.empty(8, 14336, dtype=dtype)] * 2
 
@@ -120,6 +126,7 @@ LAUNCHES = {  # what calls the kernels at the sizes of training -> the dtypes it
     kl_divergence_backward: (BF16, FP32, FP64),
     rms_norm: (BF16, FP32, FP64),
     rms_norm_backward: (BF16, FP32, FP64),
+    rotary: (BF16, FP32, FP64),
     silu_mul: (BF16, FP32, FP64),
     silu_mul_backward: (BF16, FP32, FP64),
     token_logprobs: (BF16, FP32, FP64),
