@@ -43,6 +43,7 @@ class LoopConfig:
     schedule: str = option("cosine", "of the learning rate: constant, linear or cosine (to 0)")
     warmup_ratio: float = option(0.03, "share of the steps in which the learning rate rises from 0")
     weight_decay: float = option(0.0, "decoupled weight decay of matrices")
+    optimizer: str = rare("adamw", "adamw, or adamw8bit: moments of a byte each (bitsandbytes)")
     adam_eps: float = rare(1e-5, "epsilon of AdamW")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     max_tokens: int = option(4096, "tokens a micro-batch: memory and speed, not results")
@@ -70,6 +71,7 @@ class LoopConfig:
         choose(self, "template", ("auto", "chat", "none"))
         choose(self, "device", ("auto", "cpu", "cuda"))
         choose(self, "parallel", ("ddp", "fsdp"))
+        choose(self, "optimizer", ("adamw", "adamw8bit"))
         choose(self, "dtype", ("auto", "float32", "bfloat16"))
         above(self, 0, "learning_rate", "adam_eps", "max_grad_norm", "lora_alpha")
         at_least(self, 1, "batch_size", "max_tokens", "limit", "keep_checkpoints")
@@ -81,6 +83,8 @@ class LoopConfig:
             raise ValueError("resume and overwrite exclude each other")
         if not self.has_adapters() and (self.lora_alpha, self.lora_targets) != (32.0, "all"):
             raise ValueError("lora_alpha and lora_targets are of adapters, and there is none: set lora_rank")
+        if self.parallel == "fsdp" and self.optimizer == "adamw8bit":
+            raise ValueError("parallel: fsdp cuts the moments of adamw only; adamw8bit takes ddp")
         if self.parallel == "fsdp" and self.has_adapters():
             raise ValueError("parallel: fsdp is for models that are trained whole; adapters (lora_rank) take ddp")
 

@@ -30,7 +30,8 @@ from fastrlhf.ppo_config import PPOConfig
 from fastrlhf.scoring import is_function, parse_reward
 
 LOGIT_ROWS = 512  # of a chunk of the head, which holds logits and their gradient in float32
-FROZEN, TRAINED = (4,), (4, 4, 8)  # bytes a parameter: float32 weights; with gradients and AdamW's moments
+FROZEN = (4,)  # bytes a parameter: float32 weights; TRAINED: with gradients and the optimizer's moments
+TRAINED = {"adamw": (4, 4, 8), "adamw8bit": (4, 4, 2)}
 
 
 @dataclass
@@ -70,9 +71,9 @@ def plan_training(config: LoopConfig, *, num_tokens: int, scalar: bool = False) 
     model, plan = _Model(config.model, config), Plan(available=available_bytes(config.resolve_device()))
     if config.lora_rank:
         plan.models["model, frozen"] = (model.num_scalar * model.size if scalar else model.frozen,)
-        plan.models["adapter"] = _times(model.num_adapter(config.lora_rank), TRAINED)
+        plan.models["adapter"] = _times(model.num_adapter(config.lora_rank), TRAINED[config.optimizer])
     else:
-        plan.models["model"] = _times(model.num_scalar if scalar else model.num_parameters, TRAINED)
+        plan.models["model"] = _times(model.num_scalar if scalar else model.num_parameters, TRAINED[config.optimizer])
     _add_passes(plan, config, model, num_tokens, has_logits=not scalar)
     return plan
 
@@ -83,7 +84,7 @@ def plan_ppo(config: PPOConfig, *, longest_prompt: int) -> Plan:
     if config.has_adapters():
         plan.models["base, frozen"] = (policy.frozen if config.lora_rank else 4 * policy.num_parameters,)
     own = policy.num_adapter(config.lora_rank) if config.lora_rank else policy.num_parameters
-    plan.models["policy"] = _times(own, TRAINED)
+    plan.models["policy"] = _times(own, TRAINED[config.optimizer])
     if not (config.has_adapters() and config.reference in (None, config.model)):
         plan.models["reference"] = _times(_Model(config.reference or config.model, config).num_parameters, FROZEN)
     elif config.reference_every and config.lora_rank:
@@ -96,7 +97,9 @@ def plan_ppo(config: PPOConfig, *, longest_prompt: int) -> Plan:
     if config.estimator == "gae":
         start = next(iter(rewards.values())) if len(rewards) == 1 else policy
         rank = config.value_rank()
-        plan.models["value model"] = _times(policy.num_adapter(rank) if rank else start.num_scalar, TRAINED)
+        plan.models["value model"] = _times(
+            policy.num_adapter(rank) if rank else start.num_scalar, TRAINED[config.optimizer]
+        )
     if config.ema_decay is not None:
         plan.models["average"] = _times(own, FROZEN)
     length = longest_prompt + config.max_new_tokens

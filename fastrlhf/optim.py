@@ -40,7 +40,11 @@ def check_finite(what: str, value: Tensor, where: str) -> None:
 class Optimizer:
     """AdamW for one model, betas (0.9, 0.95). Matrices decay, vectors (norms, biases) do not.
 
-    num_steps: steps of the whole run, which the schedule falls over"""
+    num_steps: steps of the whole run, which the schedule falls over
+    kind: adamw, or adamw8bit, whose moments take a byte each in tensors of 4096 numbers and more
+
+    Raises: ModuleNotFoundError, naming the extra, for adamw8bit where bitsandbytes is not installed.
+    Source: Dettmers et al., arXiv 2110.02861 (adamw8bit)."""
 
     def __init__(
         self,
@@ -53,13 +57,19 @@ class Optimizer:
         weight_decay: float,
         eps: float,
         max_grad_norm: float,
+        kind: str = "adamw",
     ) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.adam = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=eps, fused=True)
+        options: dict[str, Any] = {"lr": learning_rate, "betas": (0.9, 0.95), "eps": eps}
+        self.adam: torch.optim.Optimizer
+        if kind == "adamw8bit":
+            self.adam = eight_bit_adamw()(groups, **options)
+        else:
+            self.adam = torch.optim.AdamW(groups, **options, fused=True)
         self.max_grad_norm = max_grad_norm
         self.schedule: dict[str, Any] = {
             "peak": learning_rate,
@@ -89,6 +99,7 @@ class Optimizer:
             weight_decay=config.weight_decay,
             eps=config.adam_eps,
             max_grad_norm=config.max_grad_norm,
+            kind=config.optimizer,
         )
 
     @property
@@ -125,3 +136,12 @@ class Optimizer:
         states = {number: scattered(values, parameters[number]) for number, values in state["adam"]["state"].items()}
         self.adam.load_state_dict({**state["adam"], "state": states})
         self.num_steps_done = state["num_steps_done"]
+
+
+def eight_bit_adamw() -> Any:
+    """AdamW of bitsandbytes. Raises: ModuleNotFoundError, naming the extra, where it is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ModuleNotFoundError("optimizer=adamw8bit: pip install 'fastrlhf[bitsandbytes]'") from error
+    return AdamW8bit

@@ -82,7 +82,13 @@ ROOMS = {
         {"torch", "numpy", "transformers", "huggingface_hub", "yaml", "rich"},
     ),
 }
-OPTIONAL = {"gguf", "matplotlib", "pyarrow", "torch.utils.tensorboard"}  # extras: imported where they are used
+OPTIONAL = {
+    "bitsandbytes",
+    "gguf",
+    "matplotlib",
+    "pyarrow",
+    "torch.utils.tensorboard",
+}  # extras: imported where they are used
 NARROWER = {  # rules within a room: module -> modules of ours that it never imports
     "sft": {"reward", "ppo"},
     "reward": {"sft", "ppo"},

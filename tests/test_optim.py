@@ -1,4 +1,6 @@
+import io
 import math
+import sys
 
 import pytest
 import torch
@@ -101,3 +103,42 @@ def test_a_restored_optimizer_takes_the_same_steps_bit_for_bit(tmp_path):
             o.step("")
     assert restored.learning_rate == optimizer.learning_rate
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def big(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Linear(128, 64)
+
+
+def test_moments_of_a_byte_stay_near_exact_ones_and_resume_exactly():
+    pytest.importorskip("bitsandbytes", reason="pip install 'fastrlhf[bitsandbytes]'")
+    models = [big() for _ in range(3)]
+    optimizers = [Optimizer(model, **OPTIONS, kind=kind) for model, kind in zip(models, KINDS, strict=True)]
+    for step in range(8):
+        if step == 4:  # the third goes on from what the second has saved
+            models[2].load_state_dict(models[1].state_dict())
+            optimizers[2].load_state_dict(through_a_file(optimizers[1].state_dict()))
+        for model, optimizer in zip(models, optimizers, strict=True):
+            gradient(model, step)
+            optimizer.step("here")
+    assert all(map(torch.equal, models[1].parameters(), models[2].parameters()))
+    start, exact, eight = (m.weight.detach() for m in (big(), *models[:2]))
+    assert (eight - exact).norm() < 0.1 * (exact - start).norm() and not torch.equal(eight, exact)
+    sizes = [sum(t.nbytes for t in optimizer.adam.state[m.weight].values() if torch.is_tensor(t) and t.dim() == 2)
+             for m, optimizer in zip(models[:2], optimizers[:2], strict=True)]  # fmt: skip
+    assert sizes[0] == 4 * sizes[1] == 8 * models[0].weight.numel()
+
+
+KINDS = ("adamw", "adamw8bit", "adamw8bit")
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+
+
+def test_without_bitsandbytes_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ModuleNotFoundError, match=r"optimizer=adamw8bit: pip install 'fastrlhf\[bitsandbytes\]'"):
+        Optimizer(big(), **OPTIONS, kind="adamw8bit")

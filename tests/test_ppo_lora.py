@@ -194,3 +194,10 @@ def test_reward_training_with_an_adapter_learns_the_pairs(folder):
 def test_settings_that_do_not_fit_are_named(folder, changes, text):
     with pytest.raises(ValueError, match=text):
         PPO(config(folder, **changes))
+
+
+def test_a_killed_run_with_moments_of_a_byte_resumes_bit_for_bit(folder):
+    pytest.importorskip("bitsandbytes", reason="pip install 'fastrlhf[bitsandbytes]'")
+    changes = {"reward": "test_ppo_lora:share_of_low_tokens", "steps": 4, "save_every": 2, "lora_rank": 0}
+    run = settings(folder, **changes, optimizer="adamw8bit")
+    assert_resumes_bit_for_bit(PPO, PPOConfig, run, folder, killed_after=3)
