@@ -7,7 +7,8 @@ from fastrlhf.ops import *  # noqa: F403
 from fastrlhf.ops import __all__ as _ops
 
 if TYPE_CHECKING:
-    from fastrlhf.config import RewardConfig, SFTConfig
+    from fastrlhf.config import DPOConfig, RewardConfig, SFTConfig
+    from fastrlhf.dpo import DPO
     from fastrlhf.integrations import patch, unpatch
     from fastrlhf.ppo import PPO
     from fastrlhf.ppo_config import PPOConfig
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 # imported when first asked for: the loops bring transformers, which takes seconds that a user of the ops need not wait
 _LATER = {
+    "DPO": "dpo",
+    "DPOConfig": "config",
     "PPO": "ppo",
     "PPOConfig": "ppo_config",
     "RewardConfig": "config",
@@ -26,7 +29,19 @@ _LATER = {
     "patch": "integrations",
     "unpatch": "integrations",
 }
-__all__ = ["PPO", "SFT", "PPOConfig", "RewardConfig", "RewardTrainer", "SFTConfig", *_ops, "patch", "unpatch"]
+__all__ = [
+    "DPO",
+    "PPO",
+    "SFT",
+    "DPOConfig",
+    "PPOConfig",
+    "RewardConfig",
+    "RewardTrainer",
+    "SFTConfig",
+    *_ops,
+    "patch",
+    "unpatch",
+]
 
 
 def __getattr__(name: str) -> Any:

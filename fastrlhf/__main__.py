@@ -13,17 +13,24 @@ from transformers.utils import logging
 import fastrlhf
 from fastrlhf import ranks
 from fastrlhf.checkpoint import newest_checkpoint
-from fastrlhf.config import RewardConfig, SFTConfig, did_you_mean
+from fastrlhf.config import DPOConfig, RewardConfig, SFTConfig, did_you_mean
 from fastrlhf.options import help_text, parse
 from fastrlhf.ppo_config import PPOConfig
 from fastrlhf.run_config import RunConfig
 
-COMMANDS: dict[str, type] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "run": RunConfig}
+COMMANDS: dict[str, type] = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "ppo": PPOConfig,
+    "dpo": DPOConfig,
+    "run": RunConfig,
+}
 HELP = """fastrlhf COMMAND [--config FILE.yaml] [--option VALUE ...]
 
   sft       fine-tune a model on demonstrations
   reward    train a reward model on preference pairs
   ppo       train a model against a reward, with PPO
+  dpo       train a model on preference pairs directly (DPO, IPO, SimPO, ORPO, ...)
   run       all of it: sft, pairs, reward model, ppo, evaluation, report; without options a demo
   info      versions, devices, and what serves each op
   check     every op against its float64 reference on this machine, with error, time and per cent of its limits
@@ -126,6 +133,10 @@ def _loop(command: str) -> Callable[[Any], Iterator[Any]]:
         from fastrlhf.reward import RewardTrainer
 
         return RewardTrainer
+    if command == "dpo":
+        from fastrlhf.dpo import DPO
+
+        return DPO
     if command == "run":
         from fastrlhf.pipeline import Run
 

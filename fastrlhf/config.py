@@ -144,6 +144,43 @@ class RewardConfig(LoopConfig):
         within(self, 0, 0.5, "label_smoothing")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(LoopConfig):
+    """A policy from preference pairs, without a reward model (docs/preferences.md)."""
+
+    learning_rate: float = option(1e-6, "peak learning rate of AdamW")
+    epochs: int = option(1, "passes over the data")
+    max_length: int = option(1024, "pairs with a longer side are rejected")
+    eval_data: str | None = option(None, "held-out file; its accuracy is reported after each epoch")
+    eval_fraction: float = option(0.0, "without eval_data: hold out this share of the data, its last rows")
+    eval_limit: int | None = option(None, "use only so many held-out rows")
+    loss: str = option("sigmoid", "of a pair: sigmoid (DPO), ipo, hinge, simpo or orpo")
+    beta: float = option(0.1, "strength of the tie to the reference (simpo: scale, often 2; orpo: weight of the odds)")
+    reference: str | None = option(None, "folder or hub id of the reference (default: model)")
+    reference_free: bool = option(False, "no reference; simpo and orpo have none anyway")
+    length_normalized: bool = option(False, "means over tokens in place of sums; simpo and orpo take means anyway")
+    label_smoothing: float = option(0.0, "share of labels believed wrong (sigmoid: conservative DPO)")
+    target_margin: float = option(0.0, "simpo: gamma, by how much the chosen response is to lead", rare=True)
+    sft_coef: float = option(
+        0.0, "weight of the mean log-probability of chosen responses, added to the loss", rare=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_epochs_and_eval(self)
+        choose(self, "loss", ("sigmoid", "ipo", "hinge", "simpo", "orpo"))
+        above(self, 0, "beta")
+        at_least(self, 0, "target_margin", "sft_coef")
+        within(self, 0, 0.5, "label_smoothing")
+        for name, losses in {"label_smoothing": ("sigmoid",), "target_margin": ("simpo",)}.items():
+            if getattr(self, name) and self.loss not in losses:
+                raise ValueError(f"{name} has no effect on loss {self.loss}")
+        if self.loss in ("simpo", "orpo") and (self.reference or self.reference_free or self.length_normalized):
+            raise ValueError(f"loss {self.loss} has no reference and takes means over tokens, leave those options out")
+        if self.reference and self.reference_free:
+            raise ValueError(f"give reference ({self.reference}) or reference_free, not both")
+
+
 def convert(name: str, value: Any, kind: Any) -> Any:
     """Returns the value of an option as its type: text from a command line, YAML's or Python's values alike.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,14 +25,21 @@ def hidden_states(
         return model.base_model(**batch.model_inputs()).last_hidden_state[0]
 
 
-def head_logprobs(model: PreTrainedModel, hidden: Tensor, targets: Tensor, **options: Any) -> Any:
-    """Returns what `linear_token_logprobs` does, with the head of a causal language model, in the head's dtype.
+def head_logprobs(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    op: Callable[..., Any] = linear_token_logprobs,
+    **options: Any,
+) -> Any:
+    """Returns what an op on a linear head does with that of a causal language model, in the head's dtype.
 
     hidden: (R, D), targets: (R,) int64; the options are those of the op"""
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     with torch.autocast(hidden.device.type, enabled=False):
-        return linear_token_logprobs(
+        return op(
             hidden.to(layer.weight.dtype),
             layer.weight,
             targets,

@@ -23,7 +23,7 @@ from fastrlhf.checkpoint import (
     open_output,
     save_checkpoint,
 )
-from fastrlhf.config import LoopConfig, RewardConfig, SFTConfig
+from fastrlhf.config import DPOConfig, LoopConfig, RewardConfig, SFTConfig
 from fastrlhf.data import Loaded
 from fastrlhf.memory_plan import Plan
 from fastrlhf.metrics import MetricsLog
@@ -162,7 +162,7 @@ def load_trained(role: type[R], config: LoopConfig, checkpoint: Path | None, **o
 
 
 def load_with_held_out(
-    load: Callable[..., Loaded[T]], config: SFTConfig | RewardConfig, tokenizer: Any
+    load: Callable[..., Loaded[T]], config: SFTConfig | RewardConfig | DPOConfig, tokenizer: Any
 ) -> tuple[list[T], list[T]]:
     """Returns the rows to train on and the held-out rows, which are those of eval_data or the last of the data.
 

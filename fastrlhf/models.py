@@ -94,10 +94,10 @@ class Policy(Role):
         """Returns the policy in a folder or of a hub id (see `load_causal_lm` for the options and errors)."""
         return cls(load_causal_lm(path, **options), autocast=autocast)
 
-    def forward(self, batch: Packed, *, temperature: float = 1.0, return_entropy: bool = False) -> Any:
-        """Returns logprobs (R,) float32 of the response tokens, and with return_entropy the entropies (R,) there."""
-        hidden = self.hidden(batch)[batch.predictors]
-        return head_logprobs(self.model, hidden, batch.targets, temperature=temperature, return_entropy=return_entropy)
+    def forward(self, batch: Packed, **options: Any) -> Any:
+        """Returns logprobs (R,) float32 of the response tokens; with the options of `head_logprobs`, what they ask for:
+        temperature, return_entropy, or the op of a loss on the head."""
+        return head_logprobs(self.model, self.hidden(batch)[batch.predictors], batch.targets, **options)
 
 
 class ScalarModel(Role):

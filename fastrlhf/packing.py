@@ -4,8 +4,9 @@ Alignment is stated here and nowhere else. A *response token* is one that a loss
 sampled, or the completion of a demonstration. Every per-token quantity of a loop (logprobs, values, rewards,
 advantages, ...) is a tensor (R,) over the response tokens of the pack, in order, cut into sequences by
 `cu_responses`. `logprobs[r]` is the log-probability of response token r given the tokens before it, and `values[r]` the
-value of the state before it, so both read the hidden state at `predictors[r]`, the row before the token. The score of a
-whole sequence reads the hidden state of its last token, `last_rows`. No other code shifts by one.
+value of the state before it, so both read the hidden state at `predictors[r]`, the row before the token or, where a
+sequence goes on from the one before it, the last row of what they share. The score of a whole sequence reads the
+hidden state of its last token, `last_rows`. No other code shifts by one.
 
 There is no padding, so there are no padding masks: masks come from lengths, never from `ids == pad`.
 """
@@ -30,6 +31,7 @@ class Packed:
     position_ids: (T,) int64, restarting at 0 in each sequence
     cu_seqlens: (N + 1,) int32, sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1]
     response_rows: (R,) int64, row of each response token
+    predictors: (R,) int64, row whose hidden state predicts each response token
     cu_responses: (N + 1,) int32, the response tokens of sequence n are cu_responses[n] to cu_responses[n + 1]
     lengths, response_lengths: the same lengths on the host, so that nobody waits for the device to learn them
     prefix_lengths: where a sequence goes on from the start of the one before it, how many tokens of that it does not
@@ -41,6 +43,7 @@ class Packed:
     position_ids: Tensor
     cu_seqlens: Tensor
     response_rows: Tensor
+    predictors: Tensor
     cu_responses: Tensor
     lengths: tuple[int, ...]
     response_lengths: tuple[int, ...]
@@ -64,11 +67,6 @@ class Packed:
     def targets(self) -> Tensor:
         """(R,) the response tokens."""
         return self.tokens[self.response_rows]
-
-    @property
-    def predictors(self) -> Tensor:
-        """(R,) row whose hidden state predicts each response token."""
-        return self.response_rows - 1
 
     @property
     def last_rows(self) -> Tensor:
@@ -99,12 +97,15 @@ class Packed:
         rows = _ranges([starts[i] for i in indices], lengths).to(self.tokens.device)
         responses = _ranges([response_starts[i] for i in indices], response_lengths).to(self.tokens.device)
         moved = [new - starts[i] for i, new in zip(indices, [0, *accumulate(lengths)], strict=False)]
+        # a row of the sequence before, which may predict the first one here, has moved as far
         shifts = torch.repeat_interleave(torch.tensor(moved, dtype=torch.int64), torch.tensor(response_lengths))
+        shifts = shifts.to(self.tokens.device)
         return Packed(
             tokens=self.tokens[rows],
             position_ids=self.position_ids[rows],
             cu_seqlens=_cumulate(lengths).to(self.tokens.device),
-            response_rows=self.response_rows[responses] + shifts.to(self.tokens.device),
+            response_rows=self.response_rows[responses] + shifts,
+            predictors=self.predictors[responses] + shifts,
             cu_responses=_cumulate(response_lengths).to(self.tokens.device),
             lengths=lengths,
             response_lengths=response_lengths,
@@ -157,6 +158,7 @@ class Packed:
         return dataclasses.replace(
             filler,
             response_rows=filler.response_rows[:0],
+            predictors=filler.predictors[:0],
             cu_responses=torch.zeros_like(filler.cu_responses),
             response_lengths=(0,) * filler.num_sequences,
             fields={name: values[:0] for name, values in filler.fields.items()},
@@ -215,17 +217,22 @@ def pack(
         response_masks = [[False] * n for n in lengths]
     if tuple(len(m) for m in response_masks) != lengths:
         raise ValueError("pack: each response mask must have one flag a token of its sequence")
+    prefixes = _checked_prefixes(prefix_lengths, lengths, torch.device(device))
     for n, mask in enumerate(response_masks):
-        if mask[0]:
+        if mask[0] and not (prefixes and prefixes[n]):
             raise ValueError(f"pack: the first token of sequence {n} is a response token, but nothing predicts it")
-    prefixes = _checked_prefixes(prefix_lengths, lengths, response_masks, torch.device(device))
     flags = torch.tensor([flag for mask in response_masks for flag in mask], dtype=torch.bool)
     response_lengths = tuple(sum(map(bool, mask)) for mask in response_masks)
+    before = torch.arange(-1, flags.shape[0] - 1)
+    for prefix, start, length in zip(prefixes, accumulate(lengths, initial=0), [0, *lengths], strict=False):
+        if prefix:  # of the sequence before, whose length this is
+            before[start] = start - length + prefix - 1
     return Packed(
         tokens=torch.tensor([t for s in sequences for t in s], dtype=torch.int64).to(device),
         position_ids=_ranges(prefixes or [0] * len(lengths), lengths).to(device),
         cu_seqlens=_cumulate(lengths).to(device),
         response_rows=flags.nonzero()[:, 0].to(device),
+        predictors=before[flags].to(device),
         cu_responses=_cumulate(response_lengths).to(device),
         lengths=lengths,
         response_lengths=response_lengths,
@@ -233,9 +240,7 @@ def pack(
     )
 
 
-def _checked_prefixes(
-    prefixes: Sequence[int], lengths: Sequence[int], masks: Sequence[Sequence[bool]], device: torch.device
-) -> tuple[int, ...]:
+def _checked_prefixes(prefixes: Sequence[int], lengths: Sequence[int], device: torch.device) -> tuple[int, ...]:
     if not any(prefixes):
         return ()
     if device.type != "cpu":
@@ -244,8 +249,6 @@ def _checked_prefixes(
     fits = len(prefixes) == len(lengths)
     if not fits or any(p and not (0 < p <= n and whole == 0) for p, (n, whole) in zip(prefixes, room, strict=False)):
         raise ValueError(f"pack: prefix_lengths {list(prefixes)} do not fit lengths {list(lengths)}")
-    if any(prefix and any(mask) for prefix, mask in zip(prefixes, masks, strict=True)):
-        raise ValueError("pack: a sequence with a prefix can have no response tokens")
     return tuple(prefixes)
 
 

@@ -18,7 +18,7 @@ from fastrlhf.data import Pair, batch_rows, load_pairs
 from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_trained, load_with_held_out, prepare
 from fastrlhf.memory_plan import plan_training, tell
 from fastrlhf.metrics import MetricsLog, Statistics
-from fastrlhf.models import RewardModel
+from fastrlhf.models import Policy, RewardModel
 from fastrlhf.ops import pairwise_reward_loss
 from fastrlhf.optim import Optimizer, check_finite
 from fastrlhf.packing import Packed, pack
@@ -172,22 +172,32 @@ def sides(pair: Pair) -> tuple[list[int], list[int]]:
     return pair.prompt + pair.chosen, pair.prompt + pair.rejected
 
 
-def pack_pairs(pairs: Sequence[Pair], *, share_prompts: bool, device: torch.device) -> Packed:
-    """The pack of chosen and rejected conversations in turn; with share_prompts a pair's prompt is in it once."""
-    if not share_prompts:
-        return pack([side for pair in pairs for side in sides(pair)], device=device)
-    parts = [part for pair in pairs for part in (pair.prompt + pair.chosen, pair.rejected)]
-    return pack(parts, prefix_lengths=[n for pair in pairs for n in (0, len(pair.prompt))], device=device)
+def pack_pairs(pairs: Sequence[Pair], *, share_prompts: bool, responses: bool = False, device: torch.device) -> Packed:
+    """The pack of chosen and rejected conversations in turn; with share_prompts a pair's prompt is in it once.
+
+    responses: whether the tokens of the two are response tokens; but a first token that nothing predicts is none"""
+    rows: list[tuple[int, list[int], list[int]]] = []  # tokens of the sequence before it that it sees, prompt, response
+    for pair in pairs:
+        seen = len(pair.prompt) if share_prompts else 0
+        rows += [(0, pair.prompt, pair.chosen), (seen, pair.prompt[seen:], pair.rejected)]
+    masks = [
+        [False] * len(prompt) + [bool(seen or prompt or n) and responses for n in range(len(response))]
+        for seen, prompt, response in rows
+    ]
+    tokens, prefixes = [prompt + response for _, prompt, response in rows], [seen for seen, *_ in rows]
+    return pack(tokens, masks, prefix_lengths=prefixes, device=device)
 
 
 @torch.no_grad()
-def can_share_prompts(model: RewardModel, device: torch.device) -> bool:
-    """Whether reading a prompt once for both responses leaves the scores as they are, which is so where nothing but
+def can_share_prompts(model: RewardModel | Policy, device: torch.device) -> bool:
+    """Whether reading a prompt once for both responses leaves a model's output as it is, which is so where nothing but
     attention mixes tokens. Never on a GPU, whose packed attention takes no prefixes here."""
     if device.type != "cpu":
         return False
     pair = Pair(prompt=[3, 1, 4, 1, 5, 6], chosen=[2, 7], rejected=[6, 5, 3])
-    once, twice = (model(pack_pairs([pair], share_prompts=share, device=device)) for share in (True, False))
+    once, twice = (
+        model(pack_pairs([pair], share_prompts=share, responses=True, device=device)) for share in (True, False)
+    )
     return bool((once - twice).abs().max() <= (1e-4 if model.autocast is None else 0.05) * (1 + twice.abs().max()))
 
 

@@ -85,9 +85,16 @@ def test_a_sequence_is_not_separated_from_its_prefix():
         pack([[1, 2], [3]], prefix_lengths=[0, 1]).select([1])
 
 
-def test_a_response_token_after_a_prefix_is_refused():
-    with pytest.raises(ValueError, match="no response tokens"):
-        pack([[1, 2], [3, 4]], prompt_lengths=[1, 1], prefix_lengths=[0, 1])
+def test_after_a_prefix_its_last_row_predicts_the_first_token():
+    batch = pack(
+        [[5, 6, 7, 8], [9, 4], [3, 2], [1]],
+        [[False, False, True, True], [True, True], [False, True], [True]],
+        prefix_lengths=[0, 2, 0, 1],
+    )
+    assert batch.targets.tolist() == [7, 8, 9, 4, 2, 1]
+    assert batch.tokens[batch.predictors].tolist() == [6, 7, 6, 9, 3, 3]
+    second = batch.select([2, 3])
+    assert second.tokens[second.predictors].tolist() == [3, 3]
 
 
 def test_a_field_of_another_length_is_refused():
