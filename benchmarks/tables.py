@@ -76,6 +76,7 @@ HEADLINES = [
     Headline("SFT", "TRL 1.16, padding_free", "sft", "10m, 64 sequences, loss of responses", "trl", goal=1.7),
     Headline("... loss of all tokens", "TRL 1.16, padding_free", "sft", "10m, 64 sequences, loss of all tokens", "trl"),
     Headline("reward model", "TRL 1.16", "reward", "10m, 32 pairs", "trl", goal=2.8),
+    Headline("DPO", "TRL 1.16", "dpo", "10m, 32 pairs", "trl", goal=3.5),
     Headline("PPO, an iteration", "TRL 1.12", "ppo", "10m, 16 prompts, 64 new tokens", "trl", goal=2.2),
 ]
 

@@ -157,8 +157,8 @@ class DPOConfig(LoopConfig):
     loss: str = option("sigmoid", "of a pair: sigmoid (DPO), ipo, hinge, simpo or orpo")
     beta: float = option(0.1, "strength of the tie to the reference (simpo: scale, often 2; orpo: weight of the odds)")
     reference: str | None = option(None, "folder or hub id of the reference (default: model)")
-    reference_free: bool = option(False, "no reference; simpo and orpo have none anyway")
-    length_normalized: bool = option(False, "means over tokens in place of sums; simpo and orpo take means anyway")
+    reference_free: bool = option(False, "no reference (simpo, orpo: never one)", rare=True)
+    length_normalized: bool = option(False, "means over tokens in place of sums (simpo, orpo: always)", rare=True)
     label_smoothing: float = option(0.0, "share of labels believed wrong (sigmoid: conservative DPO)")
     target_margin: float = option(0.0, "simpo: gamma, by how much the chosen response is to lead", rare=True)
     sft_coef: float = option(

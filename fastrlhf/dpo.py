@@ -12,7 +12,7 @@ from torch import Tensor
 from fastrlhf import ranks
 from fastrlhf.config import DPOConfig
 from fastrlhf.data import Pair, batch_rows, load_pairs
-from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_with_held_out, prepare
+from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_trained, load_with_held_out, prepare
 from fastrlhf.metrics import MetricsLog, Statistics
 from fastrlhf.models import Policy
 from fastrlhf.ops import linear_dpo_loss
@@ -44,21 +44,13 @@ class DPO:
         self.pairs, self.held_out = load_with_held_out(load_pairs, config, self.tokenizer)
         self.num_rows = config.epochs * len(self.pairs)
         self.num_steps = -(-self.num_rows // config.batch_size)
-        common: dict[str, Any] = {"device": self.device, "autocast": config.autocast_dtype()}
-        self.policy = Policy.from_pretrained(
-            checkpoint / "model" if checkpoint else config.model,
-            gradient_checkpointing=config.gradient_checkpointing,
-            **common,
-        ).train()
+        self.policy = load_trained(Policy, config, checkpoint)
         longest = max(len(side) for pair in (*self.pairs, *self.held_out) for side in sides(pair))
         check_fits(self.policy.model, self.tokenizer, longest_row=longest)
         self.shares_prompts = can_share_prompts(self.policy, self.device)
         self.reference_logprobs: dict[str, Tensor] = {}  # of "pairs" and "held_out", end to end
         if checkpoint is None and not config.reference_free and config.loss not in ("simpo", "orpo"):
-            if config.reference:
-                check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
-            reference = Policy.from_pretrained(config.reference or config.model, freeze=True, **common)
-            check_fits(reference.model, self.tokenizer, longest_row=longest)
+            reference = self.load_reference()
             for name in ("pairs", "held_out"):
                 self.reference_logprobs[name] = self.logprobs_of(reference, getattr(self, name))
         self.optimizer = Optimizer.of(config, self.policy, num_steps=self.num_steps)
@@ -69,6 +61,19 @@ class DPO:
 
     def __next__(self) -> dict[str, float]:
         return advance(self)
+
+    def load_reference(self) -> Policy:
+        """The policy without its adapter if it has one, unless another reference is asked for."""
+        config, autocast = self.config, self.config.autocast_dtype()
+        if config.reference:
+            check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
+        elif config.lora_rank:
+            return Policy(self.policy.model, autocast=autocast)
+        source = config.reference or config.model
+        reference = Policy.from_pretrained(source, freeze=True, device=self.device, autocast=autocast)
+        longest = max(len(side) for pair in (*self.pairs, *self.held_out) for side in sides(pair))
+        check_fits(reference.model, self.tokenizer, longest_row=longest)
+        return reference
 
     def step(self) -> dict[str, float]:
         """Does one optimizer step. Returns its metrics: means over the pairs of the step, before the update."""
@@ -172,7 +177,7 @@ class DPO:
 
     def save_models(self, folder: Path) -> None:
         """Writes what a checkpoint needs besides state_dict."""
-        self.policy.save_pretrained(folder / "model")
+        self.policy.save_trained(folder / "model")
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step besides the model, and what the reference made of the pairs."""

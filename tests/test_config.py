@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import yaml
 
-from fastrlhf.config import RewardConfig, SFTConfig, dump
+from fastrlhf.config import DPOConfig, RewardConfig, SFTConfig, dump
 from fastrlhf.ppo_config import PPOConfig
 
 GIVEN = {"model": "m", "data": "d.jsonl", "output": "o"}
@@ -13,7 +13,7 @@ def length_reward(prompts, responses, **_):
     return [len(response) for response in responses]
 
 
-@pytest.mark.parametrize("config_class", [SFTConfig, RewardConfig, PPOConfig])
+@pytest.mark.parametrize("config_class", [SFTConfig, RewardConfig, DPOConfig, PPOConfig])
 def test_every_option_has_help_and_none_too_many(config_class):
     fields = dataclasses.fields(config_class)
     assert all(field.metadata["help"] for field in fields)

@@ -157,6 +157,14 @@ def test_before_the_first_update_policy_and_reference_agree(settings):
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5) and first["margin"] == pytest.approx(0, abs=1e-4)
 
 
+def test_the_reference_of_an_adapter_is_the_model_without_it(settings, tmp_path):
+    metrics = run(settings, lora_rank=4, learning_rate=1e-2, epochs=3, save_every=4)
+    assert metrics[0]["margin"] == pytest.approx(0, abs=1e-4) and metrics[-1]["accuracy"] > 0.8
+    loop = DPO(DPOConfig(**{**settings, "lora_rank": 4, "output": str(tmp_path / "again")}))
+    plain = DPO(DPOConfig(**{**settings, "output": str(tmp_path / "plain")}))
+    torch.testing.assert_close(loop.reference_logprobs, plain.reference_logprobs)
+
+
 def test_resume_is_exact_and_needs_no_reference(settings, tmp_path):
     reference = model_folder(tmp_path / "reference")
     options = {**settings, "reference": reference, "save_every": 2, "eval_fraction": 0.2}

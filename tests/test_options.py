@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from fastrlhf.config import RewardConfig, SFTConfig
+from fastrlhf.config import DPOConfig, RewardConfig, SFTConfig
 from fastrlhf.options import UsageError, help_text, parse
 from fastrlhf.ppo_config import PPOConfig
 from fastrlhf.run_config import RunConfig
@@ -92,7 +92,7 @@ def test_a_wrong_yaml_file_is_refused(tmp_path, text, error):
         parse(SFTConfig, [*GIVEN, "--config", str(file)])
 
 
-@pytest.mark.parametrize("config_class", [SFTConfig, RewardConfig, PPOConfig, RunConfig])
+@pytest.mark.parametrize("config_class", [SFTConfig, RewardConfig, DPOConfig, PPOConfig, RunConfig])
 def test_help_fits_a_screen(config_class):
     lines = help_text("fastrlhf reward", config_class).splitlines()
     assert len(lines) <= 50
