@@ -146,7 +146,7 @@ class RewardConfig(LoopConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(LoopConfig):
-    """A policy from preference pairs, without a reward model (docs/preferences.md)."""
+    """A policy from preference pairs (DPO and its kin)."""
 
     learning_rate: float = option(1e-6, "peak learning rate of AdamW")
     epochs: int = option(1, "passes over the data")
@@ -155,7 +155,7 @@ class DPOConfig(LoopConfig):
     eval_fraction: float = option(0.0, "without eval_data: hold out this share of the data, its last rows")
     eval_limit: int | None = option(None, "use only so many held-out rows")
     loss: str = option("sigmoid", "of a pair: sigmoid (DPO), ipo, hinge, simpo or orpo")
-    beta: float = option(0.1, "strength of the tie to the reference (simpo: scale, often 2; orpo: weight of the odds)")
+    beta: float = option(0.1, "tie to the reference (simpo: scale, often 2; orpo: weight of the odds)")
     reference: str | None = option(None, "folder or hub id of the reference (default: model)")
     reference_free: bool = option(False, "no reference (simpo, orpo: never one)", rare=True)
     length_normalized: bool = option(False, "means over tokens in place of sums (simpo, orpo: always)", rare=True)
