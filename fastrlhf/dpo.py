@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import ranks
+from fastrlhf.budget import Budget
 from fastrlhf.config import DPOConfig
 from fastrlhf.data import Pair, batch_rows, load_pairs
 from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_trained, load_with_held_out, prepare
@@ -20,6 +22,7 @@ from fastrlhf.optim import Optimizer, check_finite
 from fastrlhf.packing import Packed
 from fastrlhf.preferences import pair_losses
 from fastrlhf.reward import can_share_prompts, pack_pairs, sides, wilson_interval
+from fastrlhf.shards import shard
 from fastrlhf.template import check_same_vocabulary, load_tokenizer
 
 
@@ -53,6 +56,9 @@ class DPO:
             reference = self.load_reference()
             for name in ("pairs", "held_out"):
                 self.reference_logprobs[name] = self.logprobs_of(reference, getattr(self, name))
+        if config.parallel == "fsdp":
+            shard(self.policy)
+        self.budget = Budget(config.max_tokens)
         self.optimizer = Optimizer.of(config, self.policy, num_steps=self.num_steps)
         begin(self, checkpoint, (side for pair in self.pairs for side in sides(pair)))
 
@@ -80,13 +86,10 @@ class DPO:
         config, size = self.config, len(self.pairs)
         rows = batch_rows(size, config.batch_size, self.num_steps_done, seed=config.seed, total=self.num_rows)
         batch = self.pack("pairs", rows)
-        stats = Statistics()
+        lengths = [sum(batch.lengths[n : n + 2]) for n in range(0, batch.num_sequences, 2)]
         with self.log.progress(f"step {self.num_steps_done + 1}", batch.num_tokens) as done:
-            for part in batch.microbatches(config.max_tokens, together=2, share=ranks.place()):
-                loss, part_stats = self.loss(part, len(rows))
-                loss.backward()
-                stats.add("", {"loss": loss, **part_stats})
-                done(part.num_tokens)
+            work = partial(self.add_gradients, batch, done)
+            stats = self.budget.run(work, lengths=lengths, optimizers=[self.optimizer])
         where = f"step {self.num_steps_done + 1}, rows {rows} of the rows used"
         sums = stats.joined().values
         check_finite("the loss", sums["loss"], where)
@@ -97,6 +100,16 @@ class DPO:
         if self.held_out and ends_epoch(self.num_steps_done, config.batch_size, size, self.num_steps):
             metrics |= self.evaluate()
         return metrics
+
+    def add_gradients(self, batch: Packed, done: Callable[[int], object], max_tokens: int) -> Statistics:
+        """Leaves this process's share of the gradients of a step; returns its statistics."""
+        stats = Statistics()
+        for part in batch.microbatches(max_tokens, together=2, share=ranks.place()):
+            loss, part_stats = self.loss(part, batch.num_sequences // 2)
+            loss.backward()
+            stats.add("", {"loss": loss, **part_stats})
+            done(part.num_tokens)
+        return stats
 
     def loss(self, part: Packed, num_pairs: int) -> tuple[Tensor, dict[str, Tensor]]:
         """A micro-batch's share of the loss of num_pairs pairs, and of their statistics: those of `linear_dpo_loss`."""

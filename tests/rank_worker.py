@@ -11,12 +11,17 @@ import torch
 import torch.distributed as dist
 from tiny import ARCHITECTURES, tiny_model
 
-from fastrlhf import PPO, SFT, PPOConfig, RewardConfig, RewardTrainer, SFTConfig
+from fastrlhf import DPO, PPO, SFT, DPOConfig, PPOConfig, RewardConfig, RewardTrainer, SFTConfig
 from fastrlhf.models import Policy, load_causal_lm
 from fastrlhf.packing import pack
 from fastrlhf.shards import gathered, shard
 
-LOOPS = {"sft": (SFT, SFTConfig), "reward": (RewardTrainer, RewardConfig), "ppo": (PPO, PPOConfig)}
+LOOPS = {
+    "sft": (SFT, SFTConfig),
+    "reward": (RewardTrainer, RewardConfig),
+    "dpo": (DPO, DPOConfig),
+    "ppo": (PPO, PPOConfig),
+}
 
 
 def share_of_low_tokens(prompts, responses, *, response_ids, **_):

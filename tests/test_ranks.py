@@ -93,6 +93,7 @@ def specs(folder):
         # the last batch is one row, so one process has none
         "sft": {"loop": "sft", "settings": {**tuned, "data": ptx, "batch_size": 9, "epochs": 1}},
         "reward": {"loop": "reward", "settings": {**tuned, "data": str(folder / "pairs.jsonl"), "batch_size": 8}},
+        "dpo": {"loop": "dpo", "settings": {**tuned, "data": str(folder / "pairs.jsonl"), "batch_size": 8}},
     }
 
 
@@ -156,7 +157,7 @@ def test_two_processes_sample_what_one_samples(found, name):
     assert one == two == shards and len(one) == {"remax": 6, "groups": 5}.get(name, 3)
 
 
-@pytest.mark.parametrize("name", ["gae", "groups", "remax", "sft", "reward"])
+@pytest.mark.parametrize("name", ["gae", "groups", "remax", "sft", "reward", "dpo"])
 @pytest.mark.parametrize("how", ["two", "shards"])
 def test_two_processes_have_the_metrics_of_one(found, folder, name, how):
     one, other = (read_jsonl(folder / run / name / "metrics.jsonl") for run in ("one", how))
@@ -165,7 +166,7 @@ def test_two_processes_have_the_metrics_of_one(found, folder, name, how):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gae", "groups", "remax", "sft", "reward"])
+@pytest.mark.parametrize("name", ["gae", "groups", "remax", "sft", "reward", "dpo"])
 def test_a_process_holds_its_shards_only(found, name):
     _, two, shards = (each[name]["held"] for each in found)
     assert two == 1 and 0.45 < shards < 0.55
@@ -183,7 +184,7 @@ def test_shards_of_a_single_process_are_refused(folder):
         run(changed(specs(folder)["lora"], output=str(folder / "single"), parallel="fsdp"))
 
 
-@pytest.mark.parametrize("name", ["gae", "groups", "remax", "sft", "reward"])
+@pytest.mark.parametrize("name", ["gae", "groups", "remax", "sft", "reward", "dpo"])
 def test_the_final_model_is_whole_and_that_of_one_process(found, folder, name):
     one, two, shards = (load_file(folder / run / name / "model/model.safetensors") for run in ("one", "two", "shards"))
     assert one.keys() == two.keys() == shards.keys()
