@@ -90,10 +90,15 @@ def plan_ppo(config: PPOConfig, *, longest_prompt: int) -> Plan:
     elif config.reference_every and config.lora_rank:
         plan.models["reference"] = _times(own, FROZEN)
     rewards = {source: _Model(source, config) for source in reward_folders(config.reward)}
-    for source, model in rewards.items():
+    for n, (source, model) in enumerate(rewards.items(), 1):
         adapter = Path(source) / ADAPTER / WEIGHTS_FILE
         on_base = config.has_adapters() and adapter.is_file()
-        plan.models[f"reward {source}"[-32:]] = (adapter.stat().st_size if on_base else model.num_scalar * model.size,)
+        plan.models[f"reward {n} {source[-22:]}"] = (
+            adapter.stat().st_size if on_base else model.num_scalar * model.size,
+        )
+    for n, source in enumerate(reward_folders(config.eval_reward), 1):
+        judge = _Model(source, config)
+        plan.models[f"judge {n} {source[-22:]}"] = (judge.num_scalar * judge.size,)
     if config.estimator == "gae":
         start = next(iter(rewards.values())) if len(rewards) == 1 else policy
         rank = config.value_rank()

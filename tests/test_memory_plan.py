@@ -38,6 +38,7 @@ def nbytes(tensors):
     [
         {},
         {"lora_rank": 4},
+        {"eval_data": "prompts.jsonl", "eval_reward": "reward"},
         {"lora_rank": 4, "value_lora_rank": 0, "lora_targets": "q_proj,v_proj", "ema_decay": 0.9},
         {"value_lora_rank": 4, "ema_decay": 0.9},
         {
@@ -51,7 +52,8 @@ def nbytes(tensors):
     ids=str,
 )
 def test_models_gradients_and_moments_take_what_was_planned(folder, changes):
-    trainer = PPO(config(folder, **changes))
+    files = {name: str(folder / changes[name]) for name in ("eval_data", "eval_reward") if name in changes}
+    trainer = PPO(config(folder, **{**changes, **files}))
     gradients, stepped = [], torch.optim.AdamW.step
 
     def step(self, *args, **options):
@@ -62,7 +64,8 @@ def test_models_gradients_and_moments_take_what_was_planned(folder, changes):
         patch.setattr(torch.optim.AdamW, "step", step)
         next(trainer)
     roles = [trainer.policy, trainer.reference, trainer.value_model, trainer.roles.average]
-    roles += [model for model, _ in trainer.scorer.models]
+    scorers = {trainer.scorer, trainer.held_out.scorer}
+    roles += [model for scorer in scorers for model, _ in scorer.models]
     weights = nbytes(p for role in roles if role is not None for p in role.parameters())
     states = [o.adam.state for o in trainer.learner.optimizers]
     moments = nbytes(t for state in states for each in state.values() for t in each.values() if t.ndim)
