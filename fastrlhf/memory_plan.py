@@ -60,6 +60,12 @@ class Plan:
             lines.append(f"warning: the plan is more than there is; try {advice}")
         return "\n".join(lines)
 
+    def cut(self, num_processes: int) -> None:
+        """Makes it the plan of a process that holds shards (parallel=fsdp)."""
+        self.rest["a model while it is whole"] = max(weights for weights, *_ in self.models.values())
+        for name, parts in self.models.items():
+            self.models[name] = tuple(part / num_processes for part in parts)
+
     def outcome(self) -> str:
         """A line on what the run took, beside the plan."""
         took = peak_memory_gib() - (0 if torch.cuda.is_available() else self.before)
@@ -122,6 +128,8 @@ def tell(make: Callable[..., Plan], config: Any, **lengths: int) -> Plan | None:
     try:
         with torch.random.fork_rng(devices=[]):  # models without memory draw their weights too
             plan = make(config, **lengths)
+        if config.parallel == "fsdp":
+            plan.cut(ranks.place()[1])
     except Exception as error:  # each architecture has its own
         ranks.say(f"no memory plan: {str(error).strip().partition(chr(10))[0]}")
         return None

@@ -5,7 +5,7 @@ import torch
 from loops import demonstrations, model_folder, pairs, write_rows
 from tiny import tiny_tokenizer
 
-from fastrlhf import PPO, SFT, PPOConfig, RewardConfig, RewardTrainer, SFTConfig, memory_plan, ppo
+from fastrlhf import PPO, SFT, PPOConfig, RewardConfig, RewardTrainer, SFTConfig, memory_plan, ppo, ranks
 from fastrlhf.memory_plan import Plan, plan_ppo, plan_training, tell
 from fastrlhf.models import Policy, RewardModel, load_causal_lm
 from fastrlhf.packing import pack
@@ -153,6 +153,15 @@ def test_sft_and_reward_training_have_a_plan_too(folder):
         factors = sum(p.numel() for p in role.adapter.parameters())
         assert trainer.plan.models["adapter"] == (4 * factors, 4 * factors, 8 * factors)
         assert trainer.plan.models["model, frozen"] == (nbytes(role.model.parameters()),)
+
+
+def test_a_process_of_two_plans_half_of_each_model_and_one_whole(folder, monkeypatch):
+    whole = tell(plan_ppo, config(folder), longest_prompt=8)
+    monkeypatch.setattr(ranks, "place", lambda: (0, 2))
+    half = tell(plan_ppo, config(folder, parallel="fsdp"), longest_prompt=8)
+    weights = nbytes(Policy(load_causal_lm(folder / "model")).parameters())
+    expected = sum(map(sum, whole.models.values())) / 2 + sum(whole.rest.values()) + weights
+    assert half.num_bytes == pytest.approx(expected)
 
 
 def test_a_plan_that_does_not_fit_is_a_warning_with_advice(folder, monkeypatch, capsys):
