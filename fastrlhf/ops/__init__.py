@@ -1,7 +1,7 @@
 """The ops, one file each: documentation, checks, reference, native launchers, gradient, samples.
 
 Letters in shapes: T tokens of a pack, N sequences, R response tokens, V vocabulary, D hidden width, H query heads,
-K head width.
+K head width. A second derivative raises (k1 of `approx_kl`, a subtraction, has one).
 """
 
 from fastrlhf.ops.approx_kl import approx_kl

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 # what watches operators; torch has no public names for them
@@ -79,6 +78,33 @@ def _is_watched() -> bool:
     return bool(_modes() or _profiled()) or _transforms() is not None or _trace() is not None
 
 
+class _Refused(torch.autograd.Function):
+    """Gradients as they are, on a node that raises when it is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, tie: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return tuple(None if g is None else g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{ctx.name}: has no second derivative; detach its gradient, or leave out create_graph")
+
+
+def once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward of an op, its gradients such that a second derivative raises: unlike with `once_differentiable` of
+    torch even where the upstream gradient is a constant, as that of a sum, since the gradient depends on the inputs."""
+
+    def backward_once(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():  # nothing is recorded, so there is no second derivative
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        return _Refused.apply(name, torch.empty(0, requires_grad=True), *results)
+
+    return backward_once
+
+
 @dataclass(frozen=True)
 class Op:
     """What the contract tests and the benchmarks need to know of an op.
@@ -126,20 +152,16 @@ def op(
     serving = SERVING[name]
     function_apply: Any = None
     if backward is not None:
+        backward = once(name, backward)
         torch.library.register_autograd(f"fastrlhf::{name}", backward, setup_context=setup_context, lib=_lib)
-        once = once_differentiable(backward)
 
         def function_forward(ctx: Any, *args: Any) -> Any:
             output = serving[args[0].device.type](*args)
             setup_context(ctx, args, output)  # type: ignore[misc]
             return output
 
-        def function_backward(ctx: Any, *grads: Any) -> Any:
-            # gradients are recorded when a second derivative is wanted: only then does `once` have something to forbid
-            return once(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
-
         # setup_context stays a plain call: as a staticmethod of the Function its argument binding costs 37 µs
-        methods = {"forward": staticmethod(function_forward), "backward": staticmethod(function_backward)}
+        methods = {"forward": staticmethod(function_forward), "backward": staticmethod(backward)}
         function = type(name, (torch.autograd.Function,), methods)
         # past the Python of Function.apply, which is for functorch (see _is_watched) and as long as a small kernel
         function_apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]

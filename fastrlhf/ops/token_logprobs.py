@@ -1,16 +1,16 @@
 """Log-probabilities and entropies of the rows of given logits."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import address, dtype_in, dtype_name, has_shape, indices_below, readable, same_device
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import leaf, once, op
 
 try:
     from fastrlhf.kernels import token_logprobs as triton_kernel
@@ -179,7 +179,7 @@ class _InPlace(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @functools.partial(once, "token_logprobs")
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None

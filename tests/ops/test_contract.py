@@ -74,6 +74,24 @@ def test_gradcheck(name):
                 )
 
 
+@pytest.mark.parametrize("name", [n for n in OPS if OPS[n].differentiable])
+def test_second_derivative_is_refused_by_name(name):
+    """Where nothing upstream needs a gradient, too, and to eager callers as to those of the operator."""
+    args = next(a for a in arguments(name, "cpu", torch.float64) if a[0].numel() > 1)
+    for function in (OPS[name], OPS[name].forward):
+        leaves = with_grad(name, args)
+        wanted = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
+        outputs = [o for o in flat(function(*leaves)) if o.requires_grad]
+        grads = torch.autograd.grad(sum(o.sum() for o in outputs), wanted, create_graph=True)
+        assert all(g.requires_grad for g in grads)
+        penalised = sum(o.sum() for o in flat(function(*leaves)) if o.requires_grad) + sum(
+            g.square().sum() for g in grads
+        )
+        with pytest.raises(RuntimeError, match=f"{name}: has no second derivative"):
+            penalised.backward()
+        sum((x * g.detach()).sum() for x, g in zip(wanted, grads, strict=True)).backward()  # the gradient is of use
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, device):
     for args in arguments(name, device, torch.float32):
