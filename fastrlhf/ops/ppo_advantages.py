@@ -16,6 +16,7 @@ from fastrlhf.ops._check import (
     dtype_in,
     dtype_name,
     has_shape,
+    mask_of,
     readable,
     same_device,
     same_shape,
@@ -59,7 +60,8 @@ def ppo_advantages_ref(
     return rewards, advantages, returns, torch.stack([s.to(values.dtype) for s in stats])
 
 
-def _check(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, cu_seqlens: Tensor, *_: Any) -> None:
+def _fits(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, cu_seqlens: Tensor) -> None:
+    """Raises unless the tensors go together, with responses of no tokens among them or not."""
     name, tokens = "ppo_advantages", {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
     same_device(name, scores=scores, **tokens, cu_seqlens=cu_seqlens)
     dtype_in(name, "scores", scores, FLOATS)
@@ -69,6 +71,11 @@ def _check(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tenso
     same_shape(name, **tokens)
     cu_seqlens_of(name, "cu_seqlens", cu_seqlens, logprobs.shape[0])
     has_shape(name, "scores", scores, (cu_seqlens.shape[0] - 1,), "(N,)")
+
+
+def _check(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, cu_seqlens: Tensor, *_: Any) -> None:
+    name = "ppo_advantages"
+    _fits(scores, logprobs, ref_logprobs, values, cu_seqlens)
     if readable(cu_seqlens) and not bounds_rise(cu_seqlens, logprobs.shape[0], least=1):
         empty = cu_seqlens.diff().tolist().index(0)
         raise ValueError(f"{name}: sequence {empty} has no tokens, so its score would be lost")
@@ -131,6 +138,20 @@ _op = op(
 )
 
 
+def _of_masked(
+    mask: Tensor, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, ...]:
+    """The five tensors with the masked tokens cut out, and with them the responses that have no others."""
+    _fits(scores, logprobs, ref_logprobs, values, cu_seqlens)
+    same_device("ppo_advantages", logprobs=logprobs, mask=mask)
+    mask_of("ppo_advantages", mask, logprobs=logprobs)
+    counted = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
+    bounds = counted[cu_seqlens.long()].to(torch.int32)
+    some = bounds.diff() > 0
+    bounds = torch.cat([bounds[:1], bounds[1:][some]])
+    return scores[some], logprobs[mask], ref_logprobs[mask], values[mask], bounds
+
+
 def ppo_advantages(
     scores: Tensor,
     logprobs: Tensor,
@@ -141,6 +162,7 @@ def ppo_advantages(
     kl_coef: float,
     gamma: float = 1.0,
     lam: float = 0.95,
+    mask: Tensor | None = None,
     whiten: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
@@ -155,10 +177,13 @@ def ppo_advantages(
     logprobs: (R,) like scores, of the response tokens under the policy that sampled them
     ref_logprobs: (R,) like scores, of the same tokens under the reference
     values: (R,) like scores, value of the state before each token
-    cu_seqlens: (N + 1,) int32, response n is tokens cu_seqlens[n] to cu_seqlens[n + 1], of which there must be some.
-        Tokens that the policy did not sample (tool output) are left out of all tensors, as `packing` does
+    cu_seqlens: (N + 1,) int32, response n is tokens cu_seqlens[n] to cu_seqlens[n + 1], of which there must be some
     kl_coef: coefficient of the KL penalty, from 0 up
     gamma, lam: discount and trace decay, in [0, 1]
+    mask: (R,) bool, True where a token counts; False for what the policy did not sample, such as the output of a tool.
+        Everything is as if the other tokens were cut out: the score comes at the last that counts, what follows a token
+        is the next that counts, nothing else is looked at, and the three results are 0 there. A response in which none
+        counts is left out: its score goes nowhere, and the stats are over the others. On a GPU it waits for the device
     whiten: False leaves the advantages as they are
     group: whiten over all processes of this group
 
@@ -176,10 +201,15 @@ def ppo_advantages(
         raise ValueError(f"ppo_advantages: kl_coef must be a number from 0 up, got {kl_coef}")
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"ppo_advantages: gamma and lam must be in [0, 1], got gamma={gamma} and lam={lam}")
-    alone = whiten and group is None
-    rewards, advantages, returns, stats = _op(
-        scores, logprobs, ref_logprobs, values, cu_seqlens, kl_coef, gamma, lam, alone
-    )
+    inputs = scores, logprobs, ref_logprobs, values, cu_seqlens
+    if mask is not None:
+        inputs = _of_masked(mask, *inputs)  # type: ignore[assignment]
+    rewards, advantages, returns, stats = _op(*inputs, kl_coef, gamma, lam, whiten and group is None)
     if whiten and group is not None:
         advantages = masked_whiten(advantages, eps=EPS, group=group)
+    if mask is not None:
+        shape = logprobs.shape
+        rewards, advantages, returns = (
+            x.new_zeros(shape).masked_scatter(mask, x) for x in (rewards, advantages, returns)
+        )
     return rewards, advantages, returns, dict(zip(STATS, stats.unbind(), strict=True))

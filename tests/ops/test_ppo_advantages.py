@@ -71,6 +71,49 @@ def test_it_equals_the_ops_that_it_fuses(whiten):
     torch.testing.assert_close(advantages, masked_whiten(expected) if whiten else expected, rtol=1e-6, atol=1e-6)
 
 
+def masked_by_hand(scores, logprobs, ref_logprobs, values, cu_seqlens, mask, kl_coef, gamma, lam):
+    """Rewards and advantages of numbers, each token that counts looking for the next of its response that does."""
+    rewards, advantages = [0.0] * len(mask), [0.0] * len(mask)
+    for n, score in enumerate(scores.tolist()):
+        following, value_after, advantage_after = score, 0.0, 0.0
+        for t in range(cu_seqlens[n + 1].item() - 1, cu_seqlens[n].item() - 1, -1):
+            if mask[t]:
+                rewards[t] = following - kl_coef * (logprobs[t].item() - ref_logprobs[t].item())
+                delta = rewards[t] + gamma * value_after - values[t].item()
+                advantages[t] = advantage_after = delta + gamma * lam * advantage_after
+                following, value_after = 0.0, values[t].item()
+    return rewards, advantages
+
+
+@given(st.lists(st.integers(0, 30), max_size=11), st.floats(0, 1), st.integers(0, 2**31))
+@settings(max_examples=50, deadline=None)
+def test_masked_tokens_are_as_cut_out(lengths, share, seed):
+    torch.manual_seed(seed)
+    args = batch(*lengths, dtype=torch.float64)
+    mask = torch.rand(sum(lengths)) < share
+    for tensor in args[1:4]:
+        tensor[~mask] = torch.nan  # which must not be looked at
+    options = {"kl_coef": 0.1, "gamma": 0.97, "lam": 0.9, "mask": mask}
+    rewards, advantages, returns, stats = ppo_advantages(*args, **options, whiten=False)
+    expected_rewards, expected = masked_by_hand(*args, mask.tolist(), 0.1, 0.97, 0.9)
+    assert rewards.tolist() == pytest.approx(expected_rewards, rel=1e-12, abs=1e-12)
+    assert advantages.tolist() == pytest.approx(expected, rel=1e-11, abs=1e-11)
+    with_mask = gae(rewards, args[3], args[4], mask=mask, gamma=0.97, lam=0.9)
+    torch.testing.assert_close((advantages, returns), with_mask, rtol=1e-12, atol=1e-12)
+    responses = sum(bool(part.any()) for part in mask.split(lengths)) if lengths else 0
+    assert stats["rewards"].item() == pytest.approx(sum(expected_rewards) / max(responses, 1))
+    assert stats["returns"].item() == pytest.approx((returns.sum() / max(int(mask.sum()), 1)).item())
+    whitened = ppo_advantages(*args, **options)[1]
+    torch.testing.assert_close(whitened, masked_whiten(advantages, mask), rtol=1e-9, atol=1e-9)
+
+
+def test_the_score_of_a_response_in_which_nothing_counts_goes_nowhere():
+    mask = torch.tensor([True, True, False, False, True])
+    args = torch.tensor([1.0, 50.0, 2.0]), torch.zeros(5), torch.zeros(5), torch.zeros(5), cu(2, 2, 1)
+    rewards, _, returns, stats = ppo_advantages(*args, kl_coef=0.1, mask=mask)
+    assert rewards.tolist() == [0, 1, 0, 0, 2] and returns[2:4].tolist() == [0, 0] and stats["rewards"] == 1.5
+
+
 def test_score_lands_on_the_last_token_and_the_penalty_on_every_token():
     logprobs, ref = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.0, -2.0])
     rewards, *_ = ppo_advantages(torch.tensor([10.0, 20.0]), logprobs, ref, torch.zeros(3), cu(2, 1), kl_coef=0.1)
@@ -161,6 +204,9 @@ def test_processes_of_a_group_whiten_as_one(tmp_path):
         ({"values": torch.zeros(4, device="meta")}, ValueError, "must be on one device"),
         ({"cu_seqlens": cu(2, 1)}, ValueError, "cu_seqlens must rise from 0 to 4"),
         ({"cu_seqlens": cu(4, 0)}, ValueError, "sequence 1 has no tokens"),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, ValueError, "mask (3,) must have the same shape"),
+        ({"mask": torch.ones(4)}, TypeError, "mask must be bool, got float32"),
+        ({"mask": torch.ones(4, dtype=torch.bool), "cu_seqlens": cu(2, 1)}, ValueError, "cu_seqlens must rise from 0"),
         ({"kl_coef": -0.1}, ValueError, "kl_coef must be a number from 0 up, got -0.1"),
         ({"lam": 2}, ValueError, "lam=2"),
     ],
