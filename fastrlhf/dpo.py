@@ -15,6 +15,7 @@ from fastrlhf.budget import Budget
 from fastrlhf.config import DPOConfig
 from fastrlhf.data import Pair, batch_rows, load_pairs
 from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_trained, load_with_held_out, prepare
+from fastrlhf.memory_plan import Plan
 from fastrlhf.metrics import MetricsLog, Statistics
 from fastrlhf.models import Policy
 from fastrlhf.ops import linear_dpo_loss
@@ -59,6 +60,7 @@ class DPO:
         if config.parallel == "fsdp":
             shard(self.policy)
         self.budget = Budget(config.max_tokens)
+        self.plan: Plan | None = None  # memory is not planned here yet
         self.optimizer = Optimizer.of(config, self.policy, num_steps=self.num_steps)
         begin(self, checkpoint, (side for pair in self.pairs for side in sides(pair)))
 
