@@ -20,7 +20,7 @@ ROOMS = {
     "integrations": ({"integrations"}, {"ops"}, {"torch", "numpy"}),
     "packing": ({"packing"}, set(), {"torch"}),
     "settings": ({"config", "ppo_config", "run_config"}, set(), {"torch", "yaml"}),
-    "formulas": ({"rewards", "estimators", "kl"}, {"ops", "packing", "settings"}, {"torch"}),
+    "formulas": ({"rewards", "estimators", "kl", "preferences"}, {"ops", "packing", "settings"}, {"torch"}),
     "models": (
         {
             "attention",
@@ -71,6 +71,7 @@ ROOMS = {
             "ppo_data",
             "sft",
             "reward",
+            "dpo",
             "ppo",
         },
         {"ops", "packing", "settings", "formulas", "models", "files"},
