@@ -4,6 +4,7 @@ Metadata checks always run. Value checks read the data, so they run on the CPU o
 device; kernels clamp their indices there) unless FASTRLHF_DEBUG=1.
 """
 
+import math
 import os
 
 import torch
@@ -127,6 +128,30 @@ def denominator_of(function: str, denominator: float | None) -> None:
     """Raises unless `denominator` is None or a positive number."""
     if denominator is not None and not denominator > 0:
         raise ValueError(f"{function}: denominator must be positive, got {denominator}")
+
+
+def computed_in(logits: Tensor) -> torch.dtype:
+    """The dtype of statistics and outputs: float32, and float64 for float64."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def one_or_all(function: str, temperature: Tensor, num_rows: int) -> None:
+    """Raises unless there is one temperature for all rows or one for each."""
+    if temperature.ndim != 1 or temperature.shape[0] not in (1, num_rows):
+        raise ValueError(f"{function}: temperature must be ({num_rows},) or (1,), got {tuple(temperature.shape)}")
+
+
+def temperature_of(function: str, temperature: float | Tensor, like: Tensor) -> Tensor:
+    """The temperature as a (1,) or (T,) tensor beside `like`; raises unless it is positive and finite."""
+    if isinstance(temperature, Tensor):
+        if temperature.requires_grad:
+            raise ValueError(f"{function}: temperature gets no gradient, so it must be detached")
+        if readable(temperature) and not bool(((temperature > 0) & temperature.isfinite()).all()):
+            raise ValueError(f"{function}: every temperature must be above 0 and finite, got {temperature.min()}")
+        return temperature.to(computed_in(like))
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{function}: temperature must be above 0 and finite, got {temperature}")
+    return like.new_full((1,), temperature, dtype=computed_in(like))
 
 
 def widen(tensor: Tensor) -> Tensor:

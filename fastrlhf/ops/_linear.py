@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrlhf.ops.token_logprobs import computed_in
+from fastrlhf.ops._check import computed_in
 
 WEIGHT_ROWS = 4096  # half-precision weights are widened this many rows at a time
 SCHEMA = (

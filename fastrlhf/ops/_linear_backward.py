@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastrlhf.ops._check import computed_in
 from fastrlhf.ops._linear import TILE, WEIGHT_ROWS, Gradients, Head, even_cuts, used_rows
-from fastrlhf.ops.token_logprobs import computed_in
 
 SPARE = 16  # columns of memory beside a block of the vocabulary, so that its rows stay aligned; the first is used
 SUMMED = ("hidden", "lora_a")  # gradients to which every token adds; a row of the others is of one token

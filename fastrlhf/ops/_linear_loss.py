@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrlhf.ops._check import computed_in
 from fastrlhf.ops._linear import Gradients, Head, even_cuts, used_rows
-from fastrlhf.ops.token_logprobs import computed_in
 
 MOVED_ROWS = 16  # rows of logits that are moved at a time
 

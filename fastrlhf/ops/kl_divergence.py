@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, dtype_in, dtype_name, has_shape, same_device, same_shape
+from fastrlhf.ops._check import address, computed_in, dtype_in, dtype_name, has_shape, same_device, same_shape
 from fastrlhf.ops._registry import leaf, op
-from fastrlhf.ops.token_logprobs import FLOATS, computed_in, rows_of
+from fastrlhf.ops.token_logprobs import FLOATS, rows_of
 
 try:
     from fastrlhf.kernels import kl_divergence as triton_kernel

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrlhf.ops._check import denominator_of
+from fastrlhf.ops._check import computed_in, denominator_of
 from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, even_cuts
 from fastrlhf.ops._linear_backward import LOGITS
 from fastrlhf.ops._linear_inputs import check_targets, head_of, wanted_gradients
@@ -14,7 +14,6 @@ from fastrlhf.ops._linear_inputs import samples as head_samples
 from fastrlhf.ops._linear_loss import fake, gradients_ref, kept_rows, loss_in_chunks, save_gradients, scale_gradients
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops.linear_token_logprobs import linear_token_logprobs_ref
-from fastrlhf.ops.token_logprobs import computed_in
 
 
 def linear_cross_entropy_ref(*args: Any) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrlhf.ops._check import cu_seqlens_of, denominator_of, dtype_in, has_shape, same_device, widen
+from fastrlhf.ops._check import computed_in, cu_seqlens_of, denominator_of, dtype_in, has_shape, same_device, widen
 from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head
 from fastrlhf.ops._linear_backward import LOGITS
 from fastrlhf.ops._linear_inputs import check_targets, head_of, wanted_gradients
@@ -17,7 +17,6 @@ from fastrlhf.ops._linear_inputs import samples as head_samples
 from fastrlhf.ops._linear_loss import fake, gradients_ref, kept_rows, loss_in_chunks, save_gradients, scale_gradients
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops.linear_token_logprobs import linear_token_logprobs_ref
-from fastrlhf.ops.token_logprobs import computed_in
 
 STATS = ("accuracy", "margin", "chosen", "rejected", "chosen_logprobs", "rejected_logprobs")
 

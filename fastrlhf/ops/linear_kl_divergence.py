@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrlhf.ops._check import dtype_in, has_shape, same_device
+from fastrlhf.ops._check import computed_in, dtype_in, has_shape, same_device
 from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, even_cuts, used_rows
 from fastrlhf.ops._linear_inputs import head_of, rows_within, wanted_gradients
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops.kl_divergence import check_divergence, kl_divergence_ref
-from fastrlhf.ops.token_logprobs import computed_in
 
 SIDE = len(Head._fields) - 2  # arguments of a head; how it is cut is said once for both
 NUM_TENSORS = len(Gradients._fields)

@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrlhf.ops._check import denominator_of, dtype_in, has_shape, same_device, widen
+from fastrlhf.ops._check import (
+    computed_in,
+    denominator_of,
+    dtype_in,
+    has_shape,
+    one_or_all,
+    same_device,
+    temperature_of,
+    widen,
+)
 from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, even_cuts
 from fastrlhf.ops._linear_backward import LOGITS
 from fastrlhf.ops._linear_inputs import check_targets, head_of, wanted_gradients
@@ -19,7 +28,6 @@ from fastrlhf.ops._surrogate import clip_bounds
 from fastrlhf.ops.approx_kl import ESTIMATORS, approx_kl_ref, kl_slope
 from fastrlhf.ops.linear_token_logprobs import linear_token_logprobs_ref
 from fastrlhf.ops.ppo_policy_loss import ppo_policy_loss_ref
-from fastrlhf.ops.token_logprobs import computed_in, one_or_all, temperature_of
 
 STATS = ("policy_loss", "entropy", "kl", *CLIP_STATS)
 
@@ -146,7 +154,8 @@ def linear_ppo_loss(
     bias: (V,) like hidden
     lora: (a, b, scale), a low-rank change of the weight, as in `linear_token_logprobs`
     mask: (T,) bool, True where a row counts; other rows are not computed and get gradient 0
-    clip_range, dual_clip: as in `ppo_policy_loss`
+    clip_range, dual_clip: as in `ppo_policy_loss`, whose ratio of a whole sequence (GSPO) there is not here: a ratio is
+        that of a token
     kl_estimator: k1, k2 or k3. Over samples of the policy the mean gradient of k2 is that of KL(policy || reference);
         that of k3 is of KL(reference || policy), and that of k1 is 0
     temperature: a number or (T,), above 0

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrlhf.ops._check import same_device
+from fastrlhf.ops._check import computed_in, one_or_all, same_device, temperature_of
 from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, even_cuts
 from fastrlhf.ops._linear_backward import (
     GRADIENT,
@@ -22,7 +22,7 @@ from fastrlhf.ops._linear_backward import (
 from fastrlhf.ops._linear_inputs import check_targets, head_of, rows_within, wanted_gradients
 from fastrlhf.ops._linear_inputs import samples as head_samples
 from fastrlhf.ops._registry import leaf, op
-from fastrlhf.ops.token_logprobs import computed_in, one_or_all, temperature_of, token_logprobs_ref
+from fastrlhf.ops.token_logprobs import logsumexp_of, token_logprobs_ref
 
 NUM_TENSORS = len(Gradients._fields)
 
@@ -173,6 +173,7 @@ def linear_token_logprobs(
     lora: tuple[Tensor, Tensor, float] | None = None,
     temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
+    return_logsumexp: bool = False,
     return_top1: bool = False,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
@@ -196,6 +197,7 @@ def linear_token_logprobs(
         lora_B.weight and scaling. Computed in float32 (float64 for float64), hidden a^T too
     temperature: a number or (T,), above 0; gets no gradient
     logprobs, entropy: (T,) float32 whatever the inputs (float64 for float64); return_entropy asks for the second
+    return_logsumexp: asks for one more, as in `token_logprobs`, detached, of the logits divided by the temperature
     return_top1: asks for one more, (T,) bool: whether the target is the likeliest token, the first of equals. It costs
         another read of a chunk's logits
     chunk_size: rows whose logits exist at a time, in float32: chunk_size x V x 4 bytes, twice with a soft cap
@@ -224,6 +226,10 @@ def linear_token_logprobs(
     same_device(name, hidden=hidden, temperature=temperature)
     one_or_all(name, temperature, hidden.shape[0])
     kind, num_kept = _to_keep(name, head, return_entropy, memory_budget)
-    logprobs, entropy, *_, top1 = _op(*head, targets, temperature, kind, num_kept, return_top1)
-    more = [*([entropy] if return_entropy else []), *([top1] if return_top1 else [])]
+    logprobs, entropy, highest, log_sum, _, top1 = _op(*head, targets, temperature, kind, num_kept, return_top1)
+    more = [entropy] if return_entropy else []
+    if return_logsumexp:
+        more.append(logsumexp_of(head.temperatures(temperature), highest, log_sum))
+    if return_top1:
+        more.append(top1)
     return (logprobs, *more) if more else logprobs

@@ -1,7 +1,6 @@
 """Log-probabilities and entropies of the rows of given logits."""
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +8,17 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, dtype_in, dtype_name, has_shape, indices_below, readable, same_device
+from fastrlhf.ops._check import (
+    address,
+    computed_in,
+    dtype_in,
+    dtype_name,
+    has_shape,
+    indices_below,
+    one_or_all,
+    same_device,
+    temperature_of,
+)
 from fastrlhf.ops._registry import leaf, once, op
 
 try:
@@ -19,11 +28,6 @@ except ImportError:  # without Triton the reference serves CUDA
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LOWEST = -1e4  # stands for log 0, so that 0 log 0 is 0
-
-
-def computed_in(logits: Tensor) -> torch.dtype:
-    """The dtype of statistics and outputs: float32, and float64 for float64."""
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def token_logprobs_ref(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
@@ -68,12 +72,6 @@ def _backward_in_place_ref(
     grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *saved: Tensor
 ) -> None:
     logits.copy_(token_logprobs_backward_ref(grad_logprobs, grad_entropy, logits, *saved))
-
-
-def one_or_all(function: str, temperature: Tensor, num_rows: int) -> None:
-    """Raises unless there is one temperature for all rows or one for each."""
-    if temperature.ndim != 1 or temperature.shape[0] not in (1, num_rows):
-        raise ValueError(f"{function}: temperature must be ({num_rows},) or (1,), got {tuple(temperature.shape)}")
 
 
 def _check(logits: Tensor, targets: Tensor, temperature: Tensor) -> None:
@@ -252,17 +250,9 @@ _op = op(
 )
 
 
-def temperature_of(function: str, temperature: float | Tensor, like: Tensor) -> Tensor:
-    """The temperature as a (1,) or (T,) tensor beside `like`; raises unless it is positive and finite."""
-    if isinstance(temperature, Tensor):
-        if temperature.requires_grad:
-            raise ValueError(f"{function}: temperature gets no gradient, so it must be detached")
-        if readable(temperature) and not bool(((temperature > 0) & temperature.isfinite()).all()):
-            raise ValueError(f"{function}: every temperature must be above 0 and finite, got {temperature.min()}")
-        return temperature.to(computed_in(like))
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{function}: temperature must be above 0 and finite, got {temperature}")
-    return like.new_full((1,), temperature, dtype=computed_in(like))
+def logsumexp_of(temperature: Tensor, highest: Tensor, log_sum: Tensor) -> Tensor:
+    """The log-sum-exp of rows of logits / temperature, from the statistics that the kernels return."""
+    return highest / temperature + log_sum
 
 
 def token_logprobs(
@@ -271,21 +261,25 @@ def token_logprobs(
     *,
     temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
+    return_logsumexp: bool = False,
     inplace_backward: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Returns the log-probability of each row's target, and with return_entropy also the entropy of each row.
+) -> Any:
+    """Returns the log-probability of each row's target, and where they are asked for its entropy and log-sum-exp.
 
-    logprobs[t] = log softmax(logits[t] / temperature)[targets[t]];  entropy[t] = -sum_v p[t, v] log p[t, v]
+    logprobs[t] = log softmax(logits[t] / temperature)[targets[t]];  entropy[t] = -sum_v p[t, v] log p[t, v];
+    logsumexp[t] = log sum_v exp(logits[t, v] / temperature)
 
     logits: (T, V) float32|float64|bfloat16|float16; rows may be strided; -inf is a token of probability 0
     targets: (T,) int64 in [0, V); elsewhere than on the CPU a target out of range gives NaN for its row
     temperature: a number or (T,), above 0; gets no gradient
-    logprobs, entropy: (T,) float32 whatever the logits (float64 for float64), computed in it in one read of the logits
+    logprobs, entropy, logsumexp: (T,) float32 whatever the logits (float64 for float64), computed in it in one read of
+        the logits; in this order, as far as return_entropy and return_logsumexp ask for them
     inplace_backward: writes the gradient over the logits, which saves a (T, V) tensor; they are garbage after backward,
         which can then run only once. Not under torch.compile, nor for logits that are a leaf
 
-    Both outputs have a gradient; a second derivative raises. Rows with an upstream gradient of 0 get exactly 0. NaN in,
-    NaN out, for the row. Sums run in a fixed order: the result does not depend on the number of threads.
+    logprobs and entropy have a gradient, logsumexp is detached; a second derivative raises. Rows with an upstream
+    gradient of 0 get exactly 0. NaN in, NaN out, for the row. Sums run in a fixed order: the result does not depend on
+    the number of threads.
     Raises: ValueError for shapes, devices, targets or temperatures that do not fit, TypeError for dtypes.
     """
     scale = temperature_of("token_logprobs", temperature, logits)
@@ -293,7 +287,10 @@ def token_logprobs(
     indices_below("token_logprobs", "targets", targets, logits.shape[1])
     if inplace_backward and torch.is_grad_enabled() and logits.requires_grad:
         _check_in_place(logits)
-        logprobs, entropy, *_ = _InPlace.apply(logits, targets, scale)
+        logprobs, entropy, *rest = _InPlace.apply(logits, targets, scale)
     else:
-        logprobs, entropy, *_ = _op(logits, targets, scale)
-    return (logprobs, entropy) if return_entropy else logprobs
+        logprobs, entropy, *rest = _op(logits, targets, scale)
+    more = [entropy] if return_entropy else []
+    if return_logsumexp:
+        more.append(logsumexp_of(scale, *rest))
+    return (logprobs, *more) if more else logprobs

@@ -255,6 +255,27 @@ def test_top1_says_where_argmax_would_choose_the_target(options):
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("options", [{}, {"return_entropy": True}, {"return_top1": True}, {"logit_softcap": 2.0}])
+def test_logsumexp_is_that_of_the_divided_logits(options):
+    hidden, weight, targets, bias = inputs(num_rows=33)
+    scale, cap, temperature = 1.7, options.get("logit_softcap"), torch.linspace(0.5, 2, 33)
+    logits = F.linear(hidden.double(), weight.double(), bias.double()) * scale
+    logits = logits if cap is None else cap * (logits / cap).tanh()
+    outputs = linear_token_logprobs(
+        *(hidden, weight.requires_grad_(), targets),
+        bias=bias,
+        temperature=temperature,
+        logit_scale=scale,
+        chunk_size=8,
+        return_logsumexp=True,
+        **options,
+    )
+    logsumexp = outputs[2 if "return_entropy" in options else 1]
+    expected = (logits / temperature[:, None].double()).logsumexp(-1)
+    torch.testing.assert_close(logsumexp.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    assert not logsumexp.requires_grad and len(outputs) == 2 + len({*options} & {"return_entropy", "return_top1"})
+
+
 def test_of_equal_logits_the_first_is_the_likeliest():
     targets = torch.tensor([0, 1, V - 1])
     _, top1 = linear_token_logprobs(torch.zeros(3, D), torch.randn(V, D), targets, return_top1=True)

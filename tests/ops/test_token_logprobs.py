@@ -110,6 +110,20 @@ def test_a_single_possible_token_is_certain():
 
 
 @dtypes
+@pytest.mark.parametrize("options", [{}, {"return_entropy": True}, {"inplace_backward": True}], ids=str)
+def test_logsumexp_is_that_of_the_divided_logits(dtype, options):
+    logits, targets = 3 * torch.randn(5, 3000) + torch.tensor([[-500.0], [0], [1], [90], [500]]), torch.arange(5)
+    logits, temperature = logits.to(dtype), torch.tensor([0.5, 0.7, 1.0, 1.3, 2.0])
+    leaf = logits.clone().requires_grad_()
+    wide = torch.promote_types(dtype, torch.float32)
+    outputs = token_logprobs(leaf * 1, targets, temperature=temperature, return_logsumexp=True, **options)
+    exact = (logits.double() / temperature[:, None].double()).logsumexp(-1)
+    assert outputs[-1].dtype == wide and not outputs[-1].requires_grad and outputs[0].requires_grad
+    torch.testing.assert_close(outputs[-1].double(), exact, rtol=4 * torch.finfo(wide).eps, atol=1e-5)
+    assert torch.equal(outputs[0], token_logprobs(logits, targets, temperature=temperature))
+
+
+@dtypes
 def test_nan_and_impossible_rows_are_nan_and_no_other(dtype):
     logits = torch.randn(4, 3000).to(dtype)
     logits[1, 2999], logits[2], logits[3, 0] = torch.nan, -torch.inf, torch.inf
