@@ -15,7 +15,7 @@ from fastrlhf.budget import Budget
 from fastrlhf.config import DPOConfig
 from fastrlhf.data import Pair, batch_rows, load_pairs
 from fastrlhf.loop import advance, begin, check_fits, ends_epoch, load_trained, load_with_held_out, prepare
-from fastrlhf.memory_plan import Plan
+from fastrlhf.memory_plan import plan_training, tell
 from fastrlhf.metrics import MetricsLog, Statistics
 from fastrlhf.models import Policy
 from fastrlhf.ops import linear_dpo_loss
@@ -48,6 +48,9 @@ class DPO:
         self.pairs, self.held_out = load_with_held_out(load_pairs, config, self.tokenizer)
         self.num_rows = config.epochs * len(self.pairs)
         self.num_steps = -(-self.num_rows // config.batch_size)
+        lengths = sorted((sum(map(len, sides(pair))) for pair in self.pairs), reverse=True)
+        # the reference is gone before there are gradients and moments
+        self.plan = tell(plan_training, config, num_tokens=sum(lengths[: config.batch_size]))
         self.policy = load_trained(Policy, config, checkpoint)
         longest = max(len(side) for pair in (*self.pairs, *self.held_out) for side in sides(pair))
         check_fits(self.policy.model, self.tokenizer, longest_row=longest)
@@ -60,7 +63,6 @@ class DPO:
         if config.parallel == "fsdp":
             shard(self.policy)
         self.budget = Budget(config.max_tokens)
-        self.plan: Plan | None = None  # memory is not planned here yet
         self.optimizer = Optimizer.of(config, self.policy, num_steps=self.num_steps)
         begin(self, checkpoint, (side for pair in self.pairs for side in sides(pair)))
 
