@@ -105,6 +105,55 @@ def tokens() -> list[Case]:
     return cases
 
 
+def sequence_losses() -> list[Case]:
+    cases, source = [], TRITON.format("ppo_sequence_loss")
+    for sequences, length in ((512, 1024), (16, 32768)):
+        n, turns = sequences * length, ceil(length / 1024)
+        cu, mask, left = of(4 * sequences, "cu_seqlens"), of(n, "mask"), of(64 * sequences, "~rows")
+        tokens = of(4 * n, "logprobs", "old_logprobs", "advantages") + mask
+        work = {"lanes": (SERIES + 22) * n, "exps": n, "doubles": 256 * sequences * (FP64_EXP + 70)}
+        sums = Launch("sums", sequences, tokens + cu + left, 1 + 2 * turns, 8, 64, **work)
+        counting = of(8 * sequences, "~counting", times=sequences + 1)
+        last = mask + of(4 * n, "grad") + cu + left + counting
+        turns += 1 + ceil(sequences / 256)
+        back = Launch("gradient", sequences + 1, last, turns, 4, 76, lanes=10 * n, turn=L2_TURN)
+        why = "a block a sequence, which adds what the two signs of the advantage need and so reads it once; the second"
+        why += " launch counts the sequences in each block (not with a denominator), then writes"
+        why += "" if sequences > model.SMS else f"; {sequences} blocks leave most multiprocessors without work"
+        cases += [Case("ppo_sequence_loss", source, f"{sequences} x {length} fp32, mask", [sums, back], why)]
+    return cases
+
+
+def layers() -> list[Case]:
+    t, d, w, cases = 8192, 4096, 14336, []
+    n, stripes, source = t * d, 1024, TRITON.format("rms_norm")
+    rows = of(2 * n, "hidden") + of(2 * d, "weight", times=t)
+    one = Launch("rms_norm", t, rows + of(2 * n, "out"), 1, 16, 24, lanes=8 * n)
+    why = "a block a row, read once and all at once; the weight comes from L2"
+    cases += [Case("rms_norm", source, f"{t} x {d} bf16", [one], why)]
+    left = of(4 * stripes * d, "~sums")
+    rows = of(2 * n, "grad", "hidden", "of_hidden") + of(2 * d, "weight", times=stripes) + left
+    back = Launch("rms_norm_backward", stripes, rows, t / stripes, 16, 60, 16384, lanes=12 * n)
+    total = Launch("sum", 128, left + of(4 * d, "~of_weight"), 8, turn=L2_TURN)
+    cast = Launch("to", 4, of(4 * d, "~of_weight") + of(2 * d, "of_weight"), turn=L2_TURN)
+    why = f"a block takes {t // stripes} rows in turn and keeps the weight's gradient in registers; torch adds those of"
+    why += " the blocks, found in L2, and narrows the sum"
+    cases += [Case("rms_norm_backward", source, f"{t} x {d} bf16", [back, total, cast], why)]
+    n, source = t * w, TRITON.format("silu_mul")
+    read, grads = of(2 * n, "gate", "up"), of(2 * n, "grad", "of_gate", "of_up")
+    one = Launch("silu_mul", ceil(n / 1024), read + of(2 * n, "out"), 1, 4, lanes=16 * n, exps=2 * n)
+    back = Launch("silu_mul_backward", ceil(n / 1024), read + grads, 1, 4, lanes=26 * n, exps=2 * n)
+    for launch, what in ((one, "two reads, a write"), (back, "three reads, two writes")):
+        why = what + "; an exponential and a reciprocal an element share one unit"
+        cases += [Case(launch.kernel, source, f"{t} x {w} bf16", [launch], why)]
+    heads, k = 32, 128
+    n = t * heads * k
+    touches = of(2 * n, "states", "out") + of(2 * t * k, "cos", "sin", times=heads)
+    one = Launch("rotary", t * heads, touches, 1, 1, 25, lanes=15 * n)
+    why = "a warp a token and head, 256 bytes: of so small blocks a multiprocessor holds 32, too few loads in flight"
+    return [*cases, Case("rotary", TRITON.format("rotary"), f"{t} x {heads} x {k} bf16", [one], why)]
+
+
 def scans() -> list[Case]:
     cases = []
     for segments, length in ((512, 1024), (16, 32768)):
@@ -210,4 +259,4 @@ def generation() -> list[Case]:
     return cases
 
 
-CASES = [*logits(), *divergence(), *tokens(), *scans(), *statistics(), *generation()]
+CASES = [*logits(), *divergence(), *tokens(), *sequence_losses(), *layers(), *scans(), *statistics(), *generation()]

@@ -61,30 +61,37 @@ def ppo_policy_loss_kernel(
 
 
 @triton.jit
-def ppo_policy_loss_total_kernel(
-    partials_ptr, count_ptr, loss_ptr, stats_ptr, num_blocks, scale: tl.float64, BLOCK: tl.constexpr
-):
-    """One program: row 0 of the partials is the loss, rows 1 to 3 are sums, row 4 a maximum, row 5 that of -ratio."""
-    factor = tl.full((), scale, tl.float64)
-    if count_ptr is not None:
-        factor /= tl.maximum(tl.load(count_ptr), 1).to(tl.float64)
+def write_totals(partials_ptr, loss_ptr, stats_ptr, num_blocks, factor, BLOCK: tl.constexpr):
+    """Row 0 of the partials is the loss, rows 1 to 3 are sums, row 4 a maximum, row 5 that of -ratio."""
     rows = tl.arange(0, 8)
+    row_size = tl.cast(num_blocks, tl.int64)
     sums = tl.zeros((8, BLOCK), tl.float64)
     extremes = tl.full((8, BLOCK), float("-inf"), tl.float64)
     for start in range(0, num_blocks, BLOCK):
         blocks = start + tl.arange(0, BLOCK)[None, :]
         inside = (rows[:, None] < 6) & (blocks < num_blocks)
-        tile = tl.load(partials_ptr + rows[:, None] * num_blocks + blocks, mask=inside, other=0.0).to(tl.float64)
+        tile = tl.load(partials_ptr + rows[:, None] * row_size + blocks, mask=inside, other=0.0).to(tl.float64)
         sums += tile
         extremes = tl.maximum(extremes, tl.where(inside, tile, float("-inf")))
     sums, extremes = tl.sum(sums, 1), tl.max(extremes, 1)
-    # without a token that counts they are 0; a comparison loses a NaN, the sum of the ratios does not
-    extremes = tl.where(extremes == float("-inf"), 0.0, tl.where(rows == 5, -extremes, extremes))
     sum_ratio = tl.sum(tl.where(rows == 3, sums, 0.0), 0)
-    extremes = tl.where(sum_ratio == sum_ratio, extremes, float("nan"))
+    # without a token that counts they are 0; a comparison loses a NaN, the sum of the ratios does not
+    extremes = tl.where(rows == 5, -extremes, extremes)
+    extremes = tl.where(sum_ratio == 0, 0.0, tl.where(sum_ratio == sum_ratio, extremes, float("nan")))
     results = tl.where(rows < 4, sums * factor, extremes)
     tl.store(loss_ptr + rows, results, mask=rows == 0)
     tl.store(stats_ptr + rows - 1, results, mask=(rows > 0) & (rows < 6))
+
+
+@triton.jit
+def ppo_policy_loss_total_kernel(
+    partials_ptr, count_ptr, loss_ptr, stats_ptr, num_blocks, scale: tl.float64, BLOCK: tl.constexpr
+):
+    """One program."""
+    factor = tl.full((), scale, tl.float64)
+    if count_ptr is not None:
+        factor /= tl.maximum(tl.load(count_ptr), 1).to(tl.float64)
+    write_totals(partials_ptr, loss_ptr, stats_ptr, num_blocks, factor, BLOCK)
 
 
 def ppo_policy_loss(

@@ -13,6 +13,11 @@ from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops._surrogate import check, fake, largest, surrogate
 from fastrlhf.ops.approx_kl import exp_minus_linear
 
+try:
+    from fastrlhf.kernels import ppo_sequence_loss as triton_kernel
+except ImportError:  # without Triton the reference serves CUDA
+    triton_kernel = None  # type: ignore[assignment]
+
 
 def ppo_sequence_loss_ref(
     logprobs: Tensor,
@@ -91,9 +96,17 @@ def _cpu_forward(
     return loss, stats, grad
 
 
+def _cuda_forward(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor, mask: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    given = (logprobs, old_logprobs, advantages, cu_seqlens, mask)
+    tensors: list[Any] = [None if t is None else t.contiguous() for t in given]
+    return triton_kernel.ppo_sequence_loss(*tensors, *options)
+
+
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(0)
-    for lengths in [(), (0,), (1,), (3, 0, 1, 9), (64,) * 3, (700, 2, 41) * 40]:
+    for lengths in [(), (0,), (1,), (3, 0, 1, 9), (64,) * 3, (4000, 2, 1041) * 6]:
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
         old, step, advantages = (torch.randn(sum(lengths), generator=generator).to(device, dtype) for _ in range(3))
         yield old + 0.5 * step, old, advantages, cu_seqlens, None, 0.01, 0.02, None, None
@@ -111,6 +124,7 @@ _op = op(
         ref=ppo_sequence_loss_ref,
         fake=fake,
         cpu=_cpu_forward,
+        cuda=_cuda_forward if triton_kernel else None,
         check=_check,
     ),
     reference=ppo_sequence_loss_ref,

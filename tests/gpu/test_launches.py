@@ -1,7 +1,7 @@
 """Launches go to the current stream and nothing waits for them, so that graphs can capture every op with a kernel.
 
-Not the ops on a linear head, made of matrix products and of other ops' kernels: their losses and gradients count the
-rows that take part before they allocate, for which the host waits.
+Of the ops on a linear head, made of matrix products and of other ops' kernels, only forwards that are no losses: losses
+and gradients count the rows that take part before they allocate, for which the host waits.
 """
 
 import pytest
@@ -12,15 +12,16 @@ from torch import Tensor
 from fastrlhf.ops._registry import BACKENDS, OPS
 
 NATIVE = [name for name in OPS if BACKENDS[name]["cuda"] == "native"]
-# of matrix products and other ops, and of functions of torch's; thin_linear is for the CPU
-COMPOSED = {*(name for name in OPS if name.startswith("linear_")), "ppo_sequence_loss", "thin_linear"}
+# of matrix products and other ops; packed_attention and thin_linear are for the CPU
+COMPOSED = {*(name for name in OPS if name.startswith("linear_")), "packed_attention", "thin_linear"}
+FORWARDS = ("linear_token_logprobs", "linear_kl_divergence")
 CYCLES = 200_000_000  # a tenth of a second, in which the host launches all samples of an op
 
 
 def results_of(name, args):
-    """The outputs of an op and, where it has one, its gradient for ones."""
-    named = zip(OPS[name].parameters, args, strict=True)
-    leaves = [a.detach().requires_grad_() if n in OPS[name].grads and isinstance(a, Tensor) else a for n, a in named]
+    """The outputs of an op and, where it has one that can be captured, its gradient for ones."""
+    named, grads_of = zip(OPS[name].parameters, args, strict=True), () if name in FORWARDS else OPS[name].grads
+    leaves = [a.detach().requires_grad_() if n in grads_of and isinstance(a, Tensor) else a for n, a in named]
     outputs = flat(OPS[name](*leaves))
     wanted = [output for output in outputs if output.requires_grad]
     grads = ()
@@ -69,7 +70,7 @@ def test_every_op_that_is_not_composed_has_a_kernel():
     assert set(OPS) - set(NATIVE) == COMPOSED, "the others take the reference: without Triton, or built without nvcc"
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", [*NATIVE, *FORWARDS])
 def test_a_captured_graph_computes_from_what_its_inputs_hold_when_it_is_replayed(name, prepared):
     filled, expected, blank = prepared(name)
     graph = torch.cuda.CUDAGraph()
@@ -81,7 +82,7 @@ def test_a_captured_graph_computes_from_what_its_inputs_hold_when_it_is_replayed
     assert_same(results, expected)
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", [*NATIVE, *FORWARDS])
 def test_a_stream_other_than_the_default_gives_the_same(name, prepared):
     filled, expected, blank = prepared(name)
     stream = torch.cuda.Stream()

@@ -67,6 +67,13 @@ def ppo_policy_loss(dtype):
     yield "ppo_policy_loss", (*tensors, mask, 0.2, 0.28, 3.0, None)
 
 
+def ppo_sequence_loss(dtype):
+    mask, tensors = torch.empty(2**20, dtype=torch.bool), [torch.empty(2**20, dtype=dtype) for _ in range(3)]
+    cu_seqlens = torch.arange(0, 2**20 + 1, 2**10, dtype=torch.int32)
+    yield "ppo_sequence_loss", (*tensors, cu_seqlens, None, 3e-4, 4e-4, None, 1000.0)
+    yield "ppo_sequence_loss", (*tensors, cu_seqlens, mask, 3e-4, 4e-4, 3.0, None)
+
+
 def value_loss(dtype):
     mask, tensors = torch.empty(2**20, dtype=torch.bool), [torch.empty(2**20, dtype=dtype) for _ in range(3)]
     yield "value_loss", (*tensors, None, 0.2, 1000.0)
@@ -119,6 +126,7 @@ def silu_mul_backward(dtype):
 LAUNCHES = {  # what calls the kernels at the sizes of training -> the dtypes it is called in
     approx_kl: (FP32, FP64),
     ppo_policy_loss: (FP32, FP64),
+    ppo_sequence_loss: (FP32, FP64),
     value_loss: (FP32, FP64),
     sample_tokens: (BF16, FP32, FP64),
     decode_attention: (BF16, FP32, FP64),

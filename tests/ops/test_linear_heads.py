@@ -5,9 +5,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from heads import LOSSES, D, V, factors, inputs, logprobs, products
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.profiler import profile
 
 from fastrlhf import linear_ppo_loss, linear_token_logprobs
+from fastrlhf.ops._registry import OPS, SERVING
 
 
 @pytest.fixture(params=[1, 2])
@@ -162,3 +165,11 @@ def test_a_distributed_weight_is_gathered_and_gets_a_distributed_gradient(loss, 
     )
     assert isinstance(grad, DTensor) and grad.placements == (Shard(0),)
     assert torch.equal(grad_hidden, wanted[0]) and torch.equal(grad.to_local(), wanted[1])
+
+
+@pytest.mark.parametrize("name", ["linear_token_logprobs", "linear_kl_divergence"])
+def test_a_forward_that_is_no_loss_reads_no_number_on_the_host(name):
+    for args in OPS[name].samples("cpu", torch.float32):
+        with FakeTensorMode() as mode:  # in which tensors have no numbers: asking for one raises
+            outputs = SERVING[name]["cuda"](*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
+        assert all(isinstance(output, FakeTensor) for output in outputs)

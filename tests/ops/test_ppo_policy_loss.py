@@ -150,3 +150,8 @@ def test_bad_input_is_named(change, error, text):
     with pytest.raises(error) as caught:
         ppo_policy_loss(**{**good, **change})
     assert "ppo_policy_loss: " in str(caught.value) and text in str(caught.value)
+
+
+def test_ratios_that_are_all_infinite_show_in_both_extremes():
+    _, stats = ppo_policy_loss(torch.full((5,), 1000.0), torch.zeros(5), torch.ones(5))
+    assert stats["ratio_max"] == stats["ratio_min"] == torch.inf

@@ -109,6 +109,15 @@ def test_nothing_to_count_gives_0_that_can_be_differentiated(cu_seqlens):
     assert loss == 0 and not leaf.grad.any() and not any(stats.values())
 
 
+def test_an_infinite_ratio_is_held_where_the_advantage_is_positive_and_shown():
+    leaf, old = torch.full((11,), 1000.0, requires_grad=True), torch.zeros(11)
+    loss, stats = sequence_loss(leaf, old, torch.ones(11))
+    loss.backward()
+    assert loss.item() == pytest.approx(-1.2) and stats["clip_fraction"] == 1 and not leaf.grad.any()
+    assert stats["ratio"] == stats["ratio_max"] == stats["ratio_min"] == torch.inf
+    assert sequence_loss(leaf.detach(), old, -torch.ones(11))[0] == torch.inf
+
+
 def test_the_result_does_not_depend_on_the_number_of_threads(one_thread):
     lengths = torch.randint(0, 900, (300,))
     cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
