@@ -170,7 +170,7 @@ def speeds(device: str) -> Iterator[str]:
 def _work(op: Op, args: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[int, str]:
     """What an op must do at least: the operations of its matrix products, or each byte read or written once."""
     named = {name: a for name, a in zip(op.parameters, args, strict=True) if isinstance(a, Tensor)}
-    heads = [a for name, a in named.items() if name.startswith("weight")]
+    heads = [a for name, a in named.items() if name.startswith("weight") and a.ndim == 2]
     if not heads:
         return sum(t.nbytes for t in (*named.values(), *outputs)), "GB/s"
     hidden = args[0]
@@ -203,6 +203,22 @@ def large_case(op: Op, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
         # near each other, and with the small weights above near those of the head, so that ratios are about 1
         "logprobs": lambda: random(length) / 20 - math.log(size),
     }
+
+    makers |= {
+        "packed_attention": {
+            "query": lambda: random(2**13, 8, 64),
+            "key": lambda: random(2**13, 4, 64),
+            "value": lambda: random(2**13, 4, 64),
+            "cu": lambda: bounds[: 2**13 // 256 + 1],
+        },
+        "rms_norm": {"hidden": lambda: random(2**13, 512), "weight": lambda: random(512)},
+        "rotary": {
+            "states": lambda: random(2**13, 8, 64),
+            "cos": lambda: random(2**13, 64),
+            "sin": lambda: random(2**13, 64),
+        },
+        "thin_linear": {"rows": lambda: random(64, width)},
+    }.get(op.name, {})
 
     def make(argument: Any, given: Any) -> Any:
         if not isinstance(given, Tensor):
