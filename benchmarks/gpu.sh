@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 parts=(tests ops heads gae attention generation loops)
-declare -A seconds=([tests]=300 [ops]=330 [heads]=150 [gae]=50 [attention]=50 [generation]=130 [loops]=480)
+declare -A seconds=([tests]=280 [ops]=320 [heads]=150 [gae]=50 [attention]=50 [generation]=130 [loops]=400)
 part=${1:-all} dry=${2:-}
 if [[ $part == all ]]; then
     for part in "${parts[@]}"; do
@@ -92,7 +92,7 @@ ops)
     ops=(benchmarks/ops/bench_*.py)
     ops=("${ops[@]#*bench_}")
     [[ -z $dry ]] || ops=(approx_kl.py kl_divergence.py group_advantages.py) # the others: tests/test_benchmarks.py
-    bench 330 "${ops[@]%.py}" --seconds 0.3
+    bench 320 "${ops[@]%.py}" --seconds 0.3
     ;;
 heads)
     sizes=(2048x2048x32000 8192x4096x32000 8192x4096x128256 32768x4096x128256 8192x8192x256000 2048x4096x256000)

@@ -95,18 +95,31 @@ def _selective_log_softmax_and_entropy(original: Callable[..., Any]) -> Callable
     return selective_log_softmax_and_entropy
 
 
-def _head_covered(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> bool:
-    """Whether our op serves this head: one dtype for all, and no ZeRO-3 weight, which backward would have to gather.
+def _head_covered(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: object,
+    scale: float,
+    cap: float | None,
+) -> bool:
+    """Whether our op serves this head: one dtype for all, no ZeRO-3 weight, which backward would have to gather, and
+    targets in the vocabulary (TRL takes 0 for the logit of others; where they lie on a GPU, finding out would wait).
 
     Half precision on the GPU only: TRL rounds the logits to it, ours stay in float32, and TRL's tests on the CPU
     compare with rounded ones."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if hidden.is_cuda else (torch.float32,)
     tensors = [t for t in (hidden, weight, bias) if t is not None]
-    options = [option for option in (scale, cap) if option is not None]
+    options = [option for option in (temperature, scale, cap) if option is not None]
+    fits = plain(targets) and targets.dtype in (torch.int32, torch.int64)
+    if fits and targets.numel() and targets.is_cpu and not torch.compiler.is_compiling():
+        fits = int(targets.min()) >= 0 and int(targets.max()) < weight.shape[0]
     return (
-        all(plain(t) and t.dtype == hidden.dtype and not hasattr(t, "ds_id") for t in tensors)
+        fits
+        and all(plain(t) and t.dtype == hidden.dtype and not hasattr(t, "ds_id") for t in tensors)
         and hidden.dtype in dtypes
-        and all(0 < option < math.inf for option in options)
+        and all(isinstance(option, (int, float)) and 0 < option < math.inf for option in options)
     )
 
 
@@ -133,13 +146,14 @@ def _chunked_log_prob(original: Any) -> Any:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         covered = dtype == hidden.dtype and set(outputs) <= HEAD_OUTPUTS
         covered = covered and not ("mean_logits" in outputs and final_logit_softcapping)
-        if not covered or not _head_covered(hidden, weight, bias, logit_scale, final_logit_softcapping):
+        head = hidden, weight, bias, targets, temperature, logit_scale, final_logit_softcapping
+        if not covered or not _head_covered(*head):
             options = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
             return original.apply(hidden, weight, bias, targets, *options)
         logprobs, entropy, *top1 = linear_token_logprobs(
             hidden,
             weight,
-            targets,
+            targets.long(),
             bias=bias,
             temperature=temperature,
             return_entropy=True,
@@ -163,13 +177,14 @@ def _chunked_log_prob_1_10(original: Any) -> Any:
         final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        if not _head_covered(last_hidden, weight, None, logit_scale, final_logit_softcapping):
+        head = last_hidden, weight, None, targets, temperature, logit_scale, final_logit_softcapping
+        if not _head_covered(*head):
             options = (temperature, chunk_size, final_logit_softcapping, logit_scale)
             return original.apply(last_hidden, weight, targets, *options)
         logprobs, entropy = linear_token_logprobs(
             last_hidden,
             weight,
-            targets,
+            targets.long(),
             temperature=temperature,
             return_entropy=True,
             logit_scale=logit_scale,

@@ -125,6 +125,22 @@ def test_the_head_is_trls(pairs, num_rows, options, dtype):
             same(*pairs["_ChunkedLogProbFunction"], (hidden, weight, b, targets, *options, outputs))
 
 
+@pytest.mark.parametrize("change", ["int32", "beyond", "ignored", "tensor", "negative"])
+def test_arguments_that_our_op_would_refuse_are_trls(pairs, change):
+    hidden, weight, bias, targets = head()
+    temperature = {"tensor": torch.tensor(0.7), "negative": -1.0}.get(change, 1.0)
+    if change == "int32":
+        targets = targets.int()
+    if change in ("beyond", "ignored"):
+        targets[3] = len(weight) if change == "beyond" else -100
+    if HAS_TEMPERATURE:
+        same(
+            *pairs["_ChunkedLogProbFunction"], (hidden, weight, bias, targets, temperature, 64, None, 1.0, ("entropy",))
+        )
+    else:
+        same(*pairs["_ChunkedLogProbFunction"], (hidden, weight, targets, temperature, 64, None, 1.0))
+
+
 @pytest.mark.skipif(not HAS_TEMPERATURE, reason="this TRL has no gradient of the entropy here")
 def test_a_frozen_head_and_autocast_are_trls(pairs):
     hidden, weight, bias, targets = head()
