@@ -190,7 +190,12 @@ def scans() -> list[Case]:
 
 
 def statistics() -> list[Case]:
-    cases, source = [], CUDA.format("masked_whiten")
+    cases, source, n = [], CUDA.format("masked_whiten"), 16384
+    touches = of(4 * n, "x", times=2) + of(n, "mask", times=2) + of(4 * n, "y")
+    one = Launch("whiten_alone", 1, touches, n / 1024, 32, 54, doubles=10 * n)
+    why = "one block, so that the statistics need no second launch: each thread waits for the mask and x, 4 of each at"
+    why += " a time, and once more when it whitens"
+    cases += [Case("masked_whiten", source, f"{n} fp32, mask", [one], why)]
     for n in (65536, 16777216):
         parts, blocks = min(512, ceil(n / 4096)), min(1024, ceil(n / 4096))
         x, shape = of(4 * n, "x") + of(n, "mask"), f"{n} fp32, mask"

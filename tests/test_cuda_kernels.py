@@ -98,6 +98,17 @@ def test_moments_of_many_blocks_are_those_of_numpy(masked, on_cpu):
     torch.testing.assert_close(on_cpu("masked_moments")(x, mask), expected, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("n", [16384, 16385, 70_000])  # one block that gathers and whitens, then many of each
+@pytest.mark.parametrize("center", [True, False])
+def test_whitening_by_one_block_and_by_many_is_that_of_numpy(n, center, on_cpu, poisoned):
+    x, mask = 1e3 + torch.randn(n), torch.rand(n) < 0.3
+    kept = x[mask].numpy().astype("float64")
+    white = (kept - kept.mean()) / kept.std() + (0 if center else kept.mean())
+    up, down = (on_cpu("masked_whiten", descending=d)(x, mask, None, center, 0.0) for d in (False, True))
+    torch.testing.assert_close(up[mask], torch.from_numpy(white).float(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(up, down) and not up[~mask].any()
+
+
 @pytest.mark.parametrize("stem", SOURCES)
 def test_nvcc_compiles_it_for_every_architecture_without_spills(stem, tmp_path):
     nvcc = shutil.which("nvcc")
