@@ -27,6 +27,15 @@ def test_a_wrong_kernel_fails_and_sets_the_exit_status(monkeypatch, capsys):
     assert [line.split()[0] for line in lines if "FAIL" in line] == ["gae"]
 
 
+def test_half_precision_is_refused_by_its_name_or_fails():
+    def broken(rewards, *_):
+        raise TypeError("no kernel" if rewards.dtype == torch.bfloat16 else "gae: rewards must be float32, got float16")
+
+    wrong = check.Op(**{**vars(OPS["gae"]), "forward": broken})
+    assert check._cell(wrong, wrong.reference, "cpu", torch.bfloat16) == "FAIL TypeError"
+    assert check._cell(wrong, wrong.reference, "cpu", torch.float16) == "as float32"
+
+
 def test_an_output_that_is_not_finite_fails():
     exact = torch.ones(3, dtype=torch.float64)
     error, allowed = check._error(torch.tensor([1.0, torch.nan, 1.0]), exact, exact.float(), None)
