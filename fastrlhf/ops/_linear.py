@@ -5,13 +5,14 @@ Every op makes the logits of a chunk in one buffer, reads them, perhaps overwrit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrlhf.ops._check import computed_in
+from fastrlhf.ops._registry import BACKENDS
 
 WEIGHT_ROWS = 4096  # half-precision weights are widened this many rows at a time
 SCHEMA = (
@@ -20,6 +21,11 @@ SCHEMA = (
 )
 GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor"  # the fields of Gradients
 TILE = 64  # matrix libraries treat rows alike in products of that many; two threads share 7 rows as 4 and 3
+
+
+def if_fused(chunks: Callable[..., Any]) -> Callable[..., Any] | None:
+    """What serves CUDA: these chunks, or None (for the reference) without Triton, as they go through its kernels."""
+    return chunks if BACKENDS["token_logprobs"]["cuda"] == "native" else None
 
 
 class Head(NamedTuple):

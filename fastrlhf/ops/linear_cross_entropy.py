@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops._check import computed_in, denominator_of
-from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, even_cuts
+from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, even_cuts, if_fused
 from fastrlhf.ops._linear_backward import LOGITS
 from fastrlhf.ops._linear_inputs import check_targets, head_of, wanted_gradients
 from fastrlhf.ops._linear_inputs import samples as head_samples
@@ -58,6 +58,7 @@ _forward = leaf(
     ref=_forward_chunks,
     fake=fake(num_stats=0),
     cpu=_forward_chunks,  # native in that the logits of a chunk go through the kernels of token_logprobs
+    cuda=if_fused(_forward_chunks),
 )
 _op = op(
     _forward,

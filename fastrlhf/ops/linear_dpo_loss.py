@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrlhf.ops._check import computed_in, cu_seqlens_of, denominator_of, dtype_in, has_shape, same_device, widen
-from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head
+from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, if_fused
 from fastrlhf.ops._linear_backward import LOGITS
 from fastrlhf.ops._linear_inputs import check_targets, head_of, wanted_gradients
 from fastrlhf.ops._linear_inputs import samples as head_samples
@@ -110,6 +110,7 @@ _forward = leaf(
     ref=_forward_chunks,
     fake=fake(len(STATS)),
     cpu=_forward_chunks,  # native in that a chunk goes through the kernels of token_logprobs and pairwise_reward_loss
+    cuda=if_fused(_forward_chunks),
 )
 _op = op(
     _forward,

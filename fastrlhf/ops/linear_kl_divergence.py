@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops._check import computed_in, dtype_in, has_shape, same_device
-from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, even_cuts, used_rows
+from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, even_cuts, if_fused, used_rows
 from fastrlhf.ops._linear_inputs import head_of, rows_within, wanted_gradients
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops.kl_divergence import check_divergence, kl_divergence_ref
@@ -149,6 +149,7 @@ _forward = leaf(
     ref=_forward_chunks,
     fake=_fake,
     cpu=_forward_chunks,  # native in that the logits of a chunk go through the kernels of kl_divergence
+    cuda=if_fused(_forward_chunks),
 )
 _gradient = leaf(
     f"linear_kl_divergence_backward({_HEADS}, Tensor grad, Tensor statistics, Tensor saved, float temperature,"
@@ -156,6 +157,7 @@ _gradient = leaf(
     ref=_backward_chunks,
     fake=_fake_backward,
     cpu=_backward_chunks,
+    cuda=if_fused(_backward_chunks),
 )
 _op = op(
     _forward,

@@ -17,7 +17,7 @@ from fastrlhf.ops._check import (
     temperature_of,
     widen,
 )
-from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, even_cuts
+from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, even_cuts, if_fused
 from fastrlhf.ops._linear_backward import LOGITS
 from fastrlhf.ops._linear_inputs import check_targets, head_of, wanted_gradients
 from fastrlhf.ops._linear_inputs import samples as head_samples
@@ -107,6 +107,7 @@ _forward = leaf(
     ref=_forward_chunks,
     fake=fake(len(STATS)),
     cpu=_forward_chunks,  # native in that a chunk goes through the kernels of token_logprobs and ppo_policy_loss
+    cuda=if_fused(_forward_chunks),
 )
 _op = op(
     _forward,

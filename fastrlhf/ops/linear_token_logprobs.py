@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops._check import computed_in, one_or_all, same_device, temperature_of
-from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, even_cuts
+from fastrlhf.ops._linear import GRADIENTS, SCHEMA, Gradients, Head, even_cuts, if_fused
 from fastrlhf.ops._linear_backward import (
     GRADIENT,
     LOGITS,
@@ -133,6 +133,7 @@ _forward = leaf(
     ref=_forward_chunks,
     fake=_fake,
     cpu=_forward_chunks,  # native in that the logits of a chunk go through the kernels of token_logprobs
+    cuda=if_fused(_forward_chunks),
 )
 _gradient = leaf(
     f"linear_token_logprobs_backward({SCHEMA}, Tensor targets, Tensor temperature, Tensor? grad_logprobs,"
@@ -141,6 +142,7 @@ _gradient = leaf(
     ref=_backward_chunks,
     fake=_fake_backward,
     cpu=_backward_chunks,
+    cuda=if_fused(_backward_chunks),
 )
 _op = op(
     _forward,

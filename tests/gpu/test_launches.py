@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastrlhf.ops._registry import BACKENDS, OPS
 
-NATIVE = [name for name in OPS if BACKENDS[name]["cuda"] == "native"]
+NATIVE = [name for name in OPS if BACKENDS[name]["cuda"] == "native" and not name.startswith("linear_")]
 # of matrix products and other ops; packed_attention and thin_linear are for the CPU
 COMPOSED = {*(name for name in OPS if name.startswith("linear_")), "packed_attention", "thin_linear"}
 FORWARDS = ("linear_token_logprobs", "linear_kl_divergence")
