@@ -4,6 +4,7 @@ Letters in shapes: T tokens of a pack, N sequences, R response tokens, V vocabul
 K head width. A second derivative raises (k1 of `approx_kl`, a subtraction, has one).
 """
 
+from fastrlhf.ops._named import names_arguments
 from fastrlhf.ops.approx_kl import approx_kl
 from fastrlhf.ops.decode_attention import decode_attention
 from fastrlhf.ops.discounted_returns import discounted_returns
@@ -55,3 +56,6 @@ __all__ = [
     "token_logprobs",
     "value_loss",
 ]
+
+for _name in __all__:
+    globals()[_name] = names_arguments(globals()[_name])

@@ -124,10 +124,17 @@ def mask_of(function: str, mask: Tensor | None, **like: Tensor) -> None:
         same_shape(function, **like, mask=mask)
 
 
+def dense(function: str, **tensors: Tensor) -> None:
+    """Raises TypeError unless the elements of all tensors lie in memory: torch itself calculates with sparse ones."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{function}: {name} must be a dense tensor, got {tensor.layout}")
+
+
 def denominator_of(function: str, denominator: float | None) -> None:
-    """Raises unless `denominator` is None or a positive number."""
-    if denominator is not None and not denominator > 0:
-        raise ValueError(f"{function}: denominator must be positive, got {denominator}")
+    """Raises unless `denominator` is None or a positive, finite number."""
+    if denominator is not None and not 0 < denominator < math.inf:
+        raise ValueError(f"{function}: denominator must be positive and finite, got {denominator}")
 
 
 def computed_in(logits: Tensor) -> torch.dtype:
@@ -148,7 +155,9 @@ def temperature_of(function: str, temperature: float | Tensor, like: Tensor) -> 
             raise ValueError(f"{function}: temperature gets no gradient, so it must be detached")
         if readable(temperature) and not bool(((temperature > 0) & temperature.isfinite()).all()):
             raise ValueError(f"{function}: every temperature must be above 0 and finite, got {temperature.min()}")
-        return temperature.to(computed_in(like))
+        if not temperature.is_floating_point():
+            raise TypeError(f"{function}: temperature must be floating-point, got {temperature.dtype}")
+        return temperature.to(computed_in(like)).reshape(temperature.shape or 1)
     if not 0 < temperature < math.inf:
         raise ValueError(f"{function}: temperature must be above 0 and finite, got {temperature}")
     return like.new_full((1,), temperature, dtype=computed_in(like))

@@ -46,6 +46,8 @@ def _check_options(function: str, scale: float, cap: float | None, chunk_size: i
     for option, value in (("logit_scale", scale), ("logit_softcap", cap)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{function}: {option} must be above 0 and finite, got {value}")
+    if not isinstance(chunk_size, int):
+        raise TypeError(f"{function}: chunk_size must be an integer, got {type(chunk_size).__name__}")
     if chunk_size < 1:
         raise ValueError(f"{function}: chunk_size must be at least 1, got {chunk_size}")
     if batch_invariant and chunk_size % TILE:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import alike, dtype_name, widen
+from fastrlhf.ops._check import alike, dense, dtype_name, widen
 from fastrlhf.ops._registry import leaf, op
 
 try:
@@ -54,6 +54,7 @@ def _fits(logprobs: Tensor, ref_logprobs: Tensor) -> bool:
         and logprobs.shape == ref_logprobs.shape
         and logprobs.is_cpu
         and ref_logprobs.is_cpu
+        and logprobs.layout is ref_logprobs.layout is torch.strided
     )
 
 
@@ -147,5 +148,6 @@ def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") 
         raise ValueError(f"approx_kl: estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
     if estimator == "k1":  # which torch cannot be beaten at
         _check(logprobs, ref_logprobs, 1)
+        dense("approx_kl", logprobs=logprobs, ref_logprobs=ref_logprobs)
         return logprobs - ref_logprobs
     return _op(logprobs, ref_logprobs, ESTIMATORS[estimator])

@@ -1,5 +1,6 @@
 """Attention of one new token a row over its cached keys and values."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -151,10 +152,12 @@ def decode_attention(
     window: number of last tokens seen; all if not given
 
     No gradient. Softmax in float32 (float64 in float64), keys in order.
-    Raises: ValueError for shapes, devices, lengths or a window that do not fit, TypeError for dtypes.
+    Raises: ValueError for shapes, devices, lengths, a scale or a window that do not fit, TypeError for dtypes.
     Source: Vaswani et al., arXiv 1706.03762, equation 1; Ainslie et al., arXiv 2305.13245 (grouped queries).
     """
     if window is not None and window < 1:
         raise ValueError(f"decode_attention: window must be at least 1 or None, got {window}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"decode_attention: scale must be finite or None, got {scale}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return _op(query, key_cache, value_cache, lengths, scale, window or 0)

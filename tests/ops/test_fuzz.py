@@ -1,12 +1,15 @@
 """Every op on what nobody meant to give it: a named error, or what the reference makes of it; never a crash.
 
-An example is a sample of the op with up to three changes to its tensors, given to the public function. What that then
+An example is a sample of the op with up to three changes to its tensors, and at times something that is no tensor or
+no number, given to the public function. What that then
 gives to operators is compared with their references, and their backward runs. `make fuzz` runs 500 examples an op, the
 suite 30."""
 
 import functools
 import inspect
+import math
 
+import numpy as np
 import pytest
 import torch
 from compare import flat, to_double
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastrlhf
+from fastrlhf import ops
 from fastrlhf.ops._registry import OPS, Op
 
 LARGEST_SAMPLE = 2000  # elements, as references walk token by token
@@ -28,9 +32,15 @@ FOR_CALLERS = {  # outputs; the rest is for the backward
     "kl_divergence": 1,
     "linear_kl_divergence": 1,
 }
-BEFORE_GRADIENTS = {"linear_cross_entropy": 1, "linear_dpo_loss": 2, "linear_ppo_loss": 2}  # which are 0 inf somewhere
+BEFORE_GRADIENTS = {  # which are 0 inf somewhere
+    "linear_cross_entropy": 1,
+    "linear_dpo_loss": 2,
+    "linear_ppo_loss": 2,
+    "ranking_loss": 2,
+}
 SPEAKS_AS = {"masked_moments": "masked_whiten", "ppo_sequence_loss": "ppo_policy_loss"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64, torch.bool)
+LEFT_ALONE = ("group", "lora", "lora_p", "lora_q")
 NUMBERS = (float("nan"), float("inf"), -float("inf"), 0.0, -0.0, -200.0, 1e4, 1e-40)
 INTEGERS = (-(2**63), -(2**31), -1, 0, 1, 2**31 - 1, 2**63 - 1)
 
@@ -86,6 +96,19 @@ def reordered(draw, x):
     return x.flip(0) if way == "reverse" else x
 
 
+def strange(draw, name, args):
+    """Puts what is no tensor, or no number, in place of an argument that the caller gives or leaves at its default."""
+    signature = inspect.signature(getattr(fastrlhf, name))
+    choices = [p for p in signature.parameters.values() if p.name not in LEFT_ALONE]
+    chosen = draw(st.sampled_from(choices))
+    given = args.get(chosen.name)
+    values = [None, "text", [1.0], np.ones(3), 1.5, -1, math.nan, math.inf, torch.tensor(2), torch.tensor(0.5)]
+    if isinstance(given, Tensor) and given.device.type == "cpu":
+        values += [given.tolist(), given.to(torch.float8_e4m3fn), given.to_sparse()]
+    args[chosen.name] = draw(st.sampled_from(values))
+    note(f"{chosen.name}: {type(args[chosen.name]).__name__}")
+
+
 CHANGES = {
     "shape": reshaped,
     "dtype": lambda draw, x: x.to(draw(st.sampled_from(DTYPES))),
@@ -111,6 +134,8 @@ def calls(draw, name):
         if args[chosen].device.type != "meta":
             args[chosen] = CHANGES[change](draw, args[chosen])
             note(f"{chosen}: {change}")
+    if name in ops.__all__ and draw(st.integers(0, 3)) == 0:
+        strange(draw, name, args)
     if draw(st.booleans()):
         for key in OPS[name].grads:
             if isinstance(args.get(key), Tensor) and args[key].is_floating_point():

@@ -197,7 +197,7 @@ GOOD = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4), "targets": tor
         ({"mask": torch.ones(3)}, TypeError, "mask must be bool, got float32"),
         ({"mask": torch.ones(2, dtype=torch.bool)}, ValueError, "mask (2,) must have the same shape"),
         ({"mask": torch.ones(3, dtype=torch.bool, device="meta")}, ValueError, "must be on one device"),
-        ({"denominator": 0}, ValueError, "denominator must be positive, got 0"),
+        ({"denominator": 0}, ValueError, "denominator must be positive and finite, got 0"),
         ({"logit_scale": 0.0}, ValueError, "logit_scale must be above 0 and finite, got 0.0"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
     ],

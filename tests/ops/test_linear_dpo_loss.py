@@ -216,7 +216,7 @@ GOOD = {
         ({"mask": torch.ones(3)}, TypeError, "mask must be bool, got float32"),
         ({"beta": 0.0}, ValueError, "beta must be above 0 and finite, got 0.0"),
         ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be in [0, 1], got -0.1"),
-        ({"denominator": -3}, ValueError, "denominator must be positive, got -3"),
+        ({"denominator": -3}, ValueError, "denominator must be positive and finite, got -3"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
     ],
 )

@@ -242,7 +242,7 @@ GOOD = {
         ({"kl_coef": 0.1}, ValueError, "kl_coef = 0.1 needs ref_logprobs"),
         ({"kl_estimator": "k4"}, ValueError, "kl_estimator must be k1, k2, k3, got 'k4'"),
         ({"temperature": torch.ones(2)}, ValueError, "temperature must be (3,) or (1,), got (2,)"),
-        ({"denominator": -3}, ValueError, "denominator must be positive, got -3"),
+        ({"denominator": -3}, ValueError, "denominator must be positive and finite, got -3"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
     ],
 )

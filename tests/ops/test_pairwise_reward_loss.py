@@ -128,7 +128,7 @@ def test_nan_is_shown_in_the_loss_and_every_statistic_of_it():
         ({"chosen_rows": torch.tensor([0, 1])}, ValueError, "chosen_rows (2,) and rejected (4,)"),
         ({"chosen_rows": torch.arange(4).int()}, TypeError, "chosen_rows must be int64, got int32"),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be in [0, 1], got 1.5"),
-        ({"denominator": 0.0}, ValueError, "denominator must be positive, got 0.0"),
+        ({"denominator": 0.0}, ValueError, "denominator must be positive and finite, got 0.0"),
     ],
 )
 def test_bad_input_is_named(change, error, text):

@@ -141,7 +141,7 @@ def test_half_precision_is_computed_in_float32():
         ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, "got ratio='token' with it"),
         ({"ratio": "sequence", "cu_seqlens": torch.tensor([0, 3]).int()}, ValueError, "must rise from 0 to 4"),
         ({"ratio": "sequence", "cu_seqlens": torch.tensor([0, 4])}, TypeError, "cu_seqlens must be int32"),
-        ({"denominator": 0}, ValueError, "denominator must be positive, got 0"),
+        ({"denominator": 0}, ValueError, "denominator must be positive and finite, got 0"),
         ({"advantages": torch.zeros(4, device="meta")}, ValueError, "must be on one device"),
     ],
 )

@@ -139,7 +139,7 @@ def test_nothing_to_rank_gives_0_that_can_be_differentiated(kind, lengths):
         ({"ties": torch.zeros(4)}, TypeError, "ties must be bool"),
         ({"ties": torch.zeros(3, dtype=torch.bool)}, ValueError, "ties (3,)"),
         ({"kind": "listwise"}, ValueError, "kind must be 'plackett_luce' or 'pairwise', got 'listwise'"),
-        ({"denominator": 0}, ValueError, "denominator must be positive, got 0"),
+        ({"denominator": 0}, ValueError, "denominator must be positive and finite, got 0"),
     ],
 )
 def test_bad_input_is_named(change, error, text):

@@ -89,7 +89,7 @@ def test_nothing_to_count_gives_0_that_can_be_differentiated(size):
         ({"returns": torch.zeros(4, requires_grad=True)}, ValueError, "returns gets no gradient"),
         ({"clip_range": -0.1}, ValueError, "or None, got -0.1"),
         ({"clip_range": float("nan")}, ValueError, "or None, got nan"),
-        ({"denominator": -3}, ValueError, "denominator must be positive, got -3"),
+        ({"denominator": -3}, ValueError, "denominator must be positive and finite, got -3"),
     ],
 )
 def test_bad_input_is_named(change, error, text):
