@@ -223,6 +223,7 @@ def test_a_killed_process_ends_the_run_and_runs_resume_bit_for_bit(found, folder
     assert_same_run(folder / "shards" / "groups", folder / "again")
 
 
+@pytest.mark.usefixtures("one_thread")  # as the two had
 def test_one_process_resumes_what_two_left_in_shards(found, folder):
     settings = back_to_step_2(folder, "shards", "alone")
     with pytest.warns(UserWarning, match="processes was 2 and is 1"):
