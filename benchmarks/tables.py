@@ -34,7 +34,7 @@ class Headline(NamedTuple):
 LOGITS, HEAD, TOKENS = "8x256x32000 float32", "2048x512x32000 float32", "64x1024 tokens, forward + backward"
 PLAIN, BOTH = f"logprobs, {LOGITS}", f"logprobs + entropy, {LOGITS}"
 BACK, IN_PLACE = f"logprobs and backward, {LOGITS}", "fastrlhf in place"
-GENERATION = "64 prompts, 3679 tokens"
+GENERATION = "64 prompts, 3442 tokens"
 PPO_HEAD, FULL = f"fwd+bwd with entropy, {HEAD}", "torch full logits"
 HEADLINES = [
     Headline("`token_logprobs`", "TRL", "token_logprobs", PLAIN, "trl", goal=4.5),
