@@ -1,9 +1,8 @@
 """Every op on what nobody meant to give it: a named error, or what the reference makes of it; never a crash.
 
 An example is a sample of the op with up to three changes to its tensors, and at times something that is no tensor or
-no number, given to the public function. What that then
-gives to operators is compared with their references, and their backward runs. `make fuzz` runs 500 examples an op, the
-suite 30."""
+no number, given to the public function. What that then gives to operators is compared with their references, and their
+backward runs. `make fuzz` runs 500 examples an op, the suite 30."""
 
 import functools
 import inspect
@@ -32,12 +31,7 @@ FOR_CALLERS = {  # outputs; the rest is for the backward
     "kl_divergence": 1,
     "linear_kl_divergence": 1,
 }
-BEFORE_GRADIENTS = {  # which are 0 inf somewhere
-    "linear_cross_entropy": 1,
-    "linear_dpo_loss": 2,
-    "linear_ppo_loss": 2,
-    "ranking_loss": 2,
-}
+BEFORE_GRADIENTS = {"linear_cross_entropy": 1, "linear_dpo_loss": 2, "linear_ppo_loss": 2}  # which are 0 inf somewhere
 SPEAKS_AS = {"masked_moments": "masked_whiten", "ppo_sequence_loss": "ppo_policy_loss"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64, torch.bool)
 LEFT_ALONE = ("group", "lora", "lora_p", "lora_q")
