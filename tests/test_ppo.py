@@ -59,9 +59,9 @@ def share_of_low_tokens(prompts, responses, *, response_ids, **_):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ppo_goes_from_below_20_to_above_80_percent_of_the_optimum(folder, seed):
-    # with updates twice as large, one run in twenty threw its policy out again once nothing was left to learn
+    # in fewer and larger updates (20, 1e-2) one run in twenty threw its policy out again once nothing was left to learn
     changes = {"batch_size": 32, "epochs": 4, "learning_rate": 5e-3, "value_learning_rate": 5e-3, "kl_coef": 0.0}
-    trainer = PPO(config(folder, seed=seed, steps=20, schedule="constant", **changes))
+    trainer = PPO(config(folder, seed=seed, steps=24, schedule="constant", **changes))
     scores = [metrics["objective/scores"] for metrics in trainer]
     assert scores[0] <= 0.2 and sum(scores[-3:]) / 3 >= 0.8, scores
 

@@ -30,6 +30,9 @@ double plackett_luce(Group<const T> scores, const bool* ties, Group<T> grad, dou
     tops[i] = top = s > top ? s : top;
     sums[i] = sum;
   }
+  int64_t last = k - 1;  // the first of those who have no rivals but each other
+  while (last > 0 && ties && ties[last]) last--;
+  if (tops[last] == -INFINITY) scale = NAN;  // none of them could ever be drawn
   // share: sum of e^top / (sums[j] e^tops[j]) over who has i as a rival
   double loss = 0, share = 0;
   for (int64_t i = 0, end = 0; i < k; i++) {

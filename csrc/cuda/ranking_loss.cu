@@ -51,6 +51,7 @@ __device__ double plackett_luce(const Group<T>& group, double* tops, double* sum
     loss += log(sum) + (top - group.score(i));
   }
   __syncwarp();
+  if (tops[group.k - 1] == -INFINITY) scale = NAN;  // the last could never be drawn
   for (int64_t i = lane; i < group.k; i += 32) {
     double share = 0;  // of those who have i as a rival
     for (int64_t j = 0; j <= i || (j < group.k && group.tied(j)); j++)

@@ -154,3 +154,9 @@ def test_a_response_that_cannot_win_costs_no_number():
     loss, _ = ranking_loss(scores, groups(2), ties=torch.tensor([True, True]))
     assert loss.item() == math.inf
     assert torch.autograd.grad(loss, scores)[0].tolist() == [1.0, -1.0]
+
+
+def test_a_rank_that_can_never_be_drawn_leaves_no_gradient_that_looks_right():
+    scores = torch.tensor([0.3, 0.1, -torch.inf], requires_grad=True)
+    loss, _ = ranking_loss(scores, groups(3))
+    assert loss.isnan() and torch.autograd.grad(loss, scores)[0].isnan().all()
