@@ -24,14 +24,23 @@ class AgainstReference(Training[DPOConfig, T, Policy]):
         self.reference_logprobs: dict[str, Tensor] = {}
         return load_trained(Policy, self.config, checkpoint)
 
+    def needs_reference(self) -> bool:
+        """Whether the loss has a reference."""
+        return True
+
+    def passing_model(self, *, resumed: bool) -> str | None:
+        if resumed or not self.needs_reference():
+            return None
+        return self.config.reference or (None if self.config.lora_rank else self.config.model)
+
     def load_reference(self) -> Policy:
         """The policy without its adapter if it has one, unless another reference is asked for."""
         config, autocast = self.config, self.config.autocast_dtype()
+        source = self.passing_model(resumed=False)
+        if source is None:
+            return Policy(self.model.model, autocast=autocast)
         if config.reference:
             check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
-        elif config.lora_rank:
-            return Policy(self.model.model, autocast=autocast)
-        source = config.reference or config.model
         reference = Policy.from_pretrained(source, freeze=True, device=self.device, autocast=autocast)
         check_fits(reference.model, self.tokenizer, longest_row=self.longest_row)
         return reference

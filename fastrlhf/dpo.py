@@ -41,9 +41,12 @@ class DPO(AgainstReference[Pair]):
     def sequences(self, row: Pair) -> list[list[int]]:
         return sides(row)
 
+    def needs_reference(self) -> bool:
+        return not self.config.reference_free and self.config.loss not in ("simpo", "orpo")
+
     def get_ready(self, *, resumed: bool) -> None:
         self.shares_prompts = self.config.share_prompts and can_share_prompts(self.model, self.device)
-        if not resumed and not self.config.reference_free and self.config.loss not in ("simpo", "orpo"):
+        if self.needs_reference() and not resumed:
             reference = self.load_reference()
             for name, pairs in (("pairs", self.rows), ("held_out", self.held_out)):
                 self.reference_logprobs[name] = self.logprobs_of(reference, pairs)

@@ -8,7 +8,7 @@ buffers of libraries and copies while loading are not in them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,24 +32,28 @@ from fastrlhf.scoring import is_function, split_head
 
 FROZEN = (4,)  # bytes a parameter: float32 weights; TRAINED: with gradients and the optimizer's moments
 TRAINED = {"adamw": (4, 4, 8), "adamw8bit": (4, 4, 2)}
+ACTIVATIONS, NAME = "activations of", 40  # of a training pass; characters of a name
 
 
 @dataclass
 class Plan:
     """Bytes by what they are for: models as (weights, gradients, moments), and the rest.
 
+    first: weights that are there before the first step alone, when there are no gradients and moments yet
     idle: models that rest in the CPU's memory, where moments then do too, and act one after the other
     before: GiB of the process when the plan was made"""
 
     models: dict[str, tuple[float, ...]] = field(default_factory=dict)
     rest: dict[str, float] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
     idle: list[str] | None = None
     available: float = 0.0
     before: float = field(default_factory=peak_memory_gib)
 
     @property
     def num_bytes(self) -> float:
-        return sum(map(sum, self.models.values())) + sum(self.rest.values()) - self.resting
+        whole = sum(map(sum, self.models.values())) + sum(self.rest.values()) + sum(self.first.values())
+        return whole - self.resting - self.in_turn
 
     @property
     def resting(self) -> float:
@@ -60,14 +64,27 @@ class Plan:
         away = [moments, *(self.models[name][0] for name in self.idle)]
         return sum(away) - max(away)
 
+    @property
+    def in_turn(self) -> float:
+        """What is gone before the rest comes, or comes after it: the less of `first` and of what training adds."""
+        added = sum(sum(parts[1:]) for parts in self.models.values())
+        added += sum(part for name, part in self.rest.items() if name.startswith(ACTIVATIONS))
+        return min(sum(self.first.values()), added)
+
     def __str__(self) -> str:
-        lines = [f"{'memory plan, GiB':<34}{'weights':>10}{'gradients':>11}{'moments':>9}"]
-        for name, parts in self.models.items():
-            lines.append(f"  {name:<32}" + "".join(f"{part / 2**30:>10.3f}" for part in parts))
-        lines += [f"  {name:<32}{part / 2**30:>10.3f}" for name, part in self.rest.items()]
+        def line(name: str, *parts: float) -> str:
+            return f"  {name:<{NAME}}" + "".join(f"{part / 2**30:>10.3f}" for part in parts)
+
+        lines = [f"{'memory plan, GiB':<{NAME + 2}}{'weights':>10}{'gradients':>10}{'moments':>10}"]
+        lines += [line(name, *parts) for name, parts in self.models.items()]
+        lines += [line(name, part) for name, part in self.rest.items()]
+        for name, part in self.first.items():
+            lines.append(line(f"{name}, before the first step", part))
+        if self.first:
+            lines.append(line("less what is not there together", self.in_turn))
         if self.idle is not None:
-            lines.append(f"  {'less what rests in CPU memory':<32}{self.resting / 2**30:>10.3f}")
-        lines.append(f"  {'in all':<32}{self.num_bytes / 2**30:>10.3f} of {self.available / 2**30:.1f} available")
+            lines.append(line("less what rests in CPU memory", self.resting))
+        lines.append(f"{line('in all', self.num_bytes)} of {self.available / 2**30:.1f} available")
         if self.num_bytes > self.available:
             advice = "lora_rank, gradient_checkpointing, a smaller max_tokens; for PPO offload, max_slots or kv_budget"
             lines.append(f"warning: the plan is more than there is; try {advice}")
@@ -85,15 +102,21 @@ class Plan:
         return f"memory: {self.num_bytes / 2**30:.3f} GiB planned, {took:.3f} GiB taken at the peak"
 
 
-def plan_training(config: LoopConfig, *, num_tokens: int, scalar: bool = False) -> Plan:
-    """The plan of SFT or of a reward model, which is scalar. num_tokens: of the longest step."""
+def plan_training(config: LoopConfig, *, num_tokens: int, num_heads: int = 0, reference: str | None = None) -> Plan:
+    """The plan of a loop on a file of rows.
+
+    num_tokens: of the longest step; num_heads: of scores, of a reward model; reference: what is loaded besides, and
+    gone before the first step"""
     model, plan = _Model(config.model, config), Plan(available=available_bytes(config.resolve_device()))
+    number = model.num_scalar(num_heads) if num_heads else model.num_parameters
     if config.lora_rank:
-        plan.models["model, frozen"] = (model.num_scalar * model.size if scalar else model.frozen,)
+        plan.models["model, frozen"] = (number * model.size,)
         plan.models["adapter"] = _times(model.num_adapter(config.lora_rank), TRAINED[config.optimizer])
     else:
-        plan.models["model"] = _times(model.num_scalar if scalar else model.num_parameters, TRAINED[config.optimizer])
-    _add_passes(plan, config, model, num_tokens, has_logits=not scalar)
+        plan.models["model"] = _times(number, TRAINED[config.optimizer])
+    if reference is not None:
+        plan.first["reference"] = 4 * _Model(reference, config).num_parameters
+    _add_passes(plan, config, model, num_tokens, has_logits=not num_heads)
     return plan
 
 
@@ -110,24 +133,24 @@ def plan_ppo(config: PPOConfig, *, longest_prompt: int) -> Plan:
         idle.append("reference")
     elif config.reference_every and config.lora_rank:
         plan.models["reference"] = _times(own, FROZEN)
-    rewards = {source: _Model(source, config) for source in reward_folders(config.reward)}
-    for n, (source, model) in enumerate(rewards.items(), 1):
+    rewards = reward_folders(config.reward)
+    for n, (source, heads) in enumerate(rewards.items(), 1):
         adapter = Path(source) / ADAPTER / WEIGHTS_FILE
-        on_base = config.has_adapters() and adapter.is_file()
-        plan.models[f"reward {n} {source[-22:]}"] = (
-            adapter.stat().st_size if on_base else model.num_scalar * model.size,
-        )
-        idle += [] if on_base else [f"reward {n} {source[-22:]}"]
-    for n, source in enumerate(reward_folders(config.eval_reward), 1):
-        judge = _Model(source, config)
-        plan.models[f"judge {n} {source[-22:]}"] = (judge.num_scalar * judge.size,)
-        idle.append(f"judge {n} {source[-22:]}")
+        on_base = config.has_adapters() and heads == [None] and adapter.is_file()
+        name = named(f"reward {n}", source)
+        plan.models[name] = (adapter.stat().st_size if on_base else _Model(source, config).scoring(heads),)
+        idle += [] if on_base else [name]
+    for n, (source, heads) in enumerate(reward_folders(config.eval_reward).items(), 1):
+        name = named(f"judge {n}", source)
+        plan.models[name] = (_Model(source, config).scoring(heads),)
+        idle.append(name)
     plan.idle = idle if config.offload == "idle" else None
     if config.estimator == "gae":
-        start = next(iter(rewards.values())) if len(rewards) == 1 else policy
+        alike = len(rewards) == 1 and len(next(iter(rewards.values()))) == 1
+        start = _Model(next(iter(rewards)), config) if alike else policy
         rank = config.value_rank()
         plan.models["value model"] = _times(
-            policy.num_adapter(rank) if rank else start.num_scalar, TRAINED[config.optimizer]
+            policy.num_adapter(rank) if rank else start.num_scalar(1), TRAINED[config.optimizer]
         )
     if config.ema_decay is not None:
         plan.models["average"] = _times(own, FROZEN)
@@ -155,10 +178,25 @@ def tell(make: Callable[..., Plan], config: Any, **lengths: int) -> Plan | None:
     return plan
 
 
-def reward_folders(reward: Any) -> Iterator[str]:
-    """The reward models in a reward."""
-    sources = sources_of(parse_reward(reward)) if isinstance(reward, str) else ()
-    yield from dict.fromkeys(split_head(source)[0] for source in sources if not is_function(source))
+def reward_folders(reward: Any) -> dict[str, list[str | None]]:
+    """The reward models in a reward, each with the heads that are read; None: its only one."""
+    folders: dict[str, list[str | None]] = {}
+    for source in sources_of(parse_reward(reward)) if isinstance(reward, str) else ():
+        if not is_function(source):
+            folder, head = split_head(source)
+            folders.setdefault(folder, []).append(head)
+    return folders
+
+
+def named(role: str, source: str) -> str:
+    """A role with the end of its source: as many of its last folders as there is room for, and at least a part of
+    the last."""
+    parts, room = source.rstrip("/").split("/"), NAME - len(role) - 1
+    shown = parts.pop()
+    while parts and len(f".../{parts[-1]}/{shown}") <= room:
+        shown = f"{parts.pop()}/{shown}"
+    shown = f".../{shown}" if parts else shown
+    return f"{role} {shown if len(shown) <= room else '...' + shown[3 - room :]}"
 
 
 def available_bytes(device: torch.device) -> float:
@@ -182,12 +220,19 @@ class _Model:
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.size = 4 if self.half is None else 2  # of a number that is not trained
         self.frozen = self.num_parameters * self.size
-        body = sum(parameter.numel() for parameter in self.model.base_model.parameters())
-        self.num_scalar = body + text.hidden_size  # with a head of one label
+        self.body = sum(parameter.numel() for parameter in self.model.base_model.parameters())
         self.num_layers, self.width, self.vocab = text.num_hidden_layers, text.hidden_size, text.vocab_size
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.cache_per_token = 2 * self.num_layers * heads * head_width * self.size
+
+    def num_scalar(self, num_heads: int) -> int:
+        """Parameters with heads of scores in place of one of words."""
+        return self.body + num_heads * self.width
+
+    def scoring(self, heads: list[str | None]) -> int:
+        """Bytes of a reward model of which these heads are read: it is loaded with the one, or with all that it has."""
+        return self.num_scalar(1 if len(heads) == 1 else self.config.num_labels) * self.size
 
     def num_adapter(self, rank: int) -> int:
         layers = linears_of(self.model, self.targets).values()
@@ -231,7 +276,7 @@ class _Model:
 def _add_passes(plan: Plan, config: LoopConfig, model: _Model, num_tokens: int, *, has_logits: bool = True) -> None:
     tokens = min(config.max_tokens, num_tokens)
     kept = model.kept_per_token(config.gradient_checkpointing)
-    plan.rest[f"activations of {tokens:,} tokens"] = tokens * kept
+    plan.rest[f"{ACTIVATIONS} {tokens:,} tokens"] = tokens * kept
     if has_logits:
         # those kept, and of a chunk logits and their gradient
         plan.rest["logits of the head"] = 3 * 4 * min(KEPT_ROWS, tokens) * model.vocab

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from fastrlhf.data import Judged, Loaded, Pair, layout_of, load_demonstrations
 from fastrlhf.loop import check_fits, load_trained
 from fastrlhf.metrics import Statistics
 from fastrlhf.models import Policy, RewardModel
-from fastrlhf.objectives import LOADERS, Ratings, make_objective
+from fastrlhf.objectives import LOADERS, Objective, Ratings, make_objective
 from fastrlhf.packing import Packed, pack
 from fastrlhf.template import eos_token_ids
 from fastrlhf.training import Training
@@ -32,8 +33,6 @@ class RewardTrainer(Training[RewardConfig, Judged, RewardModel]):
 
     Raises: what the configuration, the data, the model or the output folder are refused for, before training begins."""
 
-    scalar = True
-
     def read(self, path: str | Path, tokenizer: Any, **options: Any) -> Loaded[Any]:
         name = self.config.objective
         if name == "auto":
@@ -46,8 +45,16 @@ class RewardTrainer(Training[RewardConfig, Judged, RewardModel]):
     def sequences(self, row: Judged) -> list[list[int]]:
         return sides(row)
 
+    @cached_property
+    def objective(self) -> Objective[Any]:
+        """What the rows are trained on."""
+        return make_objective(self.objective_name, self.config, self.rows, self.held_out)
+
+    @property
+    def num_heads(self) -> int:
+        return max(len(self.objective.heads), 1)
+
     def load_model(self, checkpoint: Path | None) -> RewardModel:
-        self.objective = make_objective(self.objective_name, self.config, self.rows, self.held_out)
         heads, init = self.objective.heads, self.config.head_init
         model = load_trained(RewardModel, self.config, checkpoint, new_head=True, heads=heads, head_init=init)
         if isinstance(self.objective, Ratings) and not any(model.biases):

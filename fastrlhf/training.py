@@ -33,7 +33,6 @@ class Training(ABC, Generic[C, T, M]):
 
     Raises: what the configuration, the data, the model or the output folder are refused for, before training begins."""
 
-    scalar = False  # whether the model has a head of scores in place of one of words
     num_steps_done: int
     data_fingerprint: int
     log: MetricsLog
@@ -47,7 +46,9 @@ class Training(ABC, Generic[C, T, M]):
         self.num_rows = config.epochs * len(self.rows)
         self.num_steps = -(-self.num_rows // config.batch_size)
         longest = sorted(map(self.num_tokens, self.rows), reverse=True)[: config.batch_size]
-        self.plan = tell(plan_training, config, num_tokens=sum(longest), scalar=self.scalar)
+        reference = self.passing_model(resumed=checkpoint is not None)
+        plan = partial(plan_training, num_heads=self.num_heads, reference=reference)
+        self.plan = tell(plan, config, num_tokens=sum(longest))
         self.model = self.load_model(checkpoint)
         self.longest_row = max(len(s) for row in (*self.rows, *self.held_out) for s in self.sequences(row))
         check_fits(self.model.model, self.tokenizer, longest_row=self.longest_row)
@@ -66,6 +67,15 @@ class Training(ABC, Generic[C, T, M]):
     @abstractmethod
     def sequences(self, row: T) -> Sequence[list[int]]:
         """The tokens of a row, each sequence from its start."""
+
+    @property
+    def num_heads(self) -> int:
+        """How many heads of scores the model has; 0: it has one of words instead."""
+        return 0
+
+    def passing_model(self, *, resumed: bool) -> str | None:
+        """What is loaded beside the model, and gone before the first step."""
+        return None
 
     @abstractmethod
     def load_model(self, checkpoint: Path | None) -> M:

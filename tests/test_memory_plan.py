@@ -5,7 +5,8 @@ import torch
 from loops import demonstrations, model_folder, pairs, write_rows
 from tiny import tiny_tokenizer
 
-from fastrlhf import PPO, SFT, PPOConfig, RewardConfig, RewardTrainer, SFTConfig, memory_plan, ppo, ranks
+from fastrlhf import PPO, SFT, DPOConfig, PPOConfig, RewardConfig, RewardTrainer, SFTConfig, memory_plan, ppo, ranks
+from fastrlhf.kto import preference_loop
 from fastrlhf.memory_plan import Plan, plan_ppo, plan_training, tell
 from fastrlhf.models import Policy, RewardModel, load_causal_lm
 from fastrlhf.packing import pack
@@ -184,3 +185,74 @@ def test_random_numbers_are_left_alone(folder):
     before = torch.get_rng_state()
     assert tell(plan_ppo, config(folder, lora_rank=4), longest_prompt=9) is not None
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_reward_model_is_planned_with_all_of_its_heads(folder):
+    """Of each that PPO reads; of one head that is named, with that one."""
+    ratings = [{"prompt": f"Say {n}", "completion": "x", "ratings": {"a": n, "b": -n, "c": n % 3}} for n in range(8)]
+    data = write_rows(folder / "rated.jsonl", ratings)
+    settings = {"model": str(folder / "model"), "data": data, "batch_size": 4, "template": "none"}
+    trainer = RewardTrainer(RewardConfig(**settings, output=str(folder / "heads")))
+    assert trainer.plan.models["model"][0] == nbytes(trainer.model.parameters())
+    list(trainer)
+    heads = folder / "heads/model"
+    for reward, number in ((f"min({heads}#a|{heads}#c)", 3), (f"{heads}#b", 1)):
+        ppo = PPO(config(folder, reward=reward, output=str(folder / f"out{number}")))
+        ((model, _),) = ppo.scorer.models
+        assert len(model.heads) == number
+        (planned,) = (parts for name, parts in ppo.plan.models.items() if name.startswith("reward"))
+        assert planned == (nbytes(model.parameters()),)
+        assert ppo.plan.models["value model"][0] == nbytes(ppo.value_model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "other"),
+    [
+        ({}, False),
+        ({"lora_rank": 4}, False),
+        ({"lora_rank": 4}, True),
+        ({"loss": "kto"}, True),
+        ({"loss": "orpo"}, False),
+    ],
+    ids=str,
+)
+def test_what_dpo_and_kto_load_first_is_planned_beside_the_policy(folder, changes, other, monkeypatch):
+    """A reference of its own, twice as wide, is in memory with the policy, and gone at the first step."""
+    wide = model_folder(folder / "wide", intermediate_size=256) if other else None
+    rows = [{"prompt": f"Say {n}", "completion": "x" * (1 + n % 2), "label": n % 2 == 0} for n in range(8)]
+    data = pairs(folder / "p.jsonl") if changes.get("loss") != "kto" else write_rows(folder / "l.jsonl", rows)
+    loaded = []
+    load = Policy.from_pretrained.__func__
+
+    def remember(cls, *args, **options):
+        loaded.append(load(cls, *args, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(Policy, "from_pretrained", classmethod(remember))
+    settings = {"model": str(folder / "model"), "data": data, "output": str(folder / "dpo"), "template": "none"}
+    plan = preference_loop(DPOConfig(**settings, batch_size=4, reference=wide, **changes)).plan
+    assert plan.models[next(iter(plan.models))][0] + sum(plan.first.values()) == sum(map(weights, loaded))
+
+
+def weights(policy):
+    return nbytes(policy.model.parameters())
+
+
+def test_of_what_comes_in_turn_the_plan_counts_the_larger():
+    parts = {"models": {"model": (4.0, 4.0, 8.0)}, "rest": {"activations of 5 tokens": 2.0, "logits of the head": 1.0}}
+    assert Plan(**parts, first={"reference": 10.0}).num_bytes == 4 + 1 + 14
+    assert Plan(**parts, first={"reference": 20.0}).num_bytes == 4 + 1 + 20
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("reward/model", "reward/model"),
+        ("/home/somebody/experiments/2026/helpful/reward/model", ".../2026/helpful/reward/model"),
+        ("runs/with-a-name-that-is-much-longer-than-a-line", "...t-is-much-longer-than-a-line"),
+        ("owner/name", "owner/name"),
+    ],
+)
+def test_of_a_long_folder_name_whole_folders_of_its_end_are_shown(source, shown):
+    name = memory_plan.named("reward 1", source)
+    assert name.endswith(shown) and len(name) <= memory_plan.NAME
