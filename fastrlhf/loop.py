@@ -101,7 +101,8 @@ def begin(loop: Loop, checkpoint: Path | None, data: Iterable[Sequence[int]]) ->
     if checkpoint is not None:
         state = load_state(checkpoint)
         if state["data_fingerprint"] != loop.data_fingerprint:
-            raise ValueError(f"resume: rows of {config.data}, or held-out ones, are no longer those of {checkpoint}")
+            what = f"rows of {config.data}, or of a file beside it,"
+            raise ValueError(f"resume: {what} are no longer those of {checkpoint}")
         loop.load_state_dict(state["loop"])
         loop.budget.load_state_dict(state["budget"])
         loop.num_steps_done = state["step"]

@@ -77,6 +77,10 @@ class RewardTrainer(Training[RewardConfig, Judged, RewardModel]):
             self.center_on = [row.tokens for row in loaded.rows]
             check_fits(self.model.model, self.tokenizer, longest_row_of_center_data=max(map(len, self.center_on)))
 
+    def unchanging(self) -> Iterator[Sequence[int]]:
+        yield from super().unchanging()
+        yield from self.center_on
+
     def num_computed(self, row: Judged) -> int:
         return self.num_tokens(row) - self.shares_prompts * len(row.prompt) * (len(row.responses) - 1)
 

@@ -57,8 +57,7 @@ class Training(ABC, Generic[C, T, M]):
             shard(self.model)
         self.budget = Budget(config.max_tokens)
         self.optimizer = Optimizer.of(config, self.model, num_steps=self.num_steps)
-        rows = (*self.rows, *self.held_out)
-        begin(self, checkpoint, (part for row in rows for part in (*self.sequences(row), verdict_of(row).encode())))
+        begin(self, checkpoint, self.unchanging())
 
     @abstractmethod
     def read(self, path: str | Path, tokenizer: Any, **options: Any) -> Loaded[T]:
@@ -83,6 +82,12 @@ class Training(ABC, Generic[C, T, M]):
 
     def get_ready(self, *, resumed: bool) -> None:
         """What there is to do with the whole model, before it is cut into shards."""
+
+    def unchanging(self) -> Iterator[Sequence[int]]:
+        """What a resumed run must read as the run before it did: the rows, tokens and all."""
+        for row in (*self.rows, *self.held_out):
+            yield from self.sequences(row)
+            yield verdict_of(row).encode()
 
     @abstractmethod
     def add_gradients(self, rows: list[int], done: Callable[[int], object], max_tokens: int) -> Statistics:

@@ -161,6 +161,19 @@ def test_a_run_stopped_in_ppo_of_the_second_round_continues_to_the_same_files(se
     assert files_of(settings["output"]) == whole
 
 
+@pytest.mark.parametrize("loop", ["ppo", "reward"])
+def test_settings_of_a_finished_round_may_not_change_before_the_next(settings, tmp_path, monkeypatch, loop):
+    file = tmp_path / "further.yaml"
+    file.write_text("weight_decay: 0.1\n")
+    settings |= {loop: str(file)}
+    rounds = Iterate(IterateConfig(**settings))
+    while next(rounds)[0] != "round-1/ppo":
+        pass
+    file.write_text("weight_decay: 0.2\n")
+    with pytest.raises(ValueError, match=r"resume: weight_decay was 0.1 and is 0.2"):
+        Iterate(IterateConfig(**settings, resume=True))
+
+
 def test_a_run_stopped_while_the_judge_labels_asks_about_the_rest_alone(judged, tmp_path, monkeypatch):
     run(judged, output=str(tmp_path / "whole"))
     judge, calls = label.judge_pairs, []

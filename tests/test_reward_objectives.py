@@ -183,6 +183,17 @@ def test_demonstrations_score_0_on_average_where_they_are_given(settings, tmp_pa
     assert 0 not in trainer.model.biases
 
 
+def test_a_resumed_run_refuses_other_demonstrations_to_center_on(settings, tmp_path):
+    rows = [{"prompt": "ab", "completion": text} for text in ("xyz", "aaaa")]
+    file, data = write_rows(tmp_path / "demonstrations.jsonl", rows), two_heads(tmp_path / "data.jsonl", num=8)
+    settings |= {"data": data, "center_data": file, "save_every": 1, "epochs": 2}
+    next(RewardTrainer(RewardConfig(**settings)))
+    assert RewardTrainer(RewardConfig(**settings, resume=True)).num_steps_done == 1
+    write_rows(file, rows[::-1])
+    with pytest.raises(ValueError, match=r"rows of .*data.jsonl, or of a file beside it, are no longer those of"):
+        RewardTrainer(RewardConfig(**settings, resume=True))
+
+
 def test_demonstrations_beyond_the_models_context_are_refused(settings, tmp_path):
     """max_length allows them, as it does rows."""
     file = write_rows(tmp_path / "demonstrations.jsonl", [{"prompt": "ab", "completion": "x" * 300}])

@@ -62,7 +62,10 @@ class Iterate(Stages):
             "reward": read_further(RewardConfig, config.reward, taken=TAKEN),
             "ppo": read_further(PPOConfig, config.ppo, taken=TAKEN_OF_PPO),
         }
-        self.reward_config(1), self.ppo_config(1)  # refuse what they refuse now, and not after the labels
+        for number in range(1, config.rounds + 1):
+            loops = self.reward_config(number), self.ppo_config(number)  # refuse what they refuse now, not after labels
+            for loop in loops if config.resume else ():
+                check_output(loop)  # a finished one, too, must be of these settings
         options = config.model_options()
         placing = {name: options[name] for name in ("device", "autocast")}
         self.tables = self.read()

@@ -68,7 +68,9 @@ class Overoptimize(Stages):
         if shared := sum(tuple(prompt.tokens) in seen for prompt in self.held_out):
             print(f"warning: {shared} of the {len(self.held_out)} prompts of {config.eval_data} are trained on too")
         self.further = read_further(PPOConfig, config.ppo, taken=TAKEN)
-        self.ppo_config()  # refuses what it refuses now, and not after the proxy is trained
+        loop = self.ppo_config()  # refuses what it refuses now, and not after the proxy is trained
+        if config.resume:
+            check_output(loop)  # a finished one, too, must be of these settings
         options = config.loop()
         device, autocast = options.resolve_device(), options.autocast_dtype()
         columns = [{name for prompt in prompts for name in prompt.columns} for prompts in (self.data, self.held_out)]
