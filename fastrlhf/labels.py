@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from fastrlhf.evaluate import Answers
@@ -32,6 +35,26 @@ def label_pairs(answers: Answers, prompts: list[Any]) -> tuple[list[Row | None],
             counts["kept"] += 1
             rows[-1] = {"prompt": prompt, **_side("chosen", answers, better), **_side("rejected", answers, worse)}
     return rows, counts
+
+
+def split_by_prompt(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+    """Returns the rows to train on and those held out, no prompt on both sides: the last prompts, until a share of the
+    rows is held out, and at least one prompt.
+
+    Raises: ValueError for rows of a single prompt."""
+    keys = [json.dumps(row["prompt"]) for row in rows]
+    counts = Counter(keys)
+    if len(counts) < 2:
+        raise ValueError(f"{len(rows)} pairs are left, all on one prompt; to hold some out takes two prompts")
+    held_out: set[str] = set()
+    for key in reversed(keys):
+        if held_out and sum(counts[each] for each in held_out) >= round(share * len(rows)):
+            break
+        held_out.add(key)
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    for row, key in zip(rows, keys, strict=True):
+        parts[key in held_out].append(row)
+    return parts
 
 
 def _side(name: str, answers: Answers, n: int) -> Row:

@@ -11,6 +11,7 @@ from loops import model_folder, write_rows
 from benchmarks.overoptimization import config as toy
 from fastrlhf.__main__ import main
 from fastrlhf.best_of_n_config import OveroptimizeConfig
+from fastrlhf.labels import split_by_prompt
 from fastrlhf.metrics import read_jsonl
 from fastrlhf.ppo import PPO
 from fastrlhf.studies.overoptimize import PRODUCTS, Overoptimize
@@ -71,6 +72,11 @@ def test_a_study_leaves_its_points_and_a_stopped_one_comes_to_the_same(settings,
         math.sqrt(max(float(rows[6]["kl"]), 0)), abs=1e-4
     )
     pairs = read_jsonl(output / "pairs/train.jsonl")
+    held_out = read_jsonl(output / "pairs/heldout.jsonl")
+    assert len({row["prompt"] for row in pairs} | {row["prompt"] for row in held_out}) == 6  # of 6, each often
+    assert not {row["prompt"] for row in pairs} & {row["prompt"] for row in held_out} and held_out
+    evaluated = read_jsonl(output / "proxy/metrics.jsonl")[-1]
+    assert evaluated["eval/num_pairs"] == len(held_out)
     turned = sum(row["gold_chosen"] < row["gold_rejected"] for row in pairs)
     assert 0 < turned < len(pairs) / 2
     assert "<svg" in (output / "report.html").read_text()
@@ -83,6 +89,14 @@ def test_a_study_leaves_its_points_and_a_stopped_one_comes_to_the_same(settings,
     monkeypatch.chdir(tmp_path)
     assert main(["overoptimize", *arguments(changed), "--resume"]) == 0
     assert results(changed["output"]) == results(settings["output"])
+
+
+def test_of_pairs_on_prompts_of_their_own_the_last_tenth_is_held_out():
+    rows = [{"prompt": f"prompt {n}"} for n in range(30)]
+    assert split_by_prompt(rows, 0.1) == (rows[:27], rows[27:])
+    assert split_by_prompt(rows[:2], 0.1) == (rows[:1], rows[1:2])
+    with pytest.raises(ValueError, match="3 pairs are left, all on one prompt"):
+        split_by_prompt(rows[:1] * 3, 0.1)
 
 
 def test_a_study_of_many_responses_has_points_a_factor_apart(tmp_path):
@@ -112,13 +126,15 @@ def stop_in_the_second(step):
         ({"ppo": "nowhere.yaml"}, "no file 'nowhere.yaml'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"ppo": "other.yaml"}, "other.yaml: output follows from the command that reads it, leave it out"),
-        ({"gold": "over_gold:by_topic", "data": "topics.jsonl"}, "missing a required argument: 'topic'"),
+        ({"gold": "over_gold:by_topic", "data": "more_topics.jsonl"}, "missing a required argument: 'topic'"),
+        ({"data": "topics.jsonl"}, "topics.jsonl has one prompt; the proxy learns from some and is measured on others"),
         ({"eval_data": "topics.jsonl"}, "has 1 prompt; standard errors take at least 2"),
     ],
 )
 def test_bad_input_is_named_and_leaves_no_folder(settings, tmp_path, capsys, changes, text):
     (tmp_path / "other.yaml").write_text("output: elsewhere\n")
-    write_rows(tmp_path / "topics.jsonl", [{"prompt": "p", "topic": "t"}])
+    topics = [{"prompt": prompt, "topic": "t"} for prompt in "pq"]
+    write_rows(tmp_path / "topics.jsonl", topics[:1]), write_rows(tmp_path / "more_topics.jsonl", topics)
     assert main(["overoptimize", *arguments({**settings, **changes})]) in (1, 2)
     assert text in capsys.readouterr().err and not (tmp_path / "study").exists()
 

@@ -3,7 +3,7 @@
 A stage's product is complete or not there, so a run that was stopped goes on with the first stage whose product is
 missing, and a loop with its newest checkpoint.
 
-<output>/pairs              train.jsonl, labelled by the gold reward; counts.json
+<output>/pairs              train.jsonl and heldout.jsonl, other prompts, labelled by the gold reward; counts.json
 <output>/proxy, ppo         what the loops write
 <output>/best_of_n          candidates.jsonl: n responses to each held-out prompt, judged by both
 <output>/best_of_n.json, ppo.json   points: KL, gold and proxy with standard errors
@@ -23,8 +23,9 @@ from typing import Any
 from fastrlhf.best_of_n_config import SHARED, OveroptimizeConfig
 from fastrlhf.checkpoint import check_output
 from fastrlhf.config import RewardConfig
+from fastrlhf.data import DataError
 from fastrlhf.evaluate import Mean, answer, kl_of_responses
-from fastrlhf.labels import label_pairs
+from fastrlhf.labels import label_pairs, split_by_prompt
 from fastrlhf.models import Policy
 from fastrlhf.options import read_further
 from fastrlhf.ppo import PPO
@@ -47,6 +48,7 @@ PRODUCTS = {  # of each stage, in order
 }
 OURS = ("best_of_n", "ppo", "points.csv", "summary.json", "curves.svg")
 TAKEN = ("model", "data", "reward", "output", "resume", "overwrite", "temperature")  # of PPO, that no file may change
+HELD_OUT = 0.1  # share of the pairs, on prompts of their own, that the proxy is measured on
 # first seeds of each purpose; PPO's start at 0 and best-of-n's too, of other prompts
 PAIRS, MEASURED = 1 << 24, 2 << 24
 
@@ -54,7 +56,8 @@ PAIRS, MEASURED = 1 << 24, 2 << 24
 class Overoptimize(Stages):
     """The study as an iterator over its stages; each yields its name and a line on what came out.
 
-    Raises: what loading and the loops raise; ValueError where the gold reward ties all pairs."""
+    Raises: what loading and the loops raise; ValueError where the gold reward ties all pairs, or those of all prompts
+    but one."""
 
     config: OveroptimizeConfig
 
@@ -63,6 +66,8 @@ class Overoptimize(Stages):
         self.config, self.output = config, Path(config.output)
         self.tokenizer = load_tokenizer(config.model)
         self.data = prompts_of(config, self.tokenizer)
+        if len({tuple(prompt.tokens) for prompt in self.data[: config.num_pairs]}) < 2:
+            raise DataError(f"data: {config.data} has one prompt; the proxy learns from some and is measured on others")
         self.held_out = prompts_of(self.of_held_out(), self.tokenizer, least=2)
         seen = {tuple(prompt.tokens) for prompt in self.data}
         if shared := sum(tuple(prompt.tokens) in seen for prompt in self.held_out):
@@ -112,19 +117,20 @@ class Overoptimize(Stages):
             if draws.random() < config.flip:
                 turned = {"chosen": "rejected", "rejected": "chosen"}
                 row |= {name.replace(a, b): row[name] for a, b in turned.items() for name in list(row) if a in name}
-        if len(rows) < 2:
+        if not rows:
             raise ValueError(f"gold: {config.gold} ties {counts['ties']} of {config.num_pairs} pairs")
-        tables = {"train.jsonl": rows, "counts.json": counts}
+        train, held_out = split_by_prompt(rows, HELD_OUT)
+        tables = {"train.jsonl": train, "heldout.jsonl": held_out, "counts.json": counts}
         write_whole(self.output / "pairs", lambda folder: write_tables(folder, tables))
 
     def proxy(self) -> None:
-        """Trains the proxy on the pairs; a tenth of them is held out."""
+        """Trains the proxy on the pairs, but for those held out."""
         config = self.config
         trainer = RewardTrainer(
             RewardConfig(
                 model=config.proxy or config.model,
                 data=str(self.output / "pairs/train.jsonl"),
-                eval_fraction=0.1,
+                eval_data=str(self.output / "pairs/heldout.jsonl"),
                 epochs=config.reward_epochs,
                 batch_size=config.reward_batch_size,
                 learning_rate=config.reward_learning_rate,
