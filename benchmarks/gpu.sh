@@ -107,7 +107,7 @@ loops) # the largest last, as they may not fit in memory or time
     shapes=(135m 1.5b 3b)
     [[ -z $dry ]] || shapes=(tiny)
     for shape in "${shapes[@]}"; do
-        for loop in sft reward ppo; do bench 100 "$loop" --shape "$shape" --repeats 1; done
+        for loop in sft reward ppo dpo groups; do bench 100 "$loop" --shape "$shape" --repeats 1; done
     done
     ;;
 esac

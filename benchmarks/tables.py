@@ -50,6 +50,7 @@ LOGITS, HEAD, TOKENS = "8x256x32000 float32", "2048x512x32000 float32", "64x1024
 PLAIN, BOTH = f"logprobs, {LOGITS}", f"logprobs + entropy, {LOGITS}"
 BACK, IN_PLACE = f"logprobs and backward, {LOGITS}", "fastrlhf in place"
 SFT, PAIRS, PPO = "10m, 64 sequences, loss of responses", "10m, 32 pairs", "10m, 16 prompts, 64 new tokens"
+GROUPS = "10m, 2 prompts x 8, 64 new tokens"
 GENERATION = "64 prompts, 3442 tokens"
 PPO_HEAD, FULL = f"fwd+bwd with entropy, {HEAD}", "torch full logits"
 HEADLINES = [
@@ -93,6 +94,8 @@ HEADLINES = [
     Headline("reward model", "TRL 1.16", "reward", PAIRS, "trl", goal=2.8),
     Headline("DPO", "TRL 1.16", "dpo", PAIRS, "trl", goal=3.5),
     Headline("PPO, an iteration", "TRL 1.12", "ppo", PPO, "trl", goal=2.2),
+    Headline("GRPO, an iteration", "TRL 1.16", "groups", GROUPS, "trl"),
+    Headline("... the same", "prompts read with each response", "groups", GROUPS, "fastrlhf, prompts apart"),
     *(
         Headline(f"peak memory of {what}", beside, benchmark, case, "trl", figure="process_peak_mib", goal=1)
         for what, beside, benchmark, case in (

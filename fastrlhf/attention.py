@@ -39,12 +39,15 @@ def attend(
     *,
     slots: Any = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
+    max_length_k: int | None = None,
     sequence_lengths: Sequence[int] | None = None,
     prefix_lengths: Sequence[int] = (),
+    key_rows: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Returns (output (1, T, H, K), None): causal attention of each sequence of the pack to itself.
+    """Returns (output (1, T, H, K), None): causal attention of each sequence of the pack to its prefix and itself.
 
     query: (1, H, T, K); key, value: (1, Hkv, T, K), Hkv a divisor of H
     sliding_window: a token sees itself and the window - 1 tokens before it
@@ -61,36 +64,46 @@ def attend(
         if softcap is not None:
             raise ValueError(f"fastrlhf attention: softcap must be None while generating, got {softcap}")
         return slots.attend(module, query, key, value, scaling, sliding_window)
-    if cu_seq_lens_q is None or max_length_q is None:
+    if cu_seq_lens_q is None or cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
         raise ValueError("fastrlhf attention: call the model with **batch.model_inputs() of a Packed batch")
     if query.shape[0] != 1:
         raise ValueError(f"fastrlhf attention: a pack is one row of tokens, got {query.shape[0]} rows")
     # under autocast rotary embeddings and norms leave queries and keys in float32
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
     if query.is_cpu and softcap is None and query.dtype in (torch.float32, torch.float64):
         q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
         prefixes = torch.tensor(prefix_lengths, dtype=torch.int32) if prefix_lengths else None
         options: dict[str, Any] = {"prefix_lengths": prefixes, "scale": scaling, "window": sliding_window}
         return packed_attention(q, k, v, cu_seq_lens_q, **options)[None], None
+    if key_rows is not None:
+        key, value = _gather(key, key_rows), _gather(value, key_rows)
+    if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
+        bounds = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        return _varlen(query, key, value, scaling, sliding_window, bounds), None
     lengths = cu_seq_lens_q.diff().tolist() if sequence_lengths is None else list(sequence_lengths)
-    queries, keys, values = (list(t.split(lengths, 2)) for t in (query, key, value))
-    whole = 0
-    for n, prefix in enumerate(prefix_lengths):
-        if prefix:  # goes on from the start of the last whole sequence (see Packed)
-            keys[n], values[n] = (torch.cat([t[whole][:, :, :prefix], t[n]], 2) for t in (keys, values))
-        else:
-            whole = n
+    key_lengths = lengths if key_rows is None else cu_seq_lens_k.diff().tolist()
+    queries, keys, values = query.split(lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2)
     outputs = []
     for q, k, v in zip(queries, keys, values, strict=True):
         outputs.append(_one_sequence(q, k, v, scaling, sliding_window, softcap))
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
+def _gather(x: Tensor, rows: Tensor) -> Tensor:
+    """Returns x[:, :, rows]. Gradients of a row that is there twice are added in a fixed order, which torch has for
+    index_select on the CPU and for indexing on GPUs."""
+    return x[:, :, rows] if x.is_cuda else x.index_select(2, rows)
+
+
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, cu: Tensor, longest: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    bounds: tuple[Tensor, Tensor, int, int],
 ) -> Tensor:
+    """Where keys are more than queries, these are the last: the mask is aligned at the end of a sequence."""
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # (T, H, K)
     options: dict[str, Any] = {"scale": scaling, "window_size": (window - 1, 0) if window else (-1, 0)}
     if q.shape[1] != k.shape[1]:
@@ -98,7 +111,7 @@ def _varlen(
             options["enable_gqa"] = True
         else:
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    output: Any = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+    output: Any = varlen_attn(q, k, v, *bounds, **options)
     return output[None]
 
 

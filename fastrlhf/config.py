@@ -150,7 +150,7 @@ class RewardConfig(TuningConfig):
     """A reward model from responses that were judged."""
 
     objective: str = option("auto", "pairs, plackett_luce, all_pairs, outcome, ratings; auto: by the columns")
-    share_prompts: bool = rare(True, "read a prompt once for all its responses, on a CPU, where the model allows it")
+    share_prompts: bool = rare(True, "read a prompt once for all its responses, where the model allows it")
     label_smoothing: float = option(0.0, "pairs: share of labels believed wrong")
     center_coef: float = option(
         0.0, "pairs: weight of the mean squared sum of a pair's scores (0.01 keeps them near 0)"
@@ -196,7 +196,7 @@ class DPOConfig(TuningConfig):
     reference: str | None = option(None, "folder or hub id of the reference (default: model)")
     reference_free: bool = option(False, "no reference (simpo, orpo: never one)", rare=True)
     length_normalized: bool = option(False, "means over tokens in place of sums (simpo, orpo: always)", rare=True)
-    share_prompts: bool = rare(True, "read a prompt once for all its responses, on a CPU, where the model allows it")
+    share_prompts: bool = rare(True, "read a prompt once for all its responses, where the model allows it")
     label_smoothing: float = option(0.0, "share of labels believed wrong (sigmoid: conservative DPO)")
     target_margin: float = option(0.0, "simpo: gamma, by how much the chosen response is to lead", rare=True)
     desirable_weight: float = rare(1.0, "kto: weight of the responses that are wanted")

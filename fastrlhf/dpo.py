@@ -17,7 +17,8 @@ from fastrlhf.models import Policy
 from fastrlhf.ops import linear_dpo_loss
 from fastrlhf.packing import Packed
 from fastrlhf.preferences import pair_losses
-from fastrlhf.reward import can_share_prompts, pack_pairs, parts_with_rows, sides
+from fastrlhf.reward import pack_rows, parts_with_rows, sides
+from fastrlhf.shared_prompts import can_share_prompts
 from fastrlhf.trust.accuracy import wilson_interval
 
 
@@ -129,7 +130,7 @@ class DPO(AgainstReference[Pair]):
         return batch.with_fields(reference=torch.cat([parts[row] for row in rows]).to(self.device))
 
     def pack_of(self, pairs: Sequence[Pair]) -> Packed:
-        return pack_pairs(pairs, share_prompts=self.shares_prompts, responses=True, device=self.device)
+        return pack_rows(pairs, share_prompts=self.shares_prompts, device=self.device)
 
     @torch.no_grad()
     def logprobs_of(self, policy: Policy, pairs: Sequence[Pair]) -> Tensor:

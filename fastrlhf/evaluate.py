@@ -13,8 +13,9 @@ from torch import Tensor
 from fastrlhf.data import Prompt
 from fastrlhf.models import Policy, autocasting
 from fastrlhf.ops import approx_kl
-from fastrlhf.packing import Packed, pack
+from fastrlhf.packing import Packed
 from fastrlhf.rollout import Engine, Sample, Sampling
+from fastrlhf.shared_prompts import pack_responses
 from fastrlhf.template import eos_token_ids
 from fastrlhf.trust.accuracy import hits
 from fastrlhf.trust.calibration import Reliability, reliability
@@ -77,6 +78,7 @@ def answer(
     sampling: Sampling,
     seeds: Sequence[int],
     max_slots: int = 64,
+    share_prompts: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Answers:
     """Returns the policy's response to each prompt, judged.
@@ -84,18 +86,16 @@ def answer(
     judges: by name, what scores a response
     seeds: one a prompt; two policies with the same seeds draw with the same random numbers, which makes their
     difference on a prompt less noisy
+    share_prompts: whether judges read a prompt that neighbours have in common once
     max_slots, progress: those of `Engine`"""
     device = policy.model.device
     ends = eos_token_ids(tokenizer, policy.model)
     engine = Engine(policy.model, eos_token_ids=ends, max_slots=max_slots, adapter=policy.adapter)
     with autocasting(device, policy.autocast):
         samples = engine.generate([prompt.tokens for prompt in prompts], sampling, seeds=seeds, progress=progress)
-    batch = pack(
-        [sample.prompt + sample.response for sample in samples],
-        prompt_lengths=[len(sample.prompt) for sample in samples],
-        device=device,
-    )
-    texts = tokenizer.batch_decode([sample.response for sample in samples], skip_special_tokens=True)
+    responses = [sample.response for sample in samples]
+    batch = pack_responses([p.tokens for p in prompts], responses, share_prompts=share_prompts, device=device)
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     judgements = {name: judge(prompts, samples, batch).float().cpu() for name, judge in judges.items()}
     return Answers(samples, batch, texts, judgements)
 

@@ -45,7 +45,7 @@ def describe(
         "response/length_max": lengths.max(),
         "response/eos_rate": sum(sample.finished for sample in samples) / len(samples),
         **diversity(samples),
-        "num_tokens": batch.num_tokens,
+        "num_tokens": batch.num_tokens_apart,
     }
     for name, value in (("value/mean", "values"), ("returns/mean", "returns")):
         if value in shaped:

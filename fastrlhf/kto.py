@@ -19,7 +19,7 @@ from fastrlhf.models import Policy
 from fastrlhf.objectives import accuracy_of
 from fastrlhf.packing import Packed
 from fastrlhf.preferences import labelled_losses
-from fastrlhf.reward import pack_pairs, sides
+from fastrlhf.reward import pack_rows, sides
 
 
 class KTO(AgainstReference[Labelled]):
@@ -116,7 +116,7 @@ class KTO(AgainstReference[Labelled]):
 
     def cut(self, rows: Sequence[Labelled], max_tokens: int) -> list[tuple[Packed, int, int]]:
         """This process's packs of rows, each with the bounds of those that it is of."""
-        batch = pack_pairs(rows, share_prompts=False, responses=True, device=self.device)
+        batch = pack_rows(rows, share_prompts=False, device=self.device)
         own, parts = batch.share_of(*ranks.place()), []
         start = own.start
         for part in batch.microbatches(max_tokens, share=ranks.place()):

@@ -93,7 +93,7 @@ class Learner:
         Losses are sums over tokens divided by the tokens of the whole minibatch, so neither micro-batches matter nor
         the number of processes that share them."""
         work = partial(self.add_gradients, minibatch, trains_policy, done)
-        stats = self.budget.run(work, lengths=minibatch.lengths, optimizers=self.optimizers)
+        stats = self.budget.run(work, lengths=minibatch.full_lengths, optimizers=self.optimizers)
         where = f"step {self.step + 1}, minibatch {number} ({minibatch.num_sequences} responses)"
         if trains_policy and self.went_too_far(stats):
             self.policy_optimizer.drop_gradients()
@@ -118,7 +118,7 @@ class Learner:
                 self.policy_loss(part, num_tokens, stats).backward()
             if self.value_model is not None:
                 self.value_loss(self.value_model.train(), part, num_tokens, stats).backward()
-            done(part.num_tokens)
+            done(part.num_tokens_apart)
         stats = stats.joined()
         if self.ptx and trains_policy and not self.went_too_far(stats):
             self.add_ptx_gradients(stats, max_tokens)

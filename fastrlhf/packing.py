@@ -16,11 +16,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastrlhf.microbatches import groups, packs, shares
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Packed:
     cu_responses: (N + 1,) int32, the response tokens of sequence n are cu_responses[n] to cu_responses[n + 1]
     lengths, response_lengths: the same lengths on the host, so that nobody waits for the device to learn them
     prefix_lengths: where a sequence goes on from the start of the last one before it that is whole, how many tokens of
-        that it does not repeat but sees (its positions begin there); 0 elsewhere, () where none does. On the CPU only
+        that it does not repeat but sees (its positions begin there); 0 elsewhere, () where none does
     fields: per-response-token tensors (R, ...) by name
     """
 
@@ -56,7 +58,18 @@ class Packed:
 
     @property
     def num_tokens(self) -> int:
+        """T, of which a prefix that sequences have in common is a part once."""
         return sum(self.lengths)
+
+    @property
+    def full_lengths(self) -> tuple[int, ...]:
+        """The tokens of each sequence from its start, its prefix among them."""
+        return tuple(map(sum, zip(self.lengths, self._prefixes, strict=True)))
+
+    @property
+    def num_tokens_apart(self) -> int:
+        """The tokens of the sequences one by one, each with its prefix."""
+        return sum(self.full_lengths)
 
     @property
     def num_responses(self) -> int:
@@ -86,31 +99,32 @@ class Packed:
     def select(self, indices: Sequence[int]) -> Packed:
         """The pack of the given sequences, in the given order, with their fields.
 
-        Raises: ValueError where a sequence loses the one that it goes on from."""
-        prefixes = tuple(self.prefix_lengths[i] for i in indices) if self.prefix_lengths else ()
-        for prefix, i, before in zip(prefixes, indices, [-1, *indices], strict=False):
-            if prefix and before != i - 1:
-                raise ValueError(f"Packed: sequences {i - 1} and {i} have a prefix in common, select them together")
+        A sequence whose prefix is not before it there takes it along."""
         starts, response_starts = [0, *accumulate(self.lengths)], [0, *accumulate(self.response_lengths)]
-        lengths = tuple(self.lengths[i] for i in indices)
+        device, wholes = self.tokens.device, _wholes(self._prefixes)
+        pieces, lengths, prefixes, moved = [], [], [], []
+        num_tokens, last, room = 0, -1, 0  # room: how much of sequence `last` there is for others to go on from
+        for i in indices:
+            prefix, whole = self._prefixes[i], wholes[i]
+            found = 0 < prefix <= room and whole == last
+            carried = 0 if found else prefix
+            pieces += [(starts[whole], carried), (starts[i], self.lengths[i])]
+            lengths.append(carried + self.lengths[i])
+            prefixes.append(prefix - carried)
+            moved.append(num_tokens + carried - starts[i])
+            num_tokens += lengths[-1]
+            if not found:
+                last, room = whole, prefix or self.lengths[i]
         response_lengths = tuple(self.response_lengths[i] for i in indices)
-        rows = _ranges([starts[i] for i in indices], lengths).to(self.tokens.device)
-        responses = _ranges([response_starts[i] for i in indices], response_lengths).to(self.tokens.device)
-        moved = [new - starts[i] for i, new in zip(indices, [0, *accumulate(lengths)], strict=False)]
-        # a row of the prefix, which may predict the first one here, has moved as far
-        shifts = torch.repeat_interleave(torch.tensor(moved, dtype=torch.int64), torch.tensor(response_lengths))
-        shifts = shifts.to(self.tokens.device)
-        return Packed(
-            tokens=self.tokens[rows],
-            position_ids=self.position_ids[rows],
-            cu_seqlens=_cumulate(lengths).to(self.tokens.device),
-            response_rows=self.response_rows[responses] + shifts,
-            predictors=self.predictors[responses] + shifts,
-            cu_responses=_cumulate(response_lengths).to(self.tokens.device),
-            lengths=lengths,
-            response_lengths=response_lengths,
-            prefix_lengths=prefixes,
-            fields={name: values[responses] for name, values in self.fields.items()},
+        responses = _ranges([(response_starts[i], self.response_lengths[i]) for i in indices]).to(device)
+        shifts = _integers(moved).repeat_interleave(_integers(response_lengths))
+        return _packed(
+            self.tokens[_ranges(pieces).to(device)],
+            self.response_rows[responses] + shifts.to(device),
+            tuple(lengths),
+            response_lengths,
+            prefixes,
+            {name: values[responses] for name, values in self.fields.items()},
         )
 
     def microbatches(
@@ -125,50 +139,26 @@ class Packed:
         if max_tokens < 1:
             raise ValueError(f"microbatches: max_tokens must be at least 1, got {max_tokens}")
         number, of = share
-        cut = [self._cut(self.share_of(n, of, together=together), max_tokens, together) for n in range(of)]
+        units = groups(self.num_sequences, together)
+        cut = [
+            packs([unit for unit in units if unit.start in own], self.lengths, self._prefixes, max_tokens)
+            for own in shares(units, self.lengths, of)
+        ]
         if of == 1 and len(cut[0]) == 1:
             return [self]
         num_fillers = max(map(len, cut)) - len(cut[number])
-        return [*(self.select(sequences) for sequences in cut[number]), *[self._filler(together)] * num_fillers]
+        return [*(self.select(sequences) for sequences in cut[number]), *[self._filler(units)] * num_fillers]
 
     def share_of(self, number: int, of: int, *, together: int | Sequence[int] = 1) -> range:
         """The sequences of share 0, 1, ...: neighbours, together about as long as those of each other share."""
-        bounds = [0] * (of + 1)
-        done, total = 0, max(self.num_tokens, 1)
-        for group in self._groups(together):
-            length = sum(self.lengths[n] for n in group)
-            middle = (2 * done + length) * of // (2 * total)  # the share in which the middle of the group lies
-            for later in range(min(middle, of - 1) + 1, of + 1):
-                bounds[later] = group.stop
-            done += length
-        return range(bounds[number], bounds[number + 1])
+        return shares(groups(self.num_sequences, together), self.lengths, of)[number]
 
-    def _groups(self, together: int | Sequence[int]) -> list[range]:
-        """The sequences that stay together."""
-        if isinstance(together, int):
-            bounds = [*range(0, self.num_sequences, together), self.num_sequences]
-        else:
-            bounds = [0, *accumulate(together)]
-            if bounds[-1] != self.num_sequences:
-                raise ValueError(f"Packed: groups of {list(together)} are not the {self.num_sequences} sequences")
-        return [range(*ends) for ends in pairwise(bounds)]
+    @property
+    def _prefixes(self) -> tuple[int, ...]:
+        return self.prefix_lengths or (0,) * len(self.lengths)
 
-    def _cut(self, sequences: range, max_tokens: int, together: int | Sequence[int]) -> list[list[int]]:
-        packs: list[list[int]] = []
-        room = 0
-        for group in self._groups(together):
-            if not sequences.start <= group.start < sequences.stop:
-                continue
-            length = sum(self.lengths[n] for n in group)
-            if length > room:
-                packs.append([])
-                room = max_tokens
-            packs[-1] += group
-            room -= length
-        return packs
-
-    def _filler(self, together: int | Sequence[int]) -> Packed:
-        filler = self.select(next(iter(self._groups(together)), range(0)))
+    def _filler(self, units: Sequence[range]) -> Packed:
+        filler = self.select(units[0] if units else range(0))
         return dataclasses.replace(
             filler,
             response_rows=filler.response_rows[:0],
@@ -180,7 +170,7 @@ class Packed:
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of a transformers model on our attention (see attention.py)."""
-        longest = max(self.lengths, default=0)
+        longest, longest_seen = max(self.lengths, default=0), max(self.full_lengths, default=0)
         inputs: dict[str, Any] = {
             "input_ids": self.tokens[None],
             "position_ids": self.position_ids[None],
@@ -189,15 +179,21 @@ class Packed:
             "cu_seq_lens_q": self.cu_seqlens,
             "cu_seq_lens_k": self.cu_seqlens,
         }
+        if self.prefix_lengths:
+            starts = [0, *accumulate(self.lengths)]
+            before = [(starts[n], prefix) for n, prefix in zip(_wholes(self._prefixes), self._prefixes, strict=True)]
+            own = zip(starts, self.lengths, strict=False)
+            rows = _ranges([piece for pieces in zip(before, own, strict=True) for piece in pieces])
+            inputs["key_rows"] = rows.to(self.tokens.device)
+            inputs["cu_seq_lens_k"] = _cumulate(self.full_lengths).to(self.tokens.device)
         if self.tokens.is_cuda:
             # a few distinct values only, and no host lists, so that compiled models are not compiled again
-            inputs["max_length_q"] = inputs["max_length_k"] = 1 << max(longest - 1, 0).bit_length()
+            longest, longest_seen = (1 << max(length - 1, 0).bit_length() for length in (longest, longest_seen))
         else:
-            inputs["max_length_q"] = inputs["max_length_k"] = longest
             inputs["sequence_lengths"] = self.lengths
             if self.prefix_lengths:
                 inputs["prefix_lengths"] = self.prefix_lengths
-        return inputs
+        return {**inputs, "max_length_q": longest, "max_length_k": longest_seen}
 
 
 def pack(
@@ -231,51 +227,73 @@ def pack(
         response_masks = [[False] * n for n in lengths]
     if tuple(len(m) for m in response_masks) != lengths:
         raise ValueError("pack: each response mask must have one flag a token of its sequence")
-    prefixes = _checked_prefixes(prefix_lengths, lengths, torch.device(device))
+    prefixes = _checked_prefixes(prefix_lengths, lengths)
     for n, mask in enumerate(response_masks):
         if mask[0] and not (prefixes and prefixes[n]):
             raise ValueError(f"pack: the first token of sequence {n} is a response token, but nothing predicts it")
     flags = torch.tensor([flag for mask in response_masks for flag in mask], dtype=torch.bool)
+    tokens = _integers([t for s in sequences for t in s])
     response_lengths = tuple(sum(map(bool, mask)) for mask in response_masks)
-    before = torch.arange(-1, flags.shape[0] - 1)
-    whole = 0  # where the last sequence without a prefix starts
-    for prefix, start in zip(prefixes, accumulate(lengths, initial=0), strict=False):
+    rows = flags.nonzero()[:, 0].to(device)
+    return _packed(tokens.to(device), rows, lengths, response_lengths, prefixes or (0,) * len(lengths), {})
+
+
+def _packed(
+    tokens: Tensor,
+    response_rows: Tensor,
+    lengths: tuple[int, ...],
+    response_lengths: tuple[int, ...],
+    prefixes: Sequence[int],
+    fields: dict[str, Tensor],
+) -> Packed:
+    """What follows from these, put together."""
+    starts, before = [0, *accumulate(lengths)], torch.arange(-1, len(tokens) - 1)
+    for start, whole, prefix in zip(starts, _wholes(prefixes), prefixes, strict=False):
         if prefix:
-            before[start] = whole + prefix - 1
-        else:
-            whole = start
+            before[start] = starts[whole] + prefix - 1
     return Packed(
-        tokens=torch.tensor([t for s in sequences for t in s], dtype=torch.int64).to(device),
-        position_ids=_ranges(prefixes or [0] * len(lengths), lengths).to(device),
-        cu_seqlens=_cumulate(lengths).to(device),
-        response_rows=flags.nonzero()[:, 0].to(device),
-        predictors=before[flags].to(device),
-        cu_responses=_cumulate(response_lengths).to(device),
+        tokens=tokens,
+        position_ids=_ranges(list(zip(prefixes, lengths, strict=True))).to(tokens.device),
+        cu_seqlens=_cumulate(lengths).to(tokens.device),
+        response_rows=response_rows,
+        predictors=before.to(tokens.device)[response_rows],
+        cu_responses=_cumulate(response_lengths).to(tokens.device),
         lengths=lengths,
         response_lengths=response_lengths,
-        prefix_lengths=prefixes,
+        prefix_lengths=tuple(prefixes) if any(prefixes) else (),
+        fields=fields,
     )
 
 
-def _checked_prefixes(prefixes: Sequence[int], lengths: Sequence[int], device: torch.device) -> tuple[int, ...]:
+def _checked_prefixes(prefixes: Sequence[int], lengths: Sequence[int]) -> tuple[int, ...]:
     if not any(prefixes):
         return ()
-    if device.type != "cpu":
-        raise ValueError(f"pack: prefix_lengths need the CPU's attention, got device {device}")
-    room, fits = 0, len(prefixes) == len(lengths)  # room: the length of the last sequence without a prefix
+    room, fits = 0, len(prefixes) == len(lengths)  # room: tokens to go on from: those of the last one, or that it saw
     for prefix, length in zip(prefixes, lengths, strict=False):
         fits = fits and (prefix == 0 or 0 < prefix <= room)
-        room = room if prefix else length
+        room = prefix or length
     if not fits:
         raise ValueError(f"pack: prefix_lengths {list(prefixes)} do not fit lengths {list(lengths)}")
     return tuple(prefixes)
+
+
+def _wholes(prefixes: Sequence[int]) -> list[int]:
+    """For each sequence the one that it goes on from, itself if it is whole."""
+    wholes: list[int] = []
+    for n, prefix in enumerate(prefixes):
+        wholes.append(wholes[-1] if prefix else n)
+    return wholes
+
+
+def _integers(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def _cumulate(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
-def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    """The numbers start, start + 1, ... of each range, end to end, (sum(lengths),) int64."""
-    parts = [torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
+def _ranges(pieces: Sequence[tuple[int, int]]) -> Tensor:
+    """The numbers start, start + 1, ... of each (start, length), end to end, int64."""
+    parts = [torch.arange(start, start + length) for start, length in pieces if length]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

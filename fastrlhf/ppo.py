@@ -34,7 +34,7 @@ from fastrlhf.memory_plan import plan_ppo, tell
 from fastrlhf.metrics import MetricsLog, Statistics
 from fastrlhf.models import Policy, autocasting
 from fastrlhf.offload import awake, check_offload
-from fastrlhf.packing import Packed, pack
+from fastrlhf.packing import Packed
 from fastrlhf.ppo_config import PPOConfig
 from fastrlhf.ppo_data import load_ptx
 from fastrlhf.rewards import RunningMoments, shape_scores
@@ -42,6 +42,7 @@ from fastrlhf.roles import Roles, load_base
 from fastrlhf.sampling import RolloutBackend, Sample, Sampling
 from fastrlhf.scoring import Scorer
 from fastrlhf.shards import twin, unsharded
+from fastrlhf.shared_prompts import can_share_prompts, pack_responses
 from fastrlhf.template import check_same_vocabulary, load_tokenizer
 
 NUM_SAMPLES = 4  # of a step that are left in samples.jsonl
@@ -83,9 +84,13 @@ class PPO:
             check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
         judges = [model for model, _ in self.held_out.scorer.models]
         self.roles = Roles(config, reward_models, checkpoint, base)
+        self.policy, self.reference, self.value_model = self.roles.policy, self.roles.reference, self.roles.value_model
+        models = [self.policy, self.reference, *reward_models, *judges]
+        models += [] if self.value_model is None else [self.value_model]
+        shares = config.share_prompts and config.samples_per_prompt > 1
+        self.shares_prompts = shares and all(can_share_prompts(model, self.device) for model in models)
         if config.parallel == "fsdp":
             self.roles.shard(*{*reward_models, *judges})
-        self.policy, self.reference, self.value_model = self.roles.policy, self.roles.reference, self.roles.value_model
         ptx = load_ptx(config, self.tokenizer, self.policy.model)
         self.budget = Budget(config.max_tokens)
         self.learner = Learner(config, self.roles, self.budget, ptx=ptx)
@@ -102,9 +107,8 @@ class PPO:
         # those of the engine equal the trainer's to 1e-5, but for half precision, where the two round differently
         self.reuses_logprobs = backend is None and config.rollout_url is None and self.policy.autocast is None
         longest = max(len(prompt.tokens) for prompt in (*self.prompts, *self.held_out.prompts))
-        for model in (self.policy, self.reference, self.value_model, *reward_models, *judges):
-            if model is not None:
-                check_fits(model.model, self.tokenizer, longest_prompt=longest, max_new_tokens=config.max_new_tokens)
+        for model in models:
+            check_fits(model.model, self.tokenizer, longest_prompt=longest, max_new_tokens=config.max_new_tokens)
         begin(self, checkpoint, (prompt.tokens for prompt in self.prompts))
         self.log.say(str(loaded.report))
 
@@ -132,9 +136,9 @@ class PPO:
             kl_coef=self.kl_coef,
             baseline=self.greedy_scores(prompts) if config.estimator == "remax" else None,
         )
-        with self.log.timer("update"), self.log.progress("update", config.epochs * batch.num_tokens) as done:
+        with self.log.timer("update"), self.log.progress("update", config.epochs * batch.num_tokens_apart) as done:
             stats = self.learner.train(batch, step=self.num_steps_done, kl_coef=self.kl_coef, done=done)
-            self.log.timer.count(config.epochs * batch.num_tokens)
+            self.log.timer.count(config.epochs * batch.num_tokens_apart)
         metrics = self.describe(batch, samples, scores, terms, shaped, stats)
         self.kl_coef = next_kl_coef(config, self.kl_coef, metrics["objective/kl"])
         self.roles.end_step(self.num_steps_done + 1)
@@ -188,7 +192,7 @@ class PPO:
         if self.value_model is not None:
             batch = batch.with_fields(values=self.in_shares(batch, self.value_model))
         terms = self.scorer.terms(prompts, samples, batch)
-        self.log.timer.count(batch.num_tokens)
+        self.log.timer.count(batch.num_tokens_apart)
         return batch, self.scorer.total(terms), terms
 
     @torch.no_grad()
@@ -201,7 +205,7 @@ class PPO:
         with self.log.timer("score"):
             batch = self.pack(samples)
             scores = self.scorer(asked, samples, batch)
-            self.log.timer.count(batch.num_tokens)
+            self.log.timer.count(batch.num_tokens_apart)
         return self.paid(samples, batch, scores).repeat_interleave(each)
 
     def paid(self, samples: list[Sample], batch: Packed, scores: Tensor) -> Tensor:
@@ -210,9 +214,9 @@ class PPO:
         return shape_scores(scores, batch.cu_responses.diff(), finished, self.config, self.moments)
 
     def pack(self, samples: list[Sample]) -> Packed:
-        """The pack of prompts and responses."""
-        tokens = [sample.prompt + sample.response for sample in samples]
-        return pack(tokens, prompt_lengths=[len(sample.prompt) for sample in samples], device=self.device)
+        """The pack of prompts and responses; a prompt is in it once for neighbours that answer it."""
+        prompts, responses = ([getattr(s, part) for s in samples] for part in ("prompt", "response"))
+        return pack_responses(prompts, responses, share_prompts=self.shares_prompts, device=self.device)
 
     def joined(self, values: list[list[float]]) -> Tensor:
         """Values of each response's tokens, end to end: (R,) float32."""

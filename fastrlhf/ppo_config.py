@@ -57,6 +57,7 @@ class PPOConfig(LoopConfig):
     gamma: float = option(1.0, "discount (gae, reinforce++ and remax)")
     lam: float = option(None, "trace decay of generalised advantage estimation")
     whiten: bool = rare(True, "whiten advantages of gae and reinforce++ over the response tokens of a step")
+    share_prompts: bool = rare(True, "train on the responses to a prompt with one copy of it, where models allow it")
     # the KL to the reference
     kl_coef: float = option(None, "weight of the KL penalty")
     kl_estimator: str = rare("k1", "of the KL at a token: k1, k2 or k3 (docs/ops.md, approx_kl)")

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fastrlhf import ranks
 from fastrlhf.config import RewardConfig
-from fastrlhf.data import Judged, Loaded, Pair, layout_of, load_demonstrations
+from fastrlhf.data import Judged, Loaded, layout_of, load_demonstrations
 from fastrlhf.loop import check_fits, load_trained
 from fastrlhf.metrics import Statistics
-from fastrlhf.models import Policy, RewardModel
+from fastrlhf.models import RewardModel
 from fastrlhf.objectives import LOADERS, Objective, Ratings, make_objective
 from fastrlhf.packing import Packed, pack
+from fastrlhf.shared_prompts import can_share_prompts, pack_responses
 from fastrlhf.template import eos_token_ids
 from fastrlhf.training import Training
 
@@ -140,7 +141,7 @@ class RewardTrainer(Training[RewardConfig, Judged, RewardModel]):
 
     def microbatches(self, rows: Sequence[Judged], max_tokens: int) -> Iterator[tuple[Packed, Sequence[Judged]]]:
         """This process's packs of the responses of each row in turn, each with the rows that it is of."""
-        batch = pack_pairs(rows, share_prompts=self.shares_prompts, device=self.device)
+        batch = pack_rows(rows, share_prompts=self.shares_prompts, as_responses=False, device=self.device)
         return parts_with_rows(batch, rows, max_tokens)
 
     def save(self, folder: str | Path) -> None:
@@ -154,27 +155,14 @@ def sides(row: Judged) -> list[list[int]]:
     return [row.prompt + response for response in row.responses]
 
 
-def pack_pairs(rows: Sequence[Judged], *, share_prompts: bool, responses: bool = False, device: torch.device) -> Packed:
-    """The pack of the conversations of each row in turn; with share_prompts a row's prompt is in it once.
-
-    responses: whether the tokens of the responses are response tokens; but a first token that nothing predicts is
-    none"""
-    tokens: list[list[int]] = []
-    prefixes: list[int] = []  # how many tokens of a whole sequence before it a sequence sees
-    masks: list[list[bool]] = []
-    for row in rows:
-        for n, response in enumerate(row.responses):
-            seen = len(row.prompt) if share_prompts and n > 0 else 0
-            own = row.prompt[seen:]
-            prefixes.append(seen)
-            tokens.append(own + response)
-            masks.append([False] * len(own) + [responses] * len(response))
-            masks[-1][0] &= bool(row.prompt)
-    return pack(tokens, masks, prefix_lengths=prefixes, device=device)
+def pack_rows(rows: Sequence[Judged], **options: Any) -> Packed:
+    """The pack of the conversations of each row in turn; options: see `pack_responses`."""
+    prompts = [row.prompt for row in rows for _ in row.responses]
+    return pack_responses(prompts, [response for row in rows for response in row.responses], **options)
 
 
 def parts_with_rows(batch: Packed, rows: Sequence[T], max_tokens: int) -> Iterator[tuple[Packed, Sequence[T]]]:
-    """Yields this process's micro-batches of what pack_pairs made of rows, each with the rows that it is of; a filler
+    """Yields this process's micro-batches of what pack_rows made of rows, each with the rows that it is of; a filler
     is of none."""
     sizes = [len(row.responses) for row in rows]
     own, ends = batch.share_of(*ranks.place(), together=sizes), [*accumulate(sizes)]
@@ -186,19 +174,6 @@ def parts_with_rows(batch: Packed, rows: Sequence[T], max_tokens: int) -> Iterat
             end += 1
         yield part, rows[start:end]
         start = end
-
-
-@torch.no_grad()
-def can_share_prompts(model: RewardModel | Policy, device: torch.device) -> bool:
-    """Whether reading a prompt once for both responses leaves a model's output as it is, which is so where nothing but
-    attention mixes tokens. Never on a GPU, whose packed attention takes no prefixes here."""
-    if device.type != "cpu":
-        return False
-    pair = Pair(prompt=[3, 1, 4, 1, 5, 6], chosen=[2, 7], rejected=[6, 5, 3])
-    once, twice = (
-        model(pack_pairs([pair], share_prompts=share, responses=True, device=device)) for share in (True, False)
-    )
-    return bool((once - twice).abs().max() <= (1e-4 if model.autocast is None else 0.05) * (1 + twice.abs().max()))
 
 
 def choose_pad(tokenizer: Any, ends: set[int]) -> None:

@@ -17,7 +17,7 @@ from fastrlhf.attention import attend
 from fastrlhf.ops.decode_attention import decode_attention
 from fastrlhf.packing import Packed
 
-PACK_KEYWORDS = ("cu_seq_lens_q", "max_length_q", "sequence_lengths")  # of the attention function
+PACK_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "sequence_lengths")  # of attention
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from compare import assert_accurate
 from tiny import tiny_model
 from transformers import AttentionMaskInterface
 
+from fastrlhf import attention
 from fastrlhf.attention import ATTENTION, attend, causal_mask
 from fastrlhf.packing import pack
 
@@ -16,9 +17,10 @@ H, K = 4, 16
 MODULE = torch.nn.Module()
 
 
-def keywords(lengths=LENGTHS, device="cpu"):
-    inputs = pack([[0] * n for n in lengths], device=device).model_inputs()
-    return {k: inputs[k] for k in ("cu_seq_lens_q", "max_length_q", "sequence_lengths") if k in inputs}
+def keywords(lengths=LENGTHS, device="cpu", prefixes=()):
+    inputs = pack([[0] * n for n in lengths], prefix_lengths=prefixes, device=device).model_inputs()
+    others = ("input_ids", "position_ids", "attention_mask", "use_cache")
+    return {name: value for name, value in inputs.items() if name not in others}
 
 
 def qkv(num_kv_heads=H, dtype=torch.float32, device="cpu", lengths=LENGTHS):
@@ -74,33 +76,76 @@ def test_each_token_attends_to_its_own_sequence_up_to_itself(case, num_kv_heads,
             assert_accurate(ours.grad, e.grad, p.grad, "gradient")
 
 
+# 20 tokens, 9 after all of them, 7 after the first 11, 1 after all of another 20
+SHARED, PREFIXES = (20, 9, 7, 20, 1), (0, 20, 11, 0, 20)
+
+
+def repeated_rows():
+    """Rows of the pack in which each sequence repeats its prefix, and which of those are not repeated."""
+    starts, wholes = (0, 20, 29, 36, 56), (0, 0, 0, 36, 36)
+    repeated, kept = [], []
+    for whole, start, length, prefix in zip(wholes, starts, SHARED, PREFIXES, strict=True):
+        repeated += range(whole, whole + prefix)
+        kept += range(len(repeated), len(repeated) + length)
+        repeated += range(start, start + length)
+    return repeated, kept
+
+
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_a_prefix_is_seen_as_if_the_sequence_repeated_it(case, num_kv_heads):
-    """20 tokens, 7 after the first 11 of them, 9 after all, 1 after all of another 20; float64 on repeated rows."""
-    lengths, prefixes, starts, wholes = (20, 7, 9, 20, 1), (0, 11, 20, 0, 20), (0, 20, 27, 36, 56), (0, 0, 0, 36, 36)
-    repeated, kept = [], []
-    for n, (length, prefix) in enumerate(zip(lengths, prefixes, strict=True)):
-        repeated += range(wholes[n], wholes[n] + prefix)
-        kept += range(len(repeated), len(repeated) + length)
-        repeated += range(starts[n], starts[n] + length)
-    inputs = list(qkv(num_kv_heads, lengths=lengths))
-    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
-    plain_inputs = [t.detach().clone().requires_grad_() for t in inputs]
+def test_a_prefix_is_seen_as_if_the_sequence_repeated_it(case, num_kv_heads, device):
+    """float64 on repeated rows; half precision has no kernel on the CPU."""
+    repeated, kept = repeated_rows()
+    whole = [n + p for n, p in zip(SHARED, PREFIXES, strict=True)]
     options = {"scaling": case.get("scaling"), "sliding_window": case.get("window"), "softcap": case.get("softcap")}
-    out, _ = attend(MODULE, *inputs, None, prefix_lengths=prefixes, **options, **keywords(lengths))
-    whole = [n + p for n, p in zip(lengths, prefixes, strict=True)]
-    exact, plain = (
-        dense(*(t[:, :, repeated] for t in given), lengths=whole, **case)[:, kept]
-        for given in (exact_inputs, plain_inputs)
-    )
-    assert_accurate(out, exact, plain, "output")
+    for dtype in [torch.float32, torch.bfloat16]:
+        inputs = list(qkv(num_kv_heads, dtype, device, lengths=SHARED))
+        exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+        plain_inputs = [t.detach().clone().requires_grad_() for t in inputs]
+        out, _ = attend(MODULE, *inputs, None, **options, **keywords(SHARED, device, PREFIXES))
+        exact, plain = (
+            dense(*(t[:, :, repeated] for t in given), lengths=whole, **case)[:, kept]
+            for given in (exact_inputs, plain_inputs)
+        )
+        assert_accurate(out, exact, plain, "output")
+        grad = torch.randn(out.shape, device=device).to(dtype)
+        for tensor in (out, plain):
+            tensor.backward(grad)
+        exact.backward(grad.double())
+        for ours, e, p in zip(inputs, exact_inputs, plain_inputs, strict=True):
+            assert_accurate(ours.grad, e.grad, p.grad, "gradient")
+
+
+def flash_attention(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """What torch's varlen_attn says it computes, the mask of each sequence aligned at its end, one by one."""
+    assert window_size[1] == 0 and max_q >= cu_q.diff().max() and max_k >= cu_k.diff().max()
+    outputs = []
+    for start, end, first, last in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+        q, k, v = (t.transpose(0, 1) for t in (query[start:end], key[first:last], value[first:last]))
+        k, v = (t.repeat_interleave(len(q) // len(t), 0) for t in (k, v))
+        distance = torch.arange(last - first - (end - start), last - first)[:, None] - torch.arange(last - first)
+        sees = (distance >= 0) & ((window_size[0] < 0) | (distance <= window_size[0]))
+        logits = q @ k.transpose(1, 2) * (1 / math.sqrt(q.shape[2]) if scale is None else scale)
+        outputs.append((logits.masked_fill(~sees, -math.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_flash_attention_is_given_the_keys_of_prefixes(window, monkeypatch):
+    """A GPU's path, with a stand-in for its kernel, equals that of a CPU, gradients included."""
+    monkeypatch.setattr(attention, "varlen_attn", flash_attention)
+    cpu, gpu = (list(qkv(2, lengths=SHARED)) for _ in range(2))
+    given = keywords(SHARED, prefixes=PREFIXES)
+    expected, _ = attend(MODULE, *cpu, None, sliding_window=window, **given)
+    rows, bounds = given["key_rows"], ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    query, key, value = gpu[0], gpu[1][:, :, rows], gpu[2][:, :, rows]
+    out = attention._varlen(query, key, value, None, window, tuple(given[name] for name in bounds))
+    torch.testing.assert_close(out, expected)
     grad = torch.randn(out.shape)
-    for tensor in (out, plain):
+    for tensor in (out, expected):
         tensor.backward(grad)
-    exact.backward(grad.double())
-    for ours, e, p in zip(inputs, exact_inputs, plain_inputs, strict=True):
-        assert_accurate(ours.grad, e.grad, p.grad, "gradient")
+    for ours, theirs in zip(gpu, cpu, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_a_sequence_is_untouched_by_its_neighbours():

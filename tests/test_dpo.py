@@ -16,7 +16,7 @@ from fastrlhf.data import Pair
 from fastrlhf.dpo import DPO
 from fastrlhf.models import Policy
 from fastrlhf.preferences import log_complement, pair_losses
-from fastrlhf.reward import pack_pairs, sides
+from fastrlhf.reward import pack_rows, sides
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,7 +136,7 @@ def test_a_prompt_read_once_gives_the_log_probabilities_of_reading_it_twice(arch
     ]
     results = []
     for share in (False, True):
-        batch = pack_pairs(some, share_prompts=share, responses=True, device=torch.device("cpu"))
+        batch = pack_rows(some, share_prompts=share, device=torch.device("cpu"))
         assert batch.num_tokens == (22 if share else 33)
         parts = [batch, *batch.microbatches(1, together=2)]
         whole, *cut = (policy(part) for part in parts)

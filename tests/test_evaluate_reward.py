@@ -184,7 +184,7 @@ def test_each_different_response_is_scored_once(files, tmp_path, monkeypatch):
     torch.testing.assert_close(scores, torch.tensor(expected * 2).double(), rtol=1e-4, atol=1e-5)
     assert sum(part.num_sequences for part in scored) == 10
     prompt, response = len(loop.pairs[0].prompt), sum(len(answer) + 1 for answer in answers)
-    assert sum(part.num_tokens for part in scored) == 2 * prompt + response  # ten responses are two groups
+    assert sum(part.num_tokens for part in scored) == prompt + response
 
 
 def test_one_head_of_several_is_evaluated(files, tmp_path):

@@ -19,7 +19,7 @@ ROOMS = {
     "ops": ({"ops"}, {"native", "kernels"}, {"torch"}),
     "statistics": ({"trust"}, set(), {"torch"}),
     "integrations": ({"integrations"}, {"ops"}, {"torch", "numpy"}),
-    "packing": ({"packing"}, set(), {"torch"}),
+    "packing": ({"packing", "microbatches"}, set(), {"torch"}),
     "settings": (
         {
             "config",
@@ -60,6 +60,7 @@ ROOMS = {
             "combining",
             "lora",
             "offload",
+            "shared_prompts",
         },
         {"ops", "packing", "files"},
         {"torch", "transformers", "safetensors", "numpy"},

@@ -80,9 +80,75 @@ def test_a_prefix_that_is_not_there_is_refused(prefixes):
         pack([[1, 2], [3], [4, 5]], prefix_lengths=prefixes)
 
 
-def test_a_sequence_is_not_separated_from_its_prefix():
-    with pytest.raises(ValueError, match="select them together"):
-        pack([[1, 2], [3]], prefix_lengths=[0, 1]).select([1])
+def test_prefixes_that_grow_are_refused():
+    with pytest.raises(ValueError, match="do not fit lengths"):
+        pack([[1, 2], [3], [4, 5]], prefix_lengths=[0, 1, 2])
+
+
+token_lists = st.lists(st.integers(0, 9), min_size=1, max_size=4)
+
+
+@st.composite
+def shared_and_apart(draw):
+    """The same sequences with their prefixes once and repeated, with a field, and some of them in some order."""
+    once, prefixes, apart, prompts = [], [], [], []
+    for start in draw(st.lists(token_lists, min_size=1, max_size=4)):
+        seen = len(start)
+        for n in range(draw(st.integers(1, 4))):
+            own = draw(token_lists)
+            seen = draw(st.integers(1, seen)) if n else 0
+            once.append(own if n else start + own)
+            prefixes.append(seen)
+            apart.append((start[:seen] if n else start) + own)
+            prompts.append(seen if n else len(start))
+            seen = seen or len(start)
+    values = torch.rand(sum(len(row) - prompt for row, prompt in zip(apart, prompts, strict=True)))
+    order = draw(st.permutations(range(len(once))))[: draw(st.integers(1, len(once)))]
+    sizes = [(len(row), prompt - prefix) for row, prompt, prefix in zip(once, prompts, prefixes, strict=True)]
+    masks = [[n >= start for n in range(size)] for size, start in sizes]
+    return (
+        pack(once, masks, prefix_lengths=prefixes).with_fields(values=values),
+        pack(apart, prompt_lengths=prompts).with_fields(values=values),
+        order,
+    )
+
+
+def assert_same_sequences(shared, apart):
+    """What tokens attend to, their positions, and what is read of them, is the same."""
+    rows = shared.model_inputs().get("key_rows", torch.arange(shared.num_tokens))
+    assert torch.equal(shared.tokens[rows], apart.tokens)
+    assert torch.equal(shared.position_ids[rows], apart.position_ids)
+    assert shared.full_lengths == apart.lengths and shared.num_tokens_apart == apart.num_tokens
+    for of in (lambda p: p.targets, lambda p: p.tokens[p.predictors], lambda p: p.position_ids[p.predictors]):
+        assert torch.equal(of(shared), of(apart))
+    assert torch.equal(shared.tokens[shared.last_rows], apart.tokens[apart.last_rows])
+    assert torch.equal(shared["values"], apart["values"])
+    assert shared.response_lengths == apart.response_lengths
+
+
+@given(shared_and_apart())
+def test_sequences_that_are_selected_take_their_prefix_along(case):
+    shared, apart, order = case
+    assert_same_sequences(shared, apart)
+    assert_same_sequences(shared.select(order), apart.select(order))
+    twice = sorted(range(len(order)), key=lambda n: order[n])
+    assert_same_sequences(shared.select(order).select(twice), apart.select(sorted(order)))
+
+
+@given(shared_and_apart(), st.integers(1, 20), st.integers(1, 3))
+def test_micro_batches_that_cut_a_prefix_off_repeat_it(case, max_tokens, of):
+    shared, apart, _ = case
+    for number in range(of):
+        parts = shared.microbatches(max_tokens, share=(number, of))
+        own = shared.share_of(number, of)
+        assert all(part.num_tokens <= max_tokens or part.num_sequences == 1 for part in parts)
+        assert sum(part.num_tokens_apart for part in parts if part.num_responses) == apart.select(own).num_tokens
+        for part in parts:
+            part_apart = apart.select(own[: part.num_sequences])
+            if part.num_responses:
+                assert_same_sequences(part, part_apart)
+                own = own[part.num_sequences :]
+        assert not own
 
 
 def test_after_a_prefix_its_last_row_predicts_the_first_token():

@@ -7,7 +7,8 @@ from test_ppo import config, make_folder
 from transformers import AutoModelForCausalLM
 
 from fastrlhf import PPO
-from fastrlhf.models import Policy
+from fastrlhf.estimators import estimate_advantages
+from fastrlhf.models import Policy, RewardModel
 from fastrlhf.rollout import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,6 +44,47 @@ def test_the_responses_to_a_prompt_are_neighbours_and_differ(folder):
     prompts = trainer.next_prompts()
     assert [prompt.text for prompt in prompts] == [prompts[n // 4 * 4].text for n in range(8)]
     assert len({tuple(sample.response) for sample in trainer.generate(prompts)}) == 8
+
+
+def gradients(trainer, prompts, samples, minibatch, max_tokens):
+    """Of the policy and the value model, and what the step's pack says, without and with the prompts' copies."""
+    batch, scores, _ = trainer.score(prompts, samples)
+    batch, _ = estimate_advantages(batch, trainer.paid(samples, batch, scores), trainer.config, kl_coef=0.1)
+    trainer.learner.add_gradients(batch.select(minibatch), True, lambda _: None, max_tokens)
+    models = [model for model in (trainer.policy, trainer.value_model) if model is not None]
+    grads = [p.grad.clone() for model in models for p in model.parameters() if p.grad is not None]
+    for model in models:
+        model.zero_grad()
+    return batch, scores, grads
+
+
+@pytest.mark.parametrize("max_tokens", [30, 10_000])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "gpt2"])
+def test_a_prompt_read_once_for_its_responses_gives_the_gradients_of_reading_it_with_each(folder, arch, max_tokens):
+    """Also of a minibatch that has some responses to a prompt only, and of micro-batches that part them."""
+    model_folder(folder / "model", arch=arch)
+    RewardModel.from_pretrained(folder / "model", new_head=True).save_pretrained(folder / "reward")
+    trainer = PPO(config(folder, reward=str(folder / "reward"), samples_per_prompt=4, estimator="gae"))
+    assert trainer.shares_prompts
+    prompts = trainer.next_prompts()
+    samples, minibatch = trainer.generate(prompts), [1, 3, 4, 5, 7]
+    once, scores, grads = gradients(trainer, prompts, samples, minibatch, max_tokens)
+    trainer.shares_prompts = False
+    apart, expected_scores, expected = gradients(trainer, prompts, samples, minibatch, max_tokens)
+    saved = 3 * sum(len(prompt.tokens) for prompt in prompts[::4])
+    assert apart.num_tokens - once.num_tokens == saved and once.num_tokens_apart == apart.num_tokens
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-4, atol=1e-5)
+    for name, values in apart.fields.items():
+        torch.testing.assert_close(once[name], values, rtol=1e-4, atol=1e-5, msg=name)
+    for ours, theirs in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_are_read_with_each_response_if_asked_for(folder):
+    trainer = PPO(config(folder, samples_per_prompt=4, estimator="rloo", share_prompts=False))
+    prompts = trainer.next_prompts()
+    samples = trainer.generate(prompts)
+    assert trainer.pack(samples).num_tokens == sum(len(s.prompt) + len(s.response) for s in samples)
 
 
 @pytest.mark.parametrize(("loss_mean", "together"), [("prompt", True), ("sequence", False)])

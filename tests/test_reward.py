@@ -12,7 +12,8 @@ from fastrlhf.data import Pair
 from fastrlhf.models import RewardModel
 from fastrlhf.optim import NonFiniteError
 from fastrlhf.packing import pack
-from fastrlhf.reward import RewardTrainer, can_share_prompts, pack_pairs, sides
+from fastrlhf.reward import RewardTrainer, pack_rows, sides
+from fastrlhf.shared_prompts import can_share_prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,7 +83,7 @@ def test_a_prompt_read_once_gives_the_scores_and_gradients_of_reading_it_twice(a
     ]
     results = []
     for share in (False, True):
-        batch = pack_pairs(pairs, share_prompts=share, device=torch.device("cpu"))
+        batch = pack_rows(pairs, share_prompts=share, as_responses=False, device=torch.device("cpu"))
         assert batch.num_tokens == (21 if share else 32)
         scores = model(batch)
         (scores * torch.arange(1, 7)).sum().backward()
@@ -92,14 +93,15 @@ def test_a_prompt_read_once_gives_the_scores_and_gradients_of_reading_it_twice(a
         torch.testing.assert_close(once, twice, rtol=1e-4, atol=1e-5)
 
 
-def test_prompts_are_read_twice_where_more_than_attention_mixes_tokens():
+def test_prompts_are_read_twice_where_more_than_attention_mixes_tokens(capsys):
     class SumsWhatItSees:
-        autocast = None
+        autocast, model = None, torch.empty(0)
 
-        def __call__(self, batch):
-            return torch.stack([part.double().mean() for part in batch.tokens.split(batch.lengths)])
+        def hidden(self, batch, rows):
+            return torch.cat([part.double().cumsum(0) for part in batch.tokens.split(batch.lengths)])[rows, None]
 
     assert not can_share_prompts(SumsWhatItSees(), torch.device("cpu"))
+    assert "Tensor: prompts are read with each response" in capsys.readouterr().out
 
 
 def test_it_learns_separable_pairs(settings):

@@ -16,7 +16,7 @@ from fastrlhf.data import DataError, Pair, Ranking, load_demonstrations, read_ro
 from fastrlhf.data.importers import gsm8k, oasst
 from fastrlhf.models import Policy, RewardModel
 from fastrlhf.packing import pack
-from fastrlhf.reward import RewardTrainer, pack_pairs, sides
+from fastrlhf.reward import RewardTrainer, pack_rows, sides
 from fastrlhf.scoring import load_reward_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,7 +81,7 @@ def test_a_prompt_read_once_for_k_responses_gives_the_scores_and_gradients_of_se
     ]
     sizes, results = [4, 3, 2], []
     for share in (False, True):
-        batch = pack_pairs(rows, share_prompts=share, device=torch.device("cpu"))
+        batch = pack_rows(rows, share_prompts=share, as_responses=False, device=torch.device("cpu"))
         assert batch.num_tokens == (27 if share else 58)
         parts = [batch, *batch.microbatches(1, together=sizes)]
         whole, *cut = (model(part) for part in parts)
@@ -255,7 +255,7 @@ def test_rankings_of_oasst_train_and_cost_fewer_tokens_than_their_pairs(settings
         ours, theirs = (sum(map(trainer.num_computed, rows)) for rows in (trainer.rows, cut))
         apart = sum(map(trainer.num_tokens, cut))
         assert trainer.shares_prompts and ours < theirs < apart
-        batch = pack_pairs(trainer.rows, share_prompts=True, device=torch.device("cpu"))
+        batch = pack_rows(trainer.rows, share_prompts=True, as_responses=False, device=torch.device("cpu"))
         assert batch.num_tokens == ours
         with capsys.disabled():
             print(

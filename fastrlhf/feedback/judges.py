@@ -18,8 +18,8 @@ from fastrlhf.feedback_config import JudgeConfig
 from fastrlhf.heads import head_logprobs
 from fastrlhf.models import Policy
 from fastrlhf.packing import pack
-from fastrlhf.reward import can_share_prompts
 from fastrlhf.server import Server, ServerError
+from fastrlhf.shared_prompts import can_share_prompts
 from fastrlhf.template import Renderer, load_tokenizer
 
 UNSEEN = 0.01  # most that an answer which a server does not list may change P by

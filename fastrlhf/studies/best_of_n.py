@@ -27,6 +27,7 @@ from fastrlhf.metrics import MetricsLog, read_jsonl
 from fastrlhf.models import Policy
 from fastrlhf.rollout import Sampling
 from fastrlhf.scoring import Scorer
+from fastrlhf.shared_prompts import can_share_prompts
 from fastrlhf.template import load_tokenizer
 from fastrlhf.whole import write_file, write_json
 
@@ -93,6 +94,7 @@ def candidates(
         name: Scorer(reward, tokenizer, max_tokens=config.max_tokens, columns=columns, device=device, autocast=autocast)
         for name, reward in judges.items()
     }
+    share_prompts = all(can_share_prompts(model, device) for s in scorers.values() for model, _ in s.models)
     policy = Policy.from_pretrained(config.model, device=device, autocast=autocast, freeze=True)
     open_output(config, ours=ours)
     size = max(1, BLOCK // config.n)
@@ -102,7 +104,15 @@ def candidates(
     sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
     left = (len(prompts) - len(rows)) * config.n * config.max_new_tokens
     with MetricsLog.progress("generate", left) as advance:
-        draw = partial(answer, policy, tokenizer, sampling=sampling, max_slots=config.max_slots, progress=advance)
+        draw = partial(
+            answer,
+            policy,
+            tokenizer,
+            sampling=sampling,
+            max_slots=config.max_slots,
+            share_prompts=share_prompts,
+            progress=advance,
+        )
         while len(rows) < len(prompts):
             first = (config.seed << 32) + len(rows) * config.n
             new = judged_rows(draw, prompts[len(rows) : len(rows) + size], config.n, first, scorers)

@@ -22,9 +22,10 @@ from fastrlhf.loop import check_fits
 from fastrlhf.models import RewardModel
 from fastrlhf.objectives import LOADERS
 from fastrlhf.packing import pack
-from fastrlhf.reward import can_share_prompts, pack_pairs, sides
+from fastrlhf.reward import pack_rows, sides
 from fastrlhf.sampling import Sample
 from fastrlhf.scoring import Scorer, is_function, short_names, split_head
+from fastrlhf.shared_prompts import can_share_prompts
 from fastrlhf.template import eos_token_ids, load_tokenizer
 from fastrlhf.trust_config import EvaluateRewardConfig
 from fastrlhf.trust_report.findings import verdict
@@ -32,7 +33,6 @@ from fastrlhf.trust_report.page import page
 from fastrlhf.trust_report.summary import Evidence, score_rows, summarize
 from fastrlhf.whole import write_file
 
-MAX_TOGETHER = 8  # responses to one prompt in a group that is never cut
 FILES = ("report.html", "summary.json", "scores.jsonl")
 
 
@@ -149,14 +149,10 @@ class EvaluateReward:
             own = places.setdefault(tuple(pair.prompt), {})
             for response in pair.responses:
                 own.setdefault(tuple(response), len(own))
-        rows = [
-            Ranking(list(prompt), [list(response) for response in list(own)[start : start + MAX_TOGETHER]], [])
-            for prompt, own in places.items()
-            for start in range(0, len(own), MAX_TOGETHER)
-        ]
-        batch = pack_pairs(rows, share_prompts=can_share_prompts(model, self.device), device=self.device)
-        sizes = [len(row.responses) for row in rows]
-        scores = torch.cat([model(part) for part in batch.microbatches(self.config.max_tokens, together=sizes)])
+        rows = [Ranking(list(prompt), [list(response) for response in own], []) for prompt, own in places.items()]
+        share = can_share_prompts(model, self.device)
+        batch = pack_rows(rows, share_prompts=share, as_responses=False, device=self.device)
+        scores = torch.cat([model(part) for part in batch.microbatches(self.config.max_tokens)])
         starts = dict(zip(places, accumulate(map(len, places.values()), initial=0), strict=False))
         found = [(tuple(pair.prompt), tuple(response)) for pair in pairs for response in pair.responses]
         return scores[[starts[prompt] + places[prompt][response] for prompt, response in found]]
