@@ -29,6 +29,13 @@ def test_a_ranking_is_put_in_order_and_its_ranks_count_from_0(tmp_path):
     assert "columns not used: rater" in str(found.report)
 
 
+def test_equal_responses_of_one_rank_are_a_tie(tmp_path):
+    row = {"prompt": "Q", "responses": ["x", "yy", "x"], "ranks": [1, 0, 1]}
+    (ranking,) = loaded(load_rankings, tmp_path, row).rows
+    assert [text(response) for response in ranking.responses] == ["yy<eos>", "x<eos>", "x<eos>"]
+    assert ranking.ranks == [0, 1, 1]
+
+
 def test_labels_are_truths_or_probabilities(tmp_path):
     rows = [{"prompt": "Q", "completion": "A", "label": label} for label in (True, False, 0.25, 1)]
     found = loaded(load_labelled, tmp_path, *rows, {**rows[0], "weight": 3, "finished": False})
@@ -71,6 +78,7 @@ BASE = {
         (load_pairs, {"head": "a#b"}, Reason.BAD_HEAD, "'a#b'"),
         (load_rankings, {"ranks": [0, "1"]}, Reason.BAD_RANKS, "[0, '1']"),
         (load_rankings, {"ranks": [0]}, Reason.BAD_RANKS, "[0]"),
+        (load_rankings, {"responses": ["A", "B", "A"], "ranks": [2, 1, 0]}, Reason.TWO_RANKS, "0 and 2"),
         (load_rankings, {"responses": ["A"], "ranks": [0]}, Reason.TOO_FEW_RESPONSES, ""),
         (load_rankings, {"responses": ["A", ""]}, Reason.EMPTY_RESPONSE, ""),
         (load_rankings, {"responses": ["A", "B" * 90]}, Reason.TOO_LONG, "92 tokens, 64 allowed"),

@@ -11,6 +11,7 @@ from typing import Any
 from fastrlhf.data.conversations import conversation, prompt_of, text_of
 from fastrlhf.data.files import DataError, read_rows
 from fastrlhf.data.importers import IMPORTERS, Format
+from fastrlhf.data.judged import check_ranks
 from fastrlhf.data.report import LEFT_OUT, Reason, Rejected, Report
 from fastrlhf.data_config import DataConvertConfig
 from fastrlhf.whole import write_file
@@ -83,6 +84,8 @@ def _checked(made: Row | Rejected) -> Row:
         text_of(text, Reason.EMPTY_RESPONSE)
     if "chosen" in made and made["chosen"] == made["rejected"]:
         raise Rejected(Reason.SAME)
+    if "ranks" in made:
+        check_ranks(made["responses"], made["ranks"])
     return made
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,11 +161,21 @@ def load_rankings(
         order = sorted(range(len(texts)), key=lambda n: ranks[n])
         start = renderer.prompt(prompt_of(row["prompt"]))
         responses = [_response(renderer, response_of(texts[n])) for n in order]
+        check_ranks([tuple(response) for response in responses], [ranks[n] for n in order])
         _check_length(start, responses, max_tokens)
         places = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
         return Ranking(start, responses, [places[ranks[n]] for n in order], _head(row), _others(row, used, ("head",)))
 
     return _load(path, "rankings", LAYOUTS["rankings"], make, known=("head",), **options)
+
+
+def check_ranks(responses: Sequence[Hashable], ranks: Sequence[int]) -> None:
+    """Raises Rejected where two equal responses have different ranks: which is the better one nothing can learn. Equal
+    ones of the same rank tell no lie, and stay: samples of a model that is sure of itself are often equal."""
+    found: dict[Hashable, int] = {}
+    for response, rank in zip(responses, ranks, strict=True):
+        if found.setdefault(response, rank) != rank:
+            raise Rejected(Reason.TWO_RANKS, f"{found[response]} and {rank}")
 
 
 def load_labelled(

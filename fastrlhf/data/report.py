@@ -20,6 +20,7 @@ class Reason(StrEnum):
     BAD_ROW_WEIGHT = "the weight is no finite number of at least 0"
     BAD_PROBABILITY = "a label or preference is neither true nor false, nor a probability"
     BAD_RANKS = "the ranks are not a whole number for each response"
+    TWO_RANKS = "one response has two ranks"
     BAD_HEAD = "the name of a head is no text, or has a #"
     TOO_FEW_RESPONSES = "fewer than two responses"
     UNKNOWN_ROLE = "unknown role"
