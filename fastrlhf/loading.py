@@ -7,7 +7,6 @@ not plain causal attention, and heads that scale their logits in a way that we d
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,11 @@ from fastrlhf.heads import head_logprobs, head_scores, hidden_states, offsets_of
 from fastrlhf.last_layer import trim_last_layer
 from fastrlhf.lora import recompute
 from fastrlhf.packing import Packed, pack
+from fastrlhf.pretrained import read_pretrained
 from fastrlhf.thin_layers import thin_layers
 
 PROBE_LENGTHS = (5, 9)
+NO_HEAD = "reward model: {} has no trained score head; `fastrlhf reward` trains one on its body"
 
 
 def load_causal_lm(
@@ -88,14 +89,14 @@ def load_scalar(
         normal, N(0, 1 / (D + 1)) from torch's generator (Stiennon et al., arXiv 2009.01325), or zero
 
     Raises: as `load_causal_lm`, and ValueError for other heads, or for no head without new_head."""
-    config = _read(AutoConfig, path)
-    if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
-        check_heads(f"reward model: {path}", heads_of(config), head, heads)
+    trained = heads_in(path)
+    if trained:
+        check_heads(f"reward model: {path}", trained, head, heads)
         model = _load(AutoModelForSequenceClassification, path, dtype)
         if head is not None:
             model = only_head(model, head)
     elif not new_head:
-        raise ValueError(f"reward model: {path} has no trained score head; `fastrlhf reward` trains one on its body")
+        raise ValueError(NO_HEAD.format(path))
     else:
         model = classifier(_load(AutoModelForCausalLM, path, dtype).base_model, heads=heads)
         if head_init == "normal":
@@ -103,6 +104,14 @@ def load_scalar(
     return attach_scalar(
         model, dtype=dtype, device=device, freeze=freeze, gradient_checkpointing=gradient_checkpointing
     )
+
+
+def heads_in(path: str | Path) -> tuple[str, ...]:
+    """The names of the heads of the model in a folder or of a hub id; none of one that is no classification model.
+
+    Raises: as `read_pretrained`."""
+    config = read_pretrained(AutoConfig, path)
+    return heads_of(config) if (config.architectures or [""])[0].endswith("ForSequenceClassification") else ()
 
 
 def heads_of(config: Any) -> tuple[str, ...]:
@@ -218,30 +227,10 @@ def attach(
 
 def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """from_pretrained that refuses to make up weights that the folder lacks."""
-    model, info = _read(auto, path, dtype=dtype, output_loading_info=True)
+    model, info = read_pretrained(auto, path, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(f"model: {path} lacks the weights {sorted(info['missing_keys'])} of {type(model).__name__}")
     return model
-
-
-def _read(auto: Any, path: str | Path, **options: Any) -> Any:
-    """from_pretrained whose errors name the path: of a folder that is cut off, or of a kind that auto does not know."""
-    text = _existing(path)
-    try:
-        return auto.from_pretrained(text, **options)
-    except Exception as error:  # each file format has its own
-        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-        reason = str(error).strip().partition("\n")[0]
-        raise kind(f"model: cannot load {text!r} as {auto.__name__} ({type(error).__name__}: {reason})") from error
-
-
-def _existing(path: str | Path) -> str:
-    """The path as text; raises FileNotFoundError for what can only be a folder, and is none."""
-    text = os.fspath(path)
-    is_hub_id = not text.startswith((".", "/", "~")) and text.count("/") == 1
-    if not os.path.isdir(text) and not is_hub_id:
-        raise FileNotFoundError(f"model: no folder {text!r}, and no hub id OWNER/NAME either")
-    return text
 
 
 def _remove_dropout(model: PreTrainedModel) -> None:

@@ -28,6 +28,7 @@ from fastrlhf.metrics import peak_memory_gib
 from fastrlhf.models import ADAPTER
 from fastrlhf.packing import pack
 from fastrlhf.ppo_config import PPOConfig
+from fastrlhf.pretrained import read_pretrained
 from fastrlhf.scoring import is_function, split_head
 
 FROZEN = (4,)  # bytes a parameter: float32 weights; TRAINED: with gradients and the optimizer's moments
@@ -213,7 +214,7 @@ class _Model:
     """Sizes of a model, from its configuration."""
 
     def __init__(self, path: str, config: LoopConfig) -> None:
-        self.config, self.half = AutoConfig.from_pretrained(path), config.autocast_dtype()
+        self.config, self.half = read_pretrained(AutoConfig, path), config.autocast_dtype()
         self.targets, text = config.lora_targets, self.config.get_text_config()
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from fastrlhf.pretrained import read_pretrained
+
 Message = Mapping[str, Any]
 # templates such as Llama 3's write today's date into the system message, and a run would change overnight
 DATE = "26 Jul 2024"
@@ -16,13 +18,8 @@ DATE = "26 Jul 2024"
 def load_tokenizer(path: str | Path) -> Any:
     """Returns the tokenizer in a folder or of a hub id.
 
-    Raises: FileNotFoundError where there is none; ValueError for one without an end-of-sequence token."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        what = "the folder holds none" if Path(path).is_dir() else "no such folder, and no hub id that can be read"
-        reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"tokenizer: none at {str(path)!r}: {what} ({reason})") from error
+    Raises: as `read_pretrained`; ValueError for one without an end-of-sequence token."""
+    tokenizer = read_pretrained(AutoTokenizer, path)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer: that of {str(path)!r} has no eos_token; responses could not end")
     return tokenizer

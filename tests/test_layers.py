@@ -69,6 +69,7 @@ ROOMS = {
         {
             "data",
             "template",
+            "pretrained",
             "options",
             "metrics",
             "checkpoint",
@@ -78,7 +79,7 @@ ROOMS = {
             "shards",
         },
         {"native", "settings"},
-        {"torch", "transformers", "jinja2", "numpy", "yaml", "rich", "safetensors"},
+        {"torch", "transformers", "huggingface_hub", "jinja2", "numpy", "yaml", "rich", "safetensors"},
     ),
     "loops": (
         {
