@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 CONFIG = "config.json"
 # what a folder holds that each of transformers' Auto classes reads: of each line one, by the start of the class's name
-NEEDED = {
+NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
     "AutoTokenizer": {"tokenizer": ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*")},
     "AutoConfig": {CONFIG: (CONFIG,)},
     "AutoModel": {CONFIG: (CONFIG,), "weights": ("*.safetensors", "*.bin")},
