@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastrlhf import ranks
 from fastrlhf.attention import ATTENTION
-from fastrlhf.combining import parse_reward, sources_of
 from fastrlhf.config import LoopConfig
 from fastrlhf.fused_layers import fuse_layers
 from fastrlhf.heads import KEPT_ROWS, autocasting
@@ -29,7 +28,7 @@ from fastrlhf.models import ADAPTER
 from fastrlhf.packing import pack
 from fastrlhf.ppo_config import PPOConfig
 from fastrlhf.pretrained import read_pretrained
-from fastrlhf.scoring import is_function, split_head
+from fastrlhf.scoring import reward_folders
 
 FROZEN = (4,)  # bytes a parameter: float32 weights; TRAINED: with gradients and the optimizer's moments
 TRAINED = {"adamw": (4, 4, 8), "adamw8bit": (4, 4, 2)}
@@ -177,16 +176,6 @@ def tell(make: Callable[..., Plan], config: Any, **lengths: int) -> Plan | None:
         return None
     ranks.say(plan)
     return plan
-
-
-def reward_folders(reward: Any) -> dict[str, list[str | None]]:
-    """The reward models in a reward, each with the heads that are read; None: its only one."""
-    folders: dict[str, list[str | None]] = {}
-    for source in sources_of(parse_reward(reward)) if isinstance(reward, str) else ():
-        if not is_function(source):
-            folder, head = split_head(source)
-            folders.setdefault(folder, []).append(head)
-    return folders
 
 
 def named(role: str, source: str) -> str:

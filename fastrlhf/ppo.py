@@ -21,7 +21,6 @@ from torch import Tensor
 from fastrlhf import ranks
 from fastrlhf.backend import make_backend, make_engine
 from fastrlhf.budget import Budget
-from fastrlhf.combining import parse_reward
 from fastrlhf.data import Prompt, batch_rows, load_prompts
 from fastrlhf.estimators import estimate_advantages, per_token
 from fastrlhf.first_step import check_first_step, have_same_weights
@@ -40,7 +39,7 @@ from fastrlhf.ppo_data import load_ptx
 from fastrlhf.rewards import RunningMoments, shape_scores
 from fastrlhf.roles import Roles, load_base
 from fastrlhf.sampling import RolloutBackend, Sample, Sampling
-from fastrlhf.scoring import Scorer
+from fastrlhf.scoring import Scorer, check_reward
 from fastrlhf.shards import twin, unsharded
 from fastrlhf.shared_prompts import can_share_prompts, pack_responses
 from fastrlhf.template import check_same_vocabulary, load_tokenizer
@@ -63,8 +62,7 @@ class PPO:
         self.config = config
         self.num_steps = config.steps
         for reward in (config.reward, config.eval_reward):
-            if isinstance(reward, str):
-                parse_reward(reward)  # what is wrong with it is told before anything is read
+            check_reward(reward)  # what is wrong with it is told before anything is read
         checkpoint = prepare(config)
         ranks.check_share(config.batch_size, config.samples_per_prompt)
         self.device = config.resolve_device()

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from fastrlhf import ranks
 from fastrlhf.combining import Combined, combine, parse_reward, sources_of
 from fastrlhf.data import Prompt
-from fastrlhf.loading import check_heads, heads_of
+from fastrlhf.loading import NO_HEAD, check_heads, heads_in
 from fastrlhf.lora import hash_of, metadata_of
 from fastrlhf.models import ADAPTER, Policy, RewardModel
 from fastrlhf.offload import awake
@@ -78,6 +77,7 @@ class Scorer:
         autocast: torch.dtype | None = None,
         base: Policy | None = None,
     ) -> None:
+        check_reward(reward)
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.columns = columns
@@ -187,6 +187,29 @@ def split_head(source: str) -> tuple[str, str | None]:
     return (folder, head) if mark and not Path(source).is_dir() else (source, None)
 
 
+def reward_folders(reward: Any) -> dict[str, list[str | None]]:
+    """The reward models in a reward, each with the heads that are read; None: its only one."""
+    folders: dict[str, list[str | None]] = {}
+    for source in sources_of(parse_reward(reward)) if isinstance(reward, str) else ():
+        if not is_function(source):
+            folder, head = split_head(source)
+            folders.setdefault(folder, []).append(head)
+    return folders
+
+
+def check_reward(reward: Any) -> None:
+    """Refuses what a `Scorer` refuses, as far as the text and the configurations of its models tell: in no time.
+
+    Raises: ValueError or FileNotFoundError for a text that is no reward, a folder that is none or without a trained
+    head, and a head that the model has not."""
+    for folder, heads in reward_folders(reward).items():
+        names = heads_in(folder)
+        if not names:
+            raise ValueError(NO_HEAD.format(folder))
+        for head in heads:
+            check_heads(f"reward model: {folder}", names, head, ())
+
+
 def load_reward_model(
     folder: str, sources: Sequence[str], tokenizer: Any, base: Policy | None, **options: Any
 ) -> RewardModel:
@@ -195,7 +218,7 @@ def load_reward_model(
 
     sources: FOLDER or FOLDER#HEAD; of several it has all its heads, of one that one
 
-    Raises: ValueError for a head that it has not."""
+    Raises: as `load_scalar`, of which `check_reward` found most."""
     heads = [split_head(source)[1] for source in sources]
     check_same_vocabulary(tokenizer, load_tokenizer(folder), f"reward model {folder}")
     adapter = Path(folder) / ADAPTER
@@ -205,9 +228,7 @@ def load_reward_model(
     if len(heads) == 1:
         options["head"] = heads[0]
     else:
-        options["heads"] = heads_of(AutoConfig.from_pretrained(folder))
-        for head in heads:
-            check_heads(f"reward model: {folder}", options["heads"], head, ())
+        options["heads"] = heads_in(folder)
     model = RewardModel.from_pretrained(folder, freeze=True, **options)
     return model
 

@@ -9,13 +9,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from fastrlhf.combining import FORMS, Combined, combine, parse_reward, sources_of
 from fastrlhf.data import Prompt
-from fastrlhf.memory_plan import reward_folders
 from fastrlhf.models import RewardModel
 from fastrlhf.packing import pack
 from fastrlhf.ppo import PPO
 from fastrlhf.ppo_config import PPOConfig
 from fastrlhf.rollout import Sample
-from fastrlhf.scoring import Scorer, is_function, short_names, split_head
+from fastrlhf.scoring import Scorer, is_function, reward_folders, short_names, split_head
 
 rng = np.random.default_rng(0)
 A, B, C = rng.normal(size=(3, 50))
@@ -86,7 +85,7 @@ def test_a_text_that_is_no_reward_is_refused_by_the_part_that_is_wrong(text, wor
 
 @pytest.mark.parametrize("option", ["reward", "eval_reward"])
 def test_ppo_refuses_it_before_anything_is_read(option):
-    texts = {"reward": "a", "eval_data": "no_such_file", option: "mean(a|b"}
+    texts = {"reward": "rules:brief", "eval_data": "no_such_file", option: "mean(a|b"}
     with pytest.raises(ValueError, match="lacks its partner"):
         PPO(PPOConfig(model="no_such_model", data="no_such_file", output="out", **texts))
 
@@ -179,6 +178,22 @@ def test_heads_of_one_folder_share_its_body(two_heads):
     ):
         with pytest.raises(ValueError, match=text):
             Scorer(reward, tiny_tokenizer(), max_tokens=64)
+
+
+@pytest.mark.parametrize("which", ["reward", "eval_reward"])
+def test_ppo_refuses_a_reward_before_it_reads_or_prints_anything(two_heads, tmp_path, capsys, which):
+    policy, folder = two_heads
+    (tmp_path / "empty").mkdir()
+    for reward, text in (
+        (f"{folder}#kind", "has no head 'kind'; its heads are helpful, harmless"),
+        (folder, "must have 1 label, got 2; or name one: its heads are helpful, harmless"),
+        (policy, "has no trained score head"),
+        (str(tmp_path / "empty"), "empty': the folder has no config.json$"),
+    ):
+        settings = {"reward": f"{folder}#helpful", which: reward, "eval_data": "nowhere", "data": "nowhere"}
+        with pytest.raises((ValueError, FileNotFoundError), match=text):
+            PPO(PPOConfig(model=policy, output=str(tmp_path / "out"), **settings))
+    assert capsys.readouterr().out == "" and not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from fastrlhf.best_of_n_config import BestOfNConfig, SearchConfig
 from fastrlhf.checkpoint import check_output, open_output
-from fastrlhf.combining import parse_reward
 from fastrlhf.data import DataError, Prompt, load_prompts
 from fastrlhf.evaluate import Answers, Mean, answer, best_of_n_kl
 from fastrlhf.metrics import MetricsLog, read_jsonl
 from fastrlhf.models import Policy
 from fastrlhf.rollout import Sampling
-from fastrlhf.scoring import Scorer
+from fastrlhf.scoring import Scorer, check_reward
 from fastrlhf.shared_prompts import can_share_prompts
 from fastrlhf.template import load_tokenizer
 from fastrlhf.whole import write_file, write_json
@@ -85,7 +84,7 @@ def candidates(
     Raises: what loading raises, before any response is drawn."""
     check_output(config)
     for reward in judges.values():
-        parse_reward(reward)
+        check_reward(reward)
     options, path = config.loop(), Path(config.output) / "candidates.jsonl"
     device, autocast, tokenizer = options.resolve_device(), options.autocast_dtype(), load_tokenizer(config.model)
     prompts = prompts_of(config, tokenizer, least=least)
