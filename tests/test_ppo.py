@@ -232,10 +232,10 @@ def test_bad_settings_are_named_before_any_work(folder, changes, error, text):
 
 @pytest.mark.parametrize("role", ["reward", "reference"])
 def test_a_model_with_another_vocabulary_is_refused(folder, role):
-    other = Path(model_folder(folder / "other"))
+    other = folder / "reward" if role == "reward" else Path(model_folder(folder / "other"))
     file = other / "tokenizer.json"
     file.write_text(file.read_text().replace('"a": ', '"renamed": ', 1))  # as many tokens, one of them another
-    with pytest.raises(ValueError, match=rf"{role} .*other: its vocabulary \(300 tokens\).* 1 of them differ"):
+    with pytest.raises(ValueError, match=rf"{role} .*{other.name}: its vocabulary \(300 tokens\).* 1 of them differ"):
         PPO(config(folder, **{role: str(other)}))
 
 
