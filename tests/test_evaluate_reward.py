@@ -1,20 +1,21 @@
-"""The command, from files to page: what it scores, what it writes, what it refuses before it scores."""
+"""The command, from files to page: what it scores, what it writes."""
 
 import gzip
 import json
-import random
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from html_page import Page
-from loops import model_folder, pairs, write_rows
+from loops import model_folder, write_rows
 from tiny import tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trust_files import make_files, report, settings
 
-from fastrlhf import plots
 from fastrlhf.__main__ import main
 from fastrlhf.config import RewardConfig
+from fastrlhf.metrics import MetricsLog
 from fastrlhf.models import RewardModel
 from fastrlhf.packing import pack
 from fastrlhf.reward import RewardTrainer, sides
@@ -26,48 +27,9 @@ HH = Path(__file__).parents[1] / ".." / "shared" / "data" / "hh_harmless.jsonl.g
 PROBES = Path(__file__).parent / "fixtures" / "sycophancy.jsonl"
 
 
-def reward_folder(path, seed):
-    """A random reward model in a folder; returns it as text."""
-    torch.manual_seed(seed)
-    model = RewardModel.from_pretrained(model_folder(path / "body"), new_head=True)
-    model.bias = 0.25
-    model.save_pretrained(path / "reward")
-    tiny_tokenizer().save_pretrained(path / "reward")
-    return str(path / "reward")
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Two reward models, and a file for each kind of data."""
-    folder = tmp_path_factory.mktemp("files")
-    rng = random.Random(0)
-    pairs(folder / "plain.jsonl", num=40)
-    rows = [json.loads(line) for line in (folder / "plain.jsonl").read_text().splitlines()]
-    told = [{**row, "rater": rng.choice(["ann", "bob"]), "split": n % 2, "id": n} for n, row in enumerate(rows)]
-    told += [{**row, "rater": "cy"} for row in told[:10]]
-    subsets = [{**row, "subset": f"s{n % 3}", "section": "ab"[n % 3 > 0]} for n, row in enumerate(rows)]
-    return {
-        "a": reward_folder(folder / "a", 1),
-        "b": reward_folder(folder / "b", 2),
-        "data": write_rows(folder / "data.jsonl", told),
-        "benchmark": write_rows(folder / "benchmark.jsonl", subsets),
-        "reference": write_rows(folder / "reference.jsonl", [{"prompt": f"zzz {n}"} for n in range(30)]),
-        "folder": folder,
-    }
-
-
-def settings(files, output, **changes):
-    return EvaluateRewardConfig(
-        **{"model": files["a"], "data": files["data"], "output": str(output), "max_length": 256, **changes}
-    )
-
-
-def report(config):
-    """Runs the command; returns its summary, its rows of scores, its page and what it said."""
-    said = list(EvaluateReward(config))
-    output = Path(config.output)
-    rows = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
-    return json.loads((output / "summary.json").read_text()), rows, (output / "report.html").read_text(), said
+    return make_files(tmp_path_factory.mktemp("files"))
 
 
 def test_scores_are_those_of_transformers_and_the_accuracy_is_theirs(files, tmp_path):
@@ -187,6 +149,22 @@ def test_each_different_response_is_scored_once(files, tmp_path, monkeypatch):
     assert sum(part.num_tokens for part in scored) == prompt + response
 
 
+def test_the_bar_counts_every_token_that_is_scored(files, tmp_path, monkeypatch):
+    told = {}
+
+    @contextmanager
+    def bar(what, total):
+        told[what] = [total]
+        yield told[what].append
+
+    monkeypatch.setattr(MetricsLog, "progress", bar)
+    loop = EvaluateReward(settings(files, tmp_path / "out", plots=False, max_tokens=64))
+    list(loop)
+    ((what, (total, *parts)),) = told.items()
+    assert what == "score by reward" and len(parts) > 10 and sum(parts) == total
+    assert total == sum(map(len, {tuple(side) for pair in loop.pairs for side in sides(pair)}))
+
+
 def test_one_head_of_several_is_evaluated(files, tmp_path):
     model = RewardModel.from_pretrained(str(Path(files["a"]).parent / "body"), new_head=True, heads=["kind", "short"])
     model.save_pretrained(tmp_path / "heads")
@@ -212,61 +190,6 @@ def test_micro_batches_do_not_change_scores(files, tmp_path):
     many = report(settings(files, tmp_path / "a", plots=False, max_tokens=1))[1]
     few = report(settings(files, tmp_path / "b", plots=False, max_tokens=100_000))[1]
     assert [row["margin"] for row in many] == pytest.approx([row["margin"] for row in few], abs=1e-5)
-
-
-def refused(changes, error, message, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(RewardModel, "forward", lambda *_: pytest.fail("a pair was scored"))
-    with pytest.raises(error, match=message):
-        list(EvaluateReward(settings(files, tmp_path / "out", **changes)))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"model": "nowhere/at/all"}, FileNotFoundError, "nowhere/at/all"),
-        ({"data": "missing.jsonl"}, ValueError, "no file 'missing.jsonl'"),
-        ({"sycophancy": "{data}"}, ValueError, "sycophancy probes are read from: prompt [+] prompt_with_opinion"),
-        ({"benchmark": "{data}"}, ValueError, "pair 1 has no text in column 'subset'"),
-        ({"model": "{a},{a}"}, ValueError, "names a model twice"),
-        ({"model": "{a},"}, ValueError, "no model between two commas"),
-        ({"model": "{a}=0.5", "tokenizer": "{a}"}, ValueError, "is not one reward model or function"),
-        ({"model": "{a},mean({a}|{b})"}, ValueError, "is not one reward model or function"),
-        ({"num_bins": 1}, ValueError, "num_bins must be at least 2"),
-        ({"max_length": 8}, ValueError, "rejected"),
-    ],
-)
-def test_bad_input_is_named_before_anything_is_scored(changes, error, message, files, tmp_path, monkeypatch):
-    filled = {k: v.format(**files) if isinstance(v, str) else v for k, v in changes.items()}
-    refused({"plots": False, **filled}, error, message, files, tmp_path, monkeypatch)
-
-
-def test_missing_matplotlib_is_named_before_anything_is_scored(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "available", lambda: False)
-    refused({}, ValueError, "pip install matplotlib.*--no-plots", files, tmp_path, monkeypatch)
-
-
-def test_a_model_of_another_vocabulary_is_refused(files, tmp_path, monkeypatch):
-    other = model_folder(tmp_path / "other", vocab=320)
-    tiny_tokenizer(320).save_pretrained(other)
-    refused({"plots": False, "model": f"{files['a']},{other}"}, ValueError, "vocabulary", files, tmp_path, monkeypatch)
-
-
-def test_an_earlier_report_is_replaced_only_when_told(files, tmp_path):
-    config = {"plots": False, "limit": 5}
-    report(settings(files, tmp_path, **config))
-    (tmp_path / "mine.txt").write_text("stays")
-    with pytest.raises(FileExistsError, match=r"earlier report.*--overwrite"):
-        EvaluateReward(settings(files, tmp_path, **config))
-    summary, *_ = report(settings(files, tmp_path, **{**config, "limit": 6}, overwrite=True))
-    assert summary["overall"]["num"] == 6 and (tmp_path / "mine.txt").exists()
-
-
-def test_a_score_that_is_no_number_is_named(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(RewardModel, "forward", lambda self, batch: torch.full((batch.num_sequences,), float("nan")))
-    monkeypatch.setattr("fastrlhf.trust_report.command.can_share_prompts", lambda *_: False)
-    with pytest.raises(ValueError, match=r"reward: the scores of pair 1 are \[nan, nan"):
-        list(EvaluateReward(settings(files, tmp_path / "out", plots=False)))
 
 
 def test_the_command_line_says_where_the_report_is(files, tmp_path, capsys):

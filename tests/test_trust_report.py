@@ -1,6 +1,7 @@
 """What the report says of scores that are made to have one fault."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,17 @@ def calibrated(num=400, seed=0, right=None):
 def test_sound_scores_are_found_sound():
     _, said = told(random_pairs(), calibrated())
     assert said == "The calibration error is no larger than chance makes it on so many pairs."
+
+
+def test_pairs_count_by_their_weights_beside_the_plain_accuracy():
+    pairs = [replace(pair, weight=float(n % 4)) for n, pair in enumerate(random_pairs())]
+    margins = torch.where(torch.arange(400) % 4 == 3, 1.0, -1.0)  # right where the weight is 3, of 0, 1, 2, 3
+    summary, _ = told(pairs, margins)
+    assert (summary["overall"]["accuracy"], summary["overall"]["num"]) == (0.25, 400)
+    assert (summary["weighted"]["accuracy"], summary["weighted"]["num"]) == (pytest.approx(0.5), 300)
+    assert "by their weights" in page(summary, with_plots=False)
+    summary, _ = told(random_pairs(), margins)
+    assert summary["weighted"] is None and "by their weights" not in page(summary, with_plots=False)
 
 
 def test_scores_that_know_nothing_or_the_contrary():

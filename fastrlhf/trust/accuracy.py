@@ -45,41 +45,61 @@ def hits(margins: Tensor, labels: Tensor | None = None) -> Tensor:
     return signs if labels is None else labels.double() * signs + (1 - labels.double()) * (1 - signs)
 
 
-def accuracy(margins: Tensor, labels: Tensor | None = None, *, clusters: Sequence[Hashable] | None = None) -> Accuracy:
+def accuracy(
+    margins: Tensor,
+    labels: Tensor | None = None,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    weights: Tensor | None = None,
+) -> Accuracy:
     """Returns the mean of `hits`, with its interval.
 
-    margins, labels: as for `hits`; clusters: the prompt of each pair, default all different
+    margins, labels: as for `hits`; clusters: the prompt of each pair, default all different; weights: (N,) of pairs in
+    the mean, at least 0, default 1. A pair of weight 0 is as if it were not there
 
     Raises: ValueError for no pairs."""
+    names = list(range(len(margins)) if clusters is None else clusters)
+    if weights is not None:
+        kept = weights > 0
+        names = [name for name, keep in zip(names, kept.tolist(), strict=True) if keep]
+        margins, labels, weights = margins[kept], None if labels is None else labels[kept], weights[kept].double()
     if not len(margins):
         raise ValueError("accuracy: there are no pairs")
-    values = hits(margins, labels)
-    numbers = number(range(len(values)) if clusters is None else clusters)
-    share, effective = values.mean().item(), effective_num(values, numbers)
+    values, numbers = hits(margins, labels), number(names)
+    share = (values.mean() if weights is None else (weights * values).sum() / weights.sum()).item()
+    effective = effective_num(values, numbers, weights)
     low, high = wilson_interval(share, effective)
     ties, num_clusters = int((margins == 0).sum()), int(numbers.max()) + 1
     return Accuracy(share, low, high, len(values), ties, num_clusters, effective)
 
 
-def effective_num(values: Tensor, clusters: Tensor) -> float:
-    """Returns as many independent trials as are worth N trials in G clusters: 1 + (G - 1) / G p (1 - p) / V, at most N.
+def effective_num(values: Tensor, clusters: Tensor, weights: Tensor | None = None) -> float:
+    """Returns as many independent trials as are worth N trials in G clusters: 1 + (G - 1) / G p (1 - p) / V, at most
+    what N independent ones are worth, K(w) = (sum of w)^2 / sum of w^2, which is N where all weigh the same.
 
-    V = sum over clusters of (sum over the cluster of (h - p))^2 / N^2, p = mean of h. The mean takes one of G freedoms
-    from V, so clusters of one trial are worth N, and one cluster is worth 1. Where all values are the same V says
-    nothing, and the result is G.
+    V = sum over clusters of (sum over the cluster of w (h - p))^2 / (sum of w)^2, p = sum of w h / sum of w. The mean
+    takes one of G freedoms from V, so clusters of one trial are worth N, and one cluster is worth 1. Where all values
+    are the same V says nothing, and the result is K of the clusters' mean weights: G where all weigh the same.
 
-    values: (N,) h in [0, 1]; clusters: (N,) int64 from 0 up
+    values: (N,) h in [0, 1]; clusters: (N,) int64 from 0 up; weights: (N,) w above 0, default 1
     Source: the cluster-robust variance of a mean (Miller, arXiv 2411.00640); as a number of trials: Kish,
     "Survey Sampling" (1965), the design effect."""
     values, num_clusters = values.double(), int(clusters.max()) + 1
-    if values.min() == values.max():
-        return float(num_clusters)
-    share = values.mean()
-    sums = torch.zeros(num_clusters, dtype=torch.float64).index_add_(0, clusters, values - share)
-    variance = sums.square().sum() / len(values) ** 2
+    weights = torch.ones_like(values) if weights is None else weights.double()
+
+    def summed(each: Tensor) -> Tensor:
+        return torch.zeros(num_clusters, dtype=torch.float64).index_add_(0, clusters, each)
+
+    def kish(each: Tensor) -> float:
+        return (each.sum().square() / each.square().sum()).item()
+
     if num_clusters == 1:
         return 1.0
-    return min(1 + (num_clusters - 1) / num_clusters * (share * (1 - share) / variance).item(), float(len(values)))
+    if values.min() == values.max():
+        return kish(summed(weights) / summed(torch.ones_like(weights)))
+    share = (weights * values).sum() / weights.sum()
+    variance = summed(weights * (values - share)).square().sum() / weights.sum().square()
+    return min(1 + (num_clusters - 1) / num_clusters * (share * (1 - share) / variance).item(), kish(weights))
 
 
 def number(names: Sequence[Hashable] | range) -> Tensor:

@@ -19,6 +19,7 @@ from fastrlhf.data import DataError, Loaded, Pair, Prompt, Ranking, layout_of, l
 from fastrlhf.data.comparisons import comparisons
 from fastrlhf.data.probes import load_probes
 from fastrlhf.loop import check_fits
+from fastrlhf.metrics import MetricsLog
 from fastrlhf.models import RewardModel
 from fastrlhf.objectives import LOADERS
 from fastrlhf.packing import pack
@@ -135,14 +136,17 @@ class EvaluateReward:
         """The scores (N, 2) of the chosen and the rejected response of each pair, float64 on the CPU.
 
         Raises: ValueError for a score that is not finite."""
-        scores = self.score_packed(scorer.models[0][0], pairs) if scorer.models else self.score_texts(scorer, pairs)
+        if scorer.models:
+            scores = self.score_packed(name, scorer.models[0][0], pairs)
+        else:
+            scores = self.score_texts(scorer, pairs)
         scores = scores.double().cpu().view(-1, 2)
         for n, row in enumerate(scores.isfinite().all(1).tolist(), 1):
             if not row:
                 raise ValueError(f"{name}: the scores of pair {n} are {scores[n - 1].tolist()}")
         return scores
 
-    def score_packed(self, model: RewardModel, pairs: Sequence[Pair]) -> Tensor:
+    def score_packed(self, name: str, model: RewardModel, pairs: Sequence[Pair]) -> Tensor:
         """The scores (2N,) by a model: each different response once, and its prompt, where it can, once for several."""
         places: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
         for pair in pairs:
@@ -152,10 +156,14 @@ class EvaluateReward:
         rows = [Ranking(list(prompt), [list(response) for response in own], []) for prompt, own in places.items()]
         share = can_share_prompts(model, self.device)
         batch = pack_rows(rows, share_prompts=share, as_responses=False, device=self.device)
-        scores = torch.cat([model(part) for part in batch.microbatches(self.config.max_tokens)])
+        found = []
+        with MetricsLog.progress(f"score by {name}", batch.num_tokens_apart) as done:
+            for part in batch.microbatches(self.config.max_tokens):
+                found.append(model(part))
+                done(part.num_tokens_apart)
         starts = dict(zip(places, accumulate(map(len, places.values()), initial=0), strict=False))
-        found = [(tuple(pair.prompt), tuple(response)) for pair in pairs for response in pair.responses]
-        return scores[[starts[prompt] + places[prompt][response] for prompt, response in found]]
+        asked = [(tuple(pair.prompt), tuple(response)) for pair in pairs for response in pair.responses]
+        return torch.cat(found)[[starts[prompt] + places[prompt][response] for prompt, response in asked]]
 
     def score_texts(self, scorer: Scorer, pairs: Sequence[Pair]) -> Tensor:
         """The scores (2N,) by a function of texts."""

@@ -23,7 +23,10 @@ BINS = {
 def accuracy(summary: Summary, with_plots: bool) -> Iterator[str]:
     """Accuracy by what the file says of a pair, and by length and score."""
     yield "<h2>Accuracy</h2>"
-    yield table(HEAD, [row("all pairs", summary["overall"])])
+    whole = {"all pairs": summary["overall"], "all pairs, by their weights": summary["weighted"]}
+    yield table(HEAD, [row(name, result) for name, result in whole.items() if result])
+    if summary["weighted"]:
+        yield note("Pairs of weight 0 are in the first row alone; in all else on this page each pair counts as one.")
     for column, values in summary["groups"].items():
         yield f"<h3>by {escape(column)}</h3>"
         yield table(HEAD, [row(name, result) for name, result in values.items()])

@@ -57,6 +57,11 @@ class Evidence:
         return torch.tensor([pair.preference for pair in self.pairs], dtype=torch.float64)
 
     @property
+    def weights(self) -> Tensor:
+        """(N,) of each pair, as its row gives it."""
+        return torch.tensor([pair.weight for pair in self.pairs], dtype=torch.float64)
+
+    @property
     def prompts(self) -> list[tuple[int, ...]]:
         """The prompt of each pair."""
         return [tuple(pair.prompt) for pair in self.pairs]
@@ -74,6 +79,7 @@ def summarize(evidence: Evidence, config: EvaluateRewardConfig, tokenizer: Any) 
         "models": evidence.names,
         "data": config.data,
         "overall": accuracy(margins, labels, clusters=prompts),
+        "weighted": weighted(evidence),
         "groups": groups(evidence, config),
         "bins": bins(evidence, config.num_bins // 2),
         "calibration": calibration(evidence, config),
@@ -97,6 +103,14 @@ def summarize(evidence: Evidence, config: EvaluateRewardConfig, tokenizer: Any) 
         found["tokens"] = [(tokenizer.decode([token]), *shares) for token, *shares in found["tokens"]]
         summary["drift"] = found
     return clean(summary)
+
+
+def weighted(evidence: Evidence) -> Any:
+    """The accuracy in which pairs count by their weights; None where all weigh the same."""
+    weights = evidence.weights
+    if weights.min() == weights.max():
+        return None
+    return accuracy(evidence.margins, evidence.labels, clusters=evidence.prompts, weights=weights)
 
 
 def groups(evidence: Evidence, config: EvaluateRewardConfig) -> dict[str, dict[str, Any]]:

@@ -64,6 +64,26 @@ def test_the_interval_of_clustered_pairs_holds_the_truth_in_95_of_100_files():
     assert naive / 400 < 0.85
 
 
+@pytest.mark.parametrize("right", [[1.0, 1.0, -1.0, -1.0, 1.0, 1.0], [1.0] * 6])
+def test_a_weight_is_how_often_a_pair_counts(right):
+    """A pair of weight 3 is one that stands three times in the file, on its prompt; one of weight 0 is not there."""
+    margins, counts = torch.tensor(right), torch.tensor([1, 2, 0, 3, 2, 2])
+    weighted = accuracy(margins, weights=counts / 7)
+    copied = accuracy(margins.repeat_interleave(counts), clusters=torch.arange(6).repeat_interleave(counts).tolist())
+    assert weighted.accuracy == pytest.approx(copied.accuracy)
+    assert (weighted.num, weighted.num_clusters) == (5, copied.num_clusters)
+    if right[3] < 0:
+        assert weighted.effective_num == pytest.approx(copied.effective_num)
+    else:  # as many as the weights are worth: (sum of w)^2 / sum of w^2
+        assert weighted.effective_num == pytest.approx(10**2 / (1 + 4 + 9 + 4 + 4))
+
+
+def test_equal_weights_change_nothing():
+    margins = torch.randn(60, generator=torch.Generator().manual_seed(1))
+    clusters = [n // 3 for n in range(60)]
+    assert accuracy(margins, clusters=clusters, weights=torch.full((60,), 0.5)) == accuracy(margins, clusters=clusters)
+
+
 def test_names_are_numbered_as_they_appear():
     assert number(["b", "a", "b", None]).tolist() == [0, 1, 0, 2]
 
