@@ -16,7 +16,7 @@ from fastrlhf.data import Labelled, Loaded, load_labelled
 from fastrlhf.dpo import DPO
 from fastrlhf.metrics import Statistics
 from fastrlhf.models import Policy
-from fastrlhf.objectives import accuracy_of
+from fastrlhf.objectives.base import accuracy_of
 from fastrlhf.packing import Packed
 from fastrlhf.preferences import labelled_losses
 from fastrlhf.reward import pack_rows, sides
