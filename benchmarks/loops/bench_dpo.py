@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import llama
-from benchmarks.loops import sides, task
+from benchmarks.loops import sides, task, training
 
 RTOL = 1e-4  # of losses, which are of differences of sums of log-probabilities
 BETA = 0.1
@@ -21,11 +21,11 @@ def fastrlhf(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from fastrlhf.config import DPOConfig
     from fastrlhf.dpo import DPO
 
-    settings = sides.our_options(options, folder) | {"batch_size": options.batch // 2, "beta": BETA}
+    settings = training.our_options(options, folder) | {"batch_size": options.batch // 2, "beta": BETA}
     trainer = DPO(DPOConfig(model=str(folder / "model"), data=str(folder / "pairs.jsonl"), **settings))
-    with sides.Clock() as clock:  # what was done once already, now without the loading
+    with training.Clock() as clock:  # what was done once already, now without the loading
         trainer.logprobs_of(trainer.model, trainer.rows)
-    found = sides.train_ours(trainer)
+    found = training.train_ours(trainer)
     return {**found, "seconds": found["seconds"] + clock.seconds, "reference_seconds": clock.seconds}
 
 
@@ -39,7 +39,7 @@ def trl(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         model=model,
         ref_model=reference,
         args=DPOConfig(
-            **sides.trainer_options(options, folder),
+            **training.trainer_options(options, folder),
             beta=BETA,
             per_device_train_batch_size=options.batch // 2,
             max_length=task.MAX_LENGTH,
@@ -50,7 +50,7 @@ def trl(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     rows = trainer.train_dataset
     prompts, *responses = (sum(map(len, rows[column])) for column in rows.column_names if column.endswith("_ids"))
-    return {**sides.train_theirs(trainer), "tokens": 2 * prompts + sum(responses)}
+    return {**training.train_theirs(trainer), "tokens": 2 * prompts + sum(responses)}
 
 
 def main() -> None:

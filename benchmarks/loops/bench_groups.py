@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import llama
-from benchmarks.loops import sides, task
+from benchmarks.loops import sides, task, training
 
 APART = "fastrlhf, prompts apart"
 NUM_PROMPTS, SAMPLES, NEW_TOKENS, KL_COEF = 2, 8, 64, 0.04
@@ -38,7 +38,7 @@ def fastrlhf(options: argparse.Namespace, folder: Path, *, share_prompts: bool =
             model=str(folder / "model"),
             reward=share_of_even,
             data=str(folder / "prompts.jsonl"),
-            **sides.our_options(options, folder),
+            **training.our_options(options, folder),
             estimator="grpo",
             kl_in="loss",
             kl_estimator="k3",
@@ -53,7 +53,7 @@ def fastrlhf(options: argparse.Namespace, folder: Path, *, share_prompts: bool =
             max_new_tokens=NEW_TOKENS,
         )
     )
-    clock, computed = sides.Clock(), []
+    clock, computed = training.Clock(), []
     train = trainer.learner.train
     trainer.learner.train = lambda batch, **more: computed.append(batch.num_tokens) or train(batch, **more)
     if options.device != "cpu":  # once before, to load kernels
@@ -82,7 +82,7 @@ def trl(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         model=str(folder / "model"),
         reward_funcs=share_of_even,
         args=GRPOConfig(
-            **sides.trainer_options(options, folder),
+            **training.trainer_options(options, folder),
             per_device_train_batch_size=NUM_PROMPTS * SAMPLES,
             num_generations=SAMPLES,
             max_completion_length=NEW_TOKENS,
@@ -95,7 +95,7 @@ def trl(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
         processing_class=AutoTokenizer.from_pretrained(folder / "model", padding_side="left"),
     )
-    return sides.train_theirs(trainer)
+    return training.train_theirs(trainer)
 
 
 def operations(config: Any, prompts: list[int]) -> float:

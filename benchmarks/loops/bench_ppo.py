@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import llama
-from benchmarks.loops import sides, task
+from benchmarks.loops import sides, task, training
 
 NUM_PROMPTS, NEW_TOKENS, EPOCHS, MINIBATCHES, LEARNING_RATE = 16, 64, 4, 4, 1e-8
 SETTINGS = {"kl_coef": 0.05, "gamma": 1.0, "lam": 0.95}
@@ -31,7 +31,7 @@ TRL_PPO = {
 
 def fastrlhf(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     trainer = our_trainer(options, folder)
-    clock = sides.Clock()
+    clock = training.Clock()
     if options.device != "cpu":  # once before, to load kernels
         trainer.step()
         trainer.log.timer.lap()
@@ -73,7 +73,7 @@ def our_trainer(options: argparse.Namespace, folder: Path) -> Any:
             model=str(folder / "model"),
             reward=str(folder / "reward"),
             data=str(folder / "prompts.jsonl"),
-            **sides.our_options(options, folder)
+            **training.our_options(options, folder)
             | {"learning_rate": LEARNING_RATE, "max_grad_norm": 1e9},  # TRL's does not clip
             **SETTINGS,
             value_learning_rate=LEARNING_RATE,
@@ -100,7 +100,7 @@ def trl(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32) for _ in range(2)
     )
     config = PPOConfig(
-        **sides.trainer_options(options, folder, learning_rate=LEARNING_RATE),
+        **training.trainer_options(options, folder, learning_rate=LEARNING_RATE),
         **SETTINGS,
         per_device_train_batch_size=NUM_PROMPTS,  # a micro-batch is then a minibatch, and each has an optimizer step
         num_mini_batches=MINIBATCHES,
@@ -115,7 +115,7 @@ def trl(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     generate, drawn = module.batch_generation, []
 
     def watched(*args: Any) -> Any:
-        with sides.Clock() as clock:
+        with training.Clock() as clock:
             result = generate(*args)
         drawn.append((args[1], result[0], clock.seconds))
         return result
@@ -133,7 +133,7 @@ def trl(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     lines: list[dict[str, float]] = []
     log = trainer.log
     trainer.log = lambda metrics, *args, **kwargs: (lines.append(metrics), log(metrics, *args, **kwargs))
-    result = sides.train_theirs(trainer)
+    result = training.train_theirs(trainer)
     ((queries, sequences, seconds),) = drawn
     responses = responses_of(queries, sequences, tokenizer)
     tokens = sum(map(len, prompts)) + sum(map(len, responses.values()))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import llama
-from benchmarks.loops import sides, task
+from benchmarks.loops import sides, task, training
 
 APART = "fastrlhf, prompts apart"
 RTOL = 1e-4  # of losses, which are of differences of scores: rounding in another order makes 1e-6 of it
@@ -23,11 +23,11 @@ def fastrlhf(options: argparse.Namespace, folder: Path, *, share_prompts: bool =
     from fastrlhf.config import RewardConfig
     from fastrlhf.reward import RewardTrainer
 
-    settings = sides.our_options(options, folder) | {"center_bias": False, "batch_size": options.batch // 2}
+    settings = training.our_options(options, folder) | {"center_bias": False, "batch_size": options.batch // 2}
     settings |= {"model": str(folder / "reward"), "data": str(folder / "pairs.jsonl"), "share_prompts": share_prompts}
     trainer = RewardTrainer(RewardConfig(**settings))
     computed = sum(map(trainer.num_computed, trainer.rows))
-    return {**sides.train_ours(trainer), "computed": computed}
+    return {**training.train_ours(trainer), "computed": computed}
 
 
 def trl(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def trl(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     trainer = RewardTrainer(
         model=str(folder / "reward"),
         args=RewardConfig(
-            **sides.trainer_options(options, folder),
+            **training.trainer_options(options, folder),
             per_device_train_batch_size=options.batch // 2,
             max_length=task.MAX_LENGTH,
             train_sampling_strategy="sequential",
@@ -51,7 +51,7 @@ def trl(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     columns = [column for column in trainer.train_dataset.column_names if column.endswith("_ids")]
     tokens = sum(len(row) for column in columns for row in trainer.train_dataset[column])
-    return {**sides.train_theirs(trainer), "tokens": tokens}
+    return {**training.train_theirs(trainer), "tokens": tokens}
 
 
 def padded(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -64,12 +64,12 @@ def padded(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = tokens_of(task.read(folder / "ordered_pairs.jsonl"), AutoTokenizer.from_pretrained(folder / "reward"))
 
     def loss_of(batch: list[list[int]]) -> torch.Tensor:
-        ids, mask = sides.right_padded(batch, options.device)
+        ids, mask = training.right_padded(batch, options.device)
         scores = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float()
         return -F.logsigmoid(scores[0::2] - scores[1::2]).mean()
 
     batches = [rows[i : i + options.batch] for i in range(0, len(rows), options.batch)]
-    return {**sides.train_plainly(model, batches, loss_of, options.device), "tokens": sum(map(len, rows))}
+    return {**training.train_plainly(model, batches, loss_of, options.device), "tokens": sum(map(len, rows))}
 
 
 def tokens_of(pairs: list[dict[str, str]], tokenizer: Any) -> list[list[int]]:

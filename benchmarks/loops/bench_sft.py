@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import llama
-from benchmarks.loops import sides, task
+from benchmarks.loops import sides, task, training
 
 RTOL = 1e-5  # of losses: rounding in another order makes 1e-7 of it
 FILES = {"loss of responses": "demonstrations.jsonl", "loss of all tokens": "texts.jsonl"}
@@ -23,11 +23,11 @@ def fastrlhf(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from fastrlhf.config import SFTConfig
     from fastrlhf.sft import SFT
 
-    settings = sides.our_options(options, folder)
+    settings = training.our_options(options, folder)
     config = SFTConfig(
         model=str(folder / "model"), data=str(folder / options.file), batch_size=options.batch, **settings
     )
-    return sides.train_ours(SFT(config))
+    return training.train_ours(SFT(config))
 
 
 def trl(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def trl(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    settings = sides.trainer_options(options, folder)
+    settings = training.trainer_options(options, folder)
     trainer = SFTTrainer(
         model=str(folder / "model"),
         args=SFTConfig(
@@ -50,7 +50,7 @@ def trl(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
     )
     tokens = sum(map(len, trainer.train_dataset["input_ids"]))
-    return {**sides.train_theirs(trainer), "tokens": tokens}
+    return {**training.train_theirs(trainer), "tokens": tokens}
 
 
 def padded(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def padded(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = [tokens_of(row, tokenizer) for row in task.read(folder / ("ordered_" + options.file))]
 
     def loss_of(batch: list[tuple[list[int], int]]) -> torch.Tensor:
-        ids, mask = sides.right_padded([tokens for tokens, _ in batch], options.device)
+        ids, mask = training.right_padded([tokens for tokens, _ in batch], options.device)
         place = torch.arange(ids.shape[1], device=options.device)
         starts = torch.tensor([start for _, start in batch], device=options.device)[:, None]
         labels = ids.masked_fill((mask == 0) | (place < starts), -100)[:, 1:]
@@ -71,7 +71,7 @@ def padded(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
     batches = [rows[i : i + options.batch] for i in range(0, len(rows), options.batch)]
-    return {**sides.train_plainly(model, batches, loss_of, options.device), "tokens": sum(len(r) for r, _ in rows)}
+    return {**training.train_plainly(model, batches, loss_of, options.device), "tokens": sum(len(r) for r, _ in rows)}
 
 
 def tokens_of(row: dict[str, str], tokenizer: Any) -> tuple[list[int], int]:
