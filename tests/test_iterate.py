@@ -1,6 +1,11 @@
 """`fastrlhf iterate`, with a tiny random model: what each round learns from, and a run that is stopped anywhere."""
 
 import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -8,7 +13,7 @@ import pytest
 import torch
 import yaml
 from fake_server import serving
-from loops import model_folder, write_rows
+from loops import ROOT, model_folder, write_rows
 from test_label import top_logprobs
 from transformers import AutoModelForSequenceClassification
 
@@ -23,13 +28,34 @@ from fastrlhf.template import Renderer, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GOLD = """
+asked = []
+
+
 def early_letters(prompts, responses, *, topic, **columns):
     assert [f"question {n}" for n in topic] == prompts
-    return [sum(character < "n" for character in response) / 8 for response in responses]
+    asked.append([sum(character < "n" for character in response) / 8 for response in responses])
+    return asked[-1]
 
 
 def by_subject(prompts, responses, *, subject):
     return [0.0 for _ in responses]
+"""
+
+KILLED = """
+import os, signal
+from fastrlhf.feedback.iterate import Iterate, RewardTrainer
+from fastrlhf.feedback_config import IterateConfig
+step = RewardTrainer.step
+
+
+def killed(loop):
+    if "round-2" in loop.config.output and loop.num_steps_done == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(loop)
+
+
+RewardTrainer.step = killed
+list(Iterate(IterateConfig(**{settings!r})))
 """
 
 
@@ -86,6 +112,7 @@ def files_of(output):
 def test_each_round_labels_learns_from_all_pairs_and_goes_on_from_the_last_policy(settings):
     results = run(settings)
     output = Path(settings["output"])
+    asked = sys.modules["tiny_gold_of_rounds"].asked
     stages = [f"round-{n}/{stage}" for n in (1, 2) for stage in ("pairs", "reward", "ppo")]
     assert list(results) == ["data", *stages, "summary"]
     tables = {name: read_jsonl(output / f"data/{name}.jsonl") for name in ("prompts", "heldout")}
@@ -104,6 +131,13 @@ def test_each_round_labels_learns_from_all_pairs_and_goes_on_from_the_last_polic
     assert first["accuracy_before"] is None and second["comparisons"] == len(pairs[0] + pairs[1])
     last = read_jsonl(output / "round-2/ppo/metrics.jsonl")[-1]
     assert (second["kl"], second["heldout_gold"]) == (last["objective/kl"], last["eval/score"])
+    # of both rounds: pairs of 8 prompts, pairs of the 6 that are held out, answers to these
+    assert [len(values) for values in asked] == [16, 12, 6] * 2
+    for row, pairs_of, answers in ((first, asked[1], asked[2]), (second, asked[4], asked[5])):
+        means = [sum(pairs_of[n : n + 2]) / 2 for n in range(0, 12, 2)]
+        for name, values in (("gold_before", means), ("heldout_gold", answers)):
+            assert row[name] == pytest.approx(statistics.mean(values), abs=1e-6)
+            assert row[f"{name}_error"] == pytest.approx(statistics.stdev(values) / 6**0.5, abs=1e-6)
     assert second["accuracy_before"] == pytest.approx(accuracy(output / "round-1/reward/model", pairs[1]))
     assert f"right on {second['accuracy_before']:.1%} of {len(pairs[1])} fresh pairs" in results["round-2/ppo"]
     assert not list(output.rglob("checkpoints"))
@@ -172,6 +206,29 @@ def test_settings_of_a_finished_round_may_not_change_before_the_next(settings, t
     file.write_text("weight_decay: 0.2\n")
     with pytest.raises(ValueError, match=r"resume: weight_decay was 0.1 and is 0.2"):
         Iterate(IterateConfig(**settings, resume=True))
+
+
+def test_a_run_killed_in_the_reward_model_of_the_second_round_continues_to_the_same_files(settings, tmp_path):
+    run(settings, output=str(tmp_path / "whole"))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", KILLED.format(settings=settings)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (Path(settings["output"]) / "round-2/reward/model").exists()
+    assert len(read_jsonl(Path(settings["output"]) / "round-2/reward/metrics.jsonl")) == 2
+    run(settings, resume=True)
+    assert files_of(settings["output"]) == files_of(tmp_path / "whole")
+
+
+def test_no_two_rounds_draw_alike_in_jobs_of_neighbouring_seeds(settings):
+    seeds = []
+    for seed in range(4):
+        job = Iterate(IterateConfig(**{**settings, "seed": seed, "output": f"{settings['output']}-{seed}"}))
+        seeds += [job.seed(number, what) for number in range(1, 65) for what in range(3)]
+    assert len(set(seeds)) == len(seeds) == 4 * 64 * 3
 
 
 def test_a_run_stopped_while_the_judge_labels_asks_about_the_rest_alone(judged, tmp_path, monkeypatch):

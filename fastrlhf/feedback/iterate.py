@@ -25,7 +25,8 @@ from fastrlhf.evaluate import answer
 from fastrlhf.feedback.label import Label
 from fastrlhf.feedback.rounds import accuracy, last_evaluated, round_line, round_row
 from fastrlhf.feedback.rows import Item, Row, as_prompt, as_text, check_share, lines, read_items
-from fastrlhf.feedback_config import IterateConfig, JudgeConfig, LabelConfig
+from fastrlhf.feedback_config import MAX_ROUNDS, IterateConfig, JudgeConfig, LabelConfig
+from fastrlhf.held_out import mean_and_error
 from fastrlhf.labels import label_pairs
 from fastrlhf.metrics import MetricsLog, read_jsonl
 from fastrlhf.models import Policy
@@ -172,8 +173,9 @@ class Iterate(Stages):
                 progress=done,
             )
         pairs, counts = label_pairs(answers, [row["prompt"] for row in rows])
-        mean = answers.judgements["gold"].double().mean().item()
-        return [{**pair, "rater": "gold"} for pair in pairs if pair], {**counts, "mean_gold": mean}
+        mean, error = mean_and_error(answers.judgements["gold"].view(-1, 2).mean(1))  # of a prompt
+        gold = {"mean_gold": mean, "mean_gold_error": error}
+        return [{**pair, "rater": "gold"} for pair in pairs if pair], {**counts, **gold}
 
     def by_judge(self, number: int, name: str, rows: Sequence[Row]) -> tuple[list[Row], Row]:
         """The pairs that the judge labels, with its summary; a labelling that was stopped goes on."""
@@ -265,8 +267,8 @@ class Iterate(Stages):
         return self.config.model if number == 1 else str(self.folder(number - 1) / "ppo/model")
 
     def seed(self, number: int, what: int) -> int:
-        """A seed of its own for each thing that draws in a round."""
-        return (self.config.seed + 3 * number + what) % 2**31
+        """A seed of its own for each thing that draws in a round, and of no other round of a job with another seed."""
+        return ((MAX_ROUNDS + 1) * 3 * self.config.seed + 3 * number + what) % 2**31
 
     def summary(self) -> None:
         """Writes a row a round."""

@@ -15,6 +15,8 @@ from fastrlhf.models import RewardModel
 from fastrlhf.packing import pack
 from fastrlhf.template import load_tokenizer
 
+GOLD = {"heldout_gold": "eval/score", "heldout_gold_error": "eval/score_error"}  # of metrics, where gold judges
+
 
 @torch.no_grad()
 def accuracy(config: IterateConfig, model: Path, pairs: Path, *, max_length: int) -> Row:
@@ -45,8 +47,10 @@ def round_row(folder: Path) -> Row:
     """The figures of a round.
 
     accuracy_before: of the last round's reward model on this round's pairs; None in the first
-    heldout_gold: the gold reward of the policy's answers to held-out prompts; None with a judge"""
-    before = json.loads((folder / "pairs/counts.json").read_text(encoding="utf-8")).get("accuracy_before", {})
+    gold_before, heldout_gold: the gold reward of answers to held-out prompts before PPO (two a prompt) and after it
+        (one), with standard errors over prompts; None with a judge"""
+    counts = json.loads((folder / "pairs/counts.json").read_text(encoding="utf-8"))
+    before = counts.get("accuracy_before", {})
     reward, ppo = last_evaluated(folder), read_jsonl(folder / "ppo/metrics.jsonl")[-1]
     return {
         "pairs": len(read_jsonl(folder / "pairs/train.jsonl")),
@@ -59,7 +63,9 @@ def round_row(folder: Path) -> Row:
         "kl": ppo["objective/kl"],
         # with a gold function that is what held-out answers are scored by, besides what is trained on
         "heldout_score": ppo.get("eval/trained_score", ppo["eval/score"]),
-        "heldout_gold": ppo["eval/score"] if "eval/trained_score" in ppo else None,
+        "gold_before": counts["heldout"].get("mean_gold"),
+        "gold_before_error": counts["heldout"].get("mean_gold_error"),
+        **{name: ppo[key] if "eval/trained_score" in ppo else None for name, key in GOLD.items()},
     }
 
 
@@ -71,7 +77,10 @@ def round_line(row: Row) -> str:
             f"the last reward model is right on {row['accuracy_before']:.1%} of {row['pairs']} fresh pairs, "
             f"{row['heldout_accuracy_before']:.1%} of held-out ones; the new one"
         )
-    gold = "" if row["heldout_gold"] is None else f", gold {row['heldout_gold']:.3f}"
+    gold = ""
+    if row["heldout_gold"] is not None:
+        after, before = (f"{row[name]:.3f} ± {row[f'{name}_error']:.3f}" for name in ("heldout_gold", "gold_before"))
+        gold = f", gold {after} after {before}"
     return (
         f"{right} on {row['heldout_accuracy']:.1%} of {row['heldout_pairs']} held-out pairs; score "
         f"{row['score']:.3f}, held out {row['heldout_score']:.3f}{gold}; KL {row['kl']:.2f} nats a response"
