@@ -18,7 +18,6 @@ import csv
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -224,21 +223,18 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.into / f"{options.task}.csv"
     options.into.mkdir(parents=True, exist_ok=True)
     rows = [] if options.anew else read(path)
-    seconds = json.loads(path.with_suffix(".json").read_text())["seconds"] if rows else {}
     with tempfile.TemporaryDirectory() as temporary:
         for seed in range(options.seeds or SEEDS[options.task]):
             for way in options.ways or (WAYS if options.task == "toy" else WAYS[:2]):
                 if any((row["seed"], row["way"]) == (seed, way) for row in rows):
                     continue
-                start = time.perf_counter()
                 if options.task == "toy":
                     config = toy(Path(temporary) / str(seed), seed)
                 else:
                     config = demo(options.run / "rounds" / str(seed), seed, options.run)
                 rows += [{"seed": seed, "way": way, **row} for row in walk(config, way)]
                 write(path, rows)
-                seconds[f"{way} {seed}"] = round(time.perf_counter() - start)
-                facts = {"seconds": seconds, **{k: v for k, v in machine("cpu", tiny=True).items() if k in FACTS}}
+                facts = {name: fact for name, fact in machine("cpu", tiny=True).items() if name in FACTS}
                 path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
     plot(path.with_suffix(".svg"), rows)
     print(table(rows))

@@ -174,24 +174,32 @@ def test_what_is_held_out_is_learned_from_nowhere(settings, tmp_path, capsys):
     assert f"comparisons.jsonl: {len(held_out)} rows have a held-out prompt" in capsys.readouterr().out
 
 
-def test_a_run_stopped_in_ppo_of_the_second_round_continues_to_the_same_files(settings, tmp_path, monkeypatch):
+def test_a_run_killed_in_a_reward_model_and_stopped_in_ppo_continues_to_the_same_files(settings, tmp_path, monkeypatch):
     run(settings, output=str(tmp_path / "whole"))
+    killed = subprocess.run(
+        [sys.executable, "-W", "error", "-c", KILLED.format(settings=settings)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(read_jsonl(Path(settings["output"]) / "round-2/reward/metrics.jsonl")) == 2
     step, done = PPO.step, []
 
     def stop_in_the_second(loop):
-        if "round-2" in loop.config.output and loop.num_steps_done == 1:
+        done.append((Path(loop.config.output).parent.name, loop.num_steps_done))
+        if loop.num_steps_done == 1:
             raise KeyboardInterrupt
-        done.append(loop.num_steps_done)
         return step(loop)
 
     monkeypatch.setattr(PPO, "step", stop_in_the_second)
     with pytest.raises(KeyboardInterrupt):
-        run(settings)
-    assert done == [0, 1, 0]
+        run(settings, resume=True)
+    assert done == [("round-2", 0), ("round-2", 1)], "the first round was over"
     monkeypatch.setattr(PPO, "step", step)
     run(settings, resume=True)
     whole = files_of(tmp_path / "whole")
-    assert any(name.endswith("ppo/model/model.safetensors") for name in whole)
+    assert {"summary.json", "round-2/ppo/model/model.safetensors"} <= whole.keys()
     assert files_of(settings["output"]) == whole
 
 
@@ -206,21 +214,6 @@ def test_settings_of_a_finished_round_may_not_change_before_the_next(settings, t
     file.write_text("weight_decay: 0.2\n")
     with pytest.raises(ValueError, match=r"resume: weight_decay was 0.1 and is 0.2"):
         Iterate(IterateConfig(**settings, resume=True))
-
-
-def test_a_run_killed_in_the_reward_model_of_the_second_round_continues_to_the_same_files(settings, tmp_path):
-    run(settings, output=str(tmp_path / "whole"))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", KILLED.format(settings=settings)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (Path(settings["output"]) / "round-2/reward/model").exists()
-    assert len(read_jsonl(Path(settings["output"]) / "round-2/reward/metrics.jsonl")) == 2
-    run(settings, resume=True)
-    assert files_of(settings["output"]) == files_of(tmp_path / "whole")
 
 
 def test_no_two_rounds_draw_alike_in_jobs_of_neighbouring_seeds(settings):

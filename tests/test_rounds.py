@@ -5,8 +5,9 @@ import statistics
 
 import pytest
 import yaml
+from loops import ROOT
 
-from benchmarks.rounds import demo, main, means, read, table, toy, walk, write
+from benchmarks.rounds import RESULTS, demo, main, means, read, table, toy, walk, write
 from fastrlhf.pipeline import Run
 from fastrlhf.run_config import RunConfig
 
@@ -51,6 +52,15 @@ def test_means_are_over_seeds_and_the_gain_is_paired(tmp_path):
         last == f"fresh - first after round 1: 1.500 ± {statistics.stdev((0.5, 1, 3)) / math.sqrt(3):.3f}, of 3 seeds"
     )
     assert means([row for row in rows if row["seed"] == 0])["fresh", 1].error == 0.25, "of a single seed: over prompts"
+
+
+def test_the_table_of_the_docs_is_that_of_the_results():
+    rows, page = read(RESULTS / "toy.csv"), (ROOT / "docs/feedback.md").read_text(encoding="utf-8")
+    lines = table(rows).splitlines()
+    assert "\n".join(lines[2:8]) + "\n\n" in page
+    assert [line.partition(":")[0] for line in lines[8:]] == [
+        f"fresh - {way} after round 5" for way in ("first", "many")
+    ]
 
 
 def test_rounds_of_the_demo_have_its_settings_and_its_prompts(tmp_path, monkeypatch):
