@@ -76,7 +76,7 @@ def attend(
         options: dict[str, Any] = {"prefix_lengths": prefixes, "scale": scaling, "window": sliding_window}
         return packed_attention(q, k, v, cu_seq_lens_q, **options)[None], None
     if key_rows is not None:
-        key, value = _gather(key, key_rows), _gather(value, key_rows)
+        key, value = gather(key, 2, key_rows), gather(value, 2, key_rows)
     if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
         bounds = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         return _varlen(query, key, value, scaling, sliding_window, bounds), None
@@ -89,10 +89,10 @@ def attend(
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
-def _gather(x: Tensor, rows: Tensor) -> Tensor:
-    """Returns x[:, :, rows]. Gradients of a row that is there twice are added in a fixed order, which torch has for
-    index_select on the CPU and for indexing on GPUs."""
-    return x[:, :, rows] if x.is_cuda else x.index_select(2, rows)
+def gather(x: Tensor, dim: int, rows: Tensor) -> Tensor:
+    """Returns x.index_select(dim, rows). Gradients of a row that is there several times are added in a fixed order,
+    which torch has for index_select on the CPU and for indexing on GPUs."""
+    return x[(slice(None),) * dim + (rows,)] if x.is_cuda else x.index_select(dim, rows)
 
 
 def _varlen(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
+from fastrlhf.attention import gather
 from fastrlhf.fused_layers import is_close, subclass
 from fastrlhf.packing import Packed
 
@@ -36,7 +37,7 @@ class LastLayer(nn.Module):
             return super().forward(hidden_states, *others, **options)
         normed = self.input_layernorm(hidden_states)
         attended = self.self_attn(*others, hidden_states=normed, **options)[0]
-        read = (hidden_states + attended)[:, rows_read]
+        read = gather(hidden_states + attended, 1, rows_read)
         return read + self.mlp(self.post_attention_layernorm(read))
 
 
@@ -55,7 +56,7 @@ def read_rows(body: PreTrainedModel, batch: Packed, rows: Tensor) -> Tensor:
     """Returns the last hidden states (M, D) of the given rows (M,) of a pack, after the final norm."""
     if isinstance(_last_layer(body), LastLayer):
         return body(**batch.model_inputs(), **{READ: rows}).last_hidden_state.squeeze(0)
-    return body(**batch.model_inputs()).last_hidden_state.squeeze(0)[rows]
+    return gather(body(**batch.model_inputs()).last_hidden_state.squeeze(0), 0, rows)
 
 
 def _last_layer(body: nn.Module) -> nn.Module | None:

@@ -9,7 +9,7 @@ from tiny import tiny_model
 from transformers import AttentionMaskInterface
 
 from fastrlhf import attention
-from fastrlhf.attention import ATTENTION, attend, causal_mask
+from fastrlhf.attention import ATTENTION, attend, causal_mask, gather
 from fastrlhf.packing import pack
 
 LENGTHS = (5, 1, 37, 20, 64, 1)
@@ -146,6 +146,23 @@ def test_flash_attention_is_given_the_keys_of_prefixes(window, monkeypatch):
         tensor.backward(grad)
     for ours, theirs in zip(gpu, cpu, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_the_gradient_of_gathered_rows_is_the_same_each_time_on_several_threads():
+    """Of 64 rows, each 16 times."""
+    before, found = torch.get_num_threads(), set()
+    x, rows = torch.randn(1, 400, 64, requires_grad=True), (torch.arange(1024) * 7) % 64
+    grad = torch.randn(1, 1024, 64)
+    torch.set_num_threads(2)
+    try:
+        for _ in range(30):
+            (of_x,) = torch.autograd.grad(gather(x, 1, rows), x, grad)
+            found.add(of_x.numpy().tobytes())
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+    exact = torch.zeros(400, 64, dtype=torch.float64).index_add_(0, rows, grad[0].double())
+    torch.testing.assert_close(of_x[0].double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_a_sequence_is_untouched_by_its_neighbours():

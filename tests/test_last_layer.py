@@ -11,6 +11,7 @@ from fastrlhf.last_layer import LastLayer
 from fastrlhf.lora import Adapter
 from fastrlhf.models import Policy, RewardModel, load_causal_lm
 from fastrlhf.packing import pack
+from fastrlhf.shared_prompts import pack_responses
 
 LLAMA_LIKE = ("llama", "qwen2", "qwen3", "mistral")
 SEQUENCES = [[7, 8, 9, 10, 11, 12], [5, 6], [20, 21, 22, 23], [30, 31, 32]]
@@ -95,6 +96,25 @@ def test_models_with_other_layers_are_left_alone_and_read_the_same_rows(arch):
     rows = torch.tensor([3, 9, 3])
     everything = model.base_model(**batch.model_inputs()).last_hidden_state[0]
     assert torch.equal(Policy(model).hidden(batch, rows), everything[rows])
+
+
+def nodes(node, seen):
+    """The names of what a gradient passes."""
+    if node is not None and node not in seen:
+        seen[node] = node.name()
+        for before, _ in node.next_functions:
+            nodes(before, seen)
+    return set(seen.values())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_gradients_of_a_row_that_is_read_for_several_responses_are_added_in_a_fixed_order(arch):
+    """Torch's gradient of x[rows] is not: threads add theirs as they come. See test_attention.py for that of gather."""
+    policy = Policy(load_causal_lm(tiny_model(arch)))
+    batch = pack_responses([[7, 8, 9]] * 3, [[5, 6], [4], [3, 2]], share_prompts=True, device="cpu")
+    assert batch.predictors.tolist().count(2) == 3
+    passed = nodes(policy(batch).sum().grad_fn, {})
+    assert "IndexSelectBackward0" in passed and "IndexBackward0" not in passed
 
 
 def test_a_layer_that_computes_something_else_from_the_same_parts_is_left_alone():
