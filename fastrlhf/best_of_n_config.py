@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastrlhf.config import REQUIRED, LoopConfig, above, at_least, convert, field_types, option, rare, within
+from fastrlhf.config import REQUIRED, JobConfig, above, at_least, option, rare, within
 
 # settings that loops have too
 SHARED = ("model", "data", "limit", "max_tokens", "max_rejected", "template", "seed", "device", "dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig:
+class SearchConfig(JobConfig):
     """What all three need."""
 
     model: str = option(REQUIRED, "folder or hub id of the policy that responds")
@@ -22,27 +22,17 @@ class SearchConfig:
     max_prompt_tokens: int = option(512, "longer prompts are rejected")
     max_new_tokens: int = option(128, "length at which responses are cut off")
     temperature: float = option(1.0, "of sampling")
-    max_tokens: int = option(4096, "tokens a micro-batch: memory and speed, not results")
     max_slots: int = rare(64, "most responses drawn at once: memory and speed, not results")
-    max_rejected: float = rare(0.01, "stop if a larger share of the rows is rejected")
-    template: str = option("auto", "chat template: auto (if the tokenizer has one), chat or none")
-    seed: int = option(0, "seed of everything that is drawn")
-    device: str = option("auto", "auto, cpu or cuda")
-    dtype: str = option("auto", "of the forward: auto (bfloat16 on cuda), float32 or bfloat16")
     resume: bool = option(False, "continue an earlier run in the output folder")
     overwrite: bool = option(False, "delete an earlier run in the output folder")
 
     def __post_init__(self) -> None:
-        for name, kind in field_types(type(self)).items():
-            object.__setattr__(self, name, convert(name, getattr(self, name), kind))
+        super().__post_init__()
         at_least(self, 2, "n")
         at_least(self, 1, "limit", "max_prompt_tokens", "max_new_tokens", "max_slots")
         above(self, 0, "temperature")
-        self.loop()
-
-    def loop(self) -> LoopConfig:
-        """The settings that it shares with loops, which checks them."""
-        return LoopConfig(**{name: getattr(self, name) for name in (*SHARED, "output", "resume", "overwrite")})
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastrlhf.config_values import convert, field_types
+from fastrlhf.config_values import convert_all
 
 SCHEDULES = ("constant", "linear", "cosine")
 OBJECTIVES = ("pairs", "plackett_luce", "all_pairs", "outcome", "ratings")  # of a reward model
@@ -32,11 +32,27 @@ def option(default: Any, help: str, *, rare: bool = False, positional: bool = Fa
 rare = functools.partial(option, rare=True)
 
 
-class OnDevice:
-    """What settings with a device and a dtype come to on this machine."""
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """What every job needs that puts rows through a model."""
 
-    device: str
-    dtype: str
+    max_tokens: int = option(4096, "tokens a micro-batch: memory and speed, not results")
+    max_rejected: float = rare(0.01, "stop if a larger share of the rows is rejected")
+    template: str = option("auto", "chat template: auto (if the tokenizer has one), chat or none")
+    seed: int = option(0, "seed of everything that is drawn")
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("auto", "of the forward: auto (bfloat16 on cuda), float32 or bfloat16")
+
+    def __post_init__(self) -> None:
+        convert_all(self)
+        choose(self, "template", ("auto", "chat", "none"))
+        choose(self, "device", ("auto", "cpu", "cuda"))
+        choose(self, "dtype", ("auto", "float32", "bfloat16"))
+        at_least(self, 1, "max_tokens")
+        at_least(self, 0, "seed")
+        within(self, 0, 1, "max_rejected")
+        if self.seed >= 2**31:
+            raise ValueError(f"seed must be below 2**31 = {2**31}, got {self.seed}")
 
     def resolve_device(self) -> torch.device:
         """The device of the run; raises ValueError for cuda without a GPU."""
@@ -52,7 +68,7 @@ class OnDevice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig(OnDevice):
+class LoopConfig(JobConfig):
     """What every loop needs."""
 
     model: str = option(REQUIRED, "folder or hub id of the model to start from")
@@ -66,15 +82,9 @@ class LoopConfig(OnDevice):
     optimizer: str = rare("adamw", "adamw, or adamw8bit: moments of a byte each (bitsandbytes)")
     adam_eps: float = rare(1e-5, "epsilon of AdamW")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
-    max_tokens: int = option(4096, "tokens a micro-batch: memory and speed, not results")
     limit: int | None = option(None, "use only so many rows of the data")
-    max_rejected: float = rare(0.01, "stop if a larger share of the rows is rejected")
-    template: str = option("auto", "chat template: auto (if the tokenizer has one), chat or none")
     save_every: int = option(100, "steps between checkpoints; 0: none")
     keep_checkpoints: int = option(2, "how many of them stay, the newest", rare=True)
-    seed: int = option(0, "seed of everything that is drawn")
-    device: str = option("auto", "auto, cpu or cuda")
-    dtype: str = option("auto", "of the forward: auto (bfloat16 on cuda), float32 or bfloat16")
     parallel: str = option("ddp", "under torchrun: ddp (a copy of each model a process) or fsdp (shards)", rare=True)
     gradient_checkpointing: bool = option(False, "recompute activations in backward to save memory")
     lora_rank: int = option(0, "train a low-rank adapter of this rank, and the head; 0: all weights")
@@ -85,20 +95,14 @@ class LoopConfig(OnDevice):
     overwrite: bool = option(False, "delete an earlier run in the output folder")
 
     def __post_init__(self) -> None:
-        for name, kind in field_types(type(self)).items():
-            object.__setattr__(self, name, convert(name, getattr(self, name), kind))
+        super().__post_init__()
         choose(self, "schedule", SCHEDULES)
-        choose(self, "template", ("auto", "chat", "none"))
-        choose(self, "device", ("auto", "cpu", "cuda"))
         choose(self, "parallel", ("ddp", "fsdp"))
         choose(self, "optimizer", ("adamw", "adamw8bit"))
-        choose(self, "dtype", ("auto", "float32", "bfloat16"))
         above(self, 0, "learning_rate", "adam_eps", "max_grad_norm", "lora_alpha")
-        at_least(self, 1, "batch_size", "max_tokens", "limit", "keep_checkpoints")
-        at_least(self, 0, "weight_decay", "seed", "save_every", "lora_rank")
-        within(self, 0, 1, "warmup_ratio", "max_rejected")
-        if self.seed >= 2**31:
-            raise ValueError(f"seed must be below 2**31 = {2**31}, got {self.seed}")
+        at_least(self, 1, "batch_size", "limit", "keep_checkpoints")
+        at_least(self, 0, "weight_decay", "save_every", "lora_rank")
+        within(self, 0, 1, "warmup_ratio")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
         if not self.has_adapters() and (self.lora_alpha, self.lora_targets) != (32.0, "all"):

@@ -59,6 +59,12 @@ def field_types(config_class: type) -> dict[str, Any]:
     return {field.name: kinds[field.name] for field in dataclasses.fields(config_class)}
 
 
+def convert_all(config: Any) -> None:
+    """Gives every field of a configuration that is being made the type that it says. Raises: as `convert`."""
+    for name, kind in field_types(type(config)).items():
+        object.__setattr__(config, name, convert(name, getattr(config, name), kind))
+
+
 def dump(config: Any) -> str:
     """The configuration as YAML; a function is written as module:function."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.config import REQUIRED, at_least, choose, convert, field_types, option, within
+from fastrlhf.config import REQUIRED, at_least, choose, option, within
+from fastrlhf.config_values import convert_all
 
 FORMATS = ("gsm8k", "helpsteer", "oasst", "pku-saferlhf", "sharegpt", "tldr", "ultrafeedback", "webgpt")
 
 
 def _converted(config: Any) -> None:
-    for name, kind in field_types(type(config)).items():
-        object.__setattr__(config, name, convert(name, getattr(config, name), kind))
+    convert_all(config)
     within(config, 0, 1, "max_rejected")
 
 

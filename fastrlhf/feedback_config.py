@@ -7,50 +7,35 @@ from typing import Any
 
 import torch
 
-from fastrlhf.config import REQUIRED, above, at_least, choose, convert, field_types, option, rare, within
+from fastrlhf.config import REQUIRED, JobConfig, above, at_least, choose, option, rare, within
 
 MAX_ROUNDS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeedbackConfig:
+class FeedbackConfig(JobConfig):
     """What all of them have."""
 
     output: str = option(REQUIRED, "folder of what is made")
-    template: str = option("auto", "chat template: auto (if the tokenizer has one), chat or none")
     temperature: float = option(1.0, "of sampling")
     max_prompt_tokens: int = option(512, "longer prompts are rejected")
     max_new_tokens: int = option(128, "length at which what is sampled is cut off")
-    max_tokens: int = option(4096, "tokens a forward pass: memory and speed, not results")
-    max_rejected: float = option(0.01, "stop if a larger share of the rows is rejected")
-    seed: int = option(0, "seed of everything that is drawn")
-    device: str = option("auto", "auto, cpu or cuda")
     resume: bool = option(False, "continue what was begun in the output folder")
     overwrite: bool = option(False, "delete an earlier run in the output folder")
 
     def __post_init__(self) -> None:
-        for name, kind in field_types(type(self)).items():
-            object.__setattr__(self, name, convert(name, getattr(self, name), kind))
-        choose(self, "template", ("auto", "chat", "none"))
-        choose(self, "device", ("auto", "cpu", "cuda"))
+        super().__post_init__()
         above(self, 0, "temperature")
-        at_least(self, 1, "max_prompt_tokens", "max_new_tokens", "max_tokens")
-        at_least(self, 0, "seed")
-        within(self, 0, 1, "max_rejected")
-        if self.seed >= 2**31:
-            raise ValueError(f"seed must be below 2**31 = {2**31}, got {self.seed}")
+        at_least(self, 1, "max_prompt_tokens", "max_new_tokens")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 
     def model_options(self) -> dict[str, Any]:
-        """How models that are not trained are loaded: on the device, in bfloat16 on a GPU.
+        """How models that are not trained are loaded.
 
         Raises: ValueError for cuda without a GPU."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but torch sees no GPU")
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        half = torch.bfloat16 if device == "cuda" else None
-        return {"device": torch.device(device), "autocast": half, "dtype": half or torch.float32}
+        half = self.autocast_dtype()
+        return {"device": self.resolve_device(), "autocast": half, "dtype": half or torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 
-from fastrlhf.config import REQUIRED, LoopConfig, did_you_mean, field_types
+from fastrlhf.config import REQUIRED, LoopConfig, did_you_mean
+from fastrlhf.config_values import field_types
 from fastrlhf.ppo_config import PRESETS, PPOConfig
 from fastrlhf.run_config import RUN_PRESETS, RunConfig
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from fastrlhf.config import convert, did_you_mean, field_types, option
+from fastrlhf.config import did_you_mean, option
+from fastrlhf.config_values import convert_all, field_types
 
 # cpu: a quarter of an hour on two cores; gpu: about as long on one
 RUN_PRESETS: dict[str, dict[str, Any]] = {
@@ -88,9 +89,9 @@ class RunConfig:
         for name, value in RUN_PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        convert_all(self)
         for name, kind in field_types(type(self)).items():
-            value = convert(name, getattr(self, name), kind)
-            object.__setattr__(self, name, value)
+            value = getattr(self, name)
             if name != "seed" and kind is int and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
             if kind is float and name != "kl_coef" and not 0 < value < math.inf:

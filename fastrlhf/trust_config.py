@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastrlhf.config import REQUIRED, OnDevice, at_least, choose, convert, field_types, option, rare
+from fastrlhf.config import REQUIRED, JobConfig, at_least, option, rare
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateRewardConfig(OnDevice):
+class EvaluateRewardConfig(JobConfig):
     """How far a reward model can be trusted: accuracy, calibration, length, labels, probes, as a page and as JSON."""
 
     model: str = option(REQUIRED, "reward model FOLDER[,FOLDER...] or module:function; several are an ensemble")
@@ -21,28 +21,17 @@ class EvaluateRewardConfig(OnDevice):
     tokenizer: str | None = option(None, "folder or hub id; default: that of the first model")
     limit: int | None = option(None, "use only so many rows of each file")
     max_length: int = option(1024, "pairs with a longer side are rejected")
-    max_tokens: int = option(4096, "tokens a micro-batch: memory and speed, not results")
-    template: str = option("auto", "chat template: auto (if the tokenizer has one), chat or none")
-    device: str = option("auto", "auto, cpu or cuda")
     plots: bool = option(True, "plots on the page; they need matplotlib")
     overwrite: bool = option(False, "replace an earlier report in the output folder")
-    max_rejected: float = rare(0.01, "stop if a larger share of a file's rows is rejected")
-    dtype: str = rare("auto", "of the forward: auto (bfloat16 on cuda), float32 or bfloat16")
     rater_column: str = rare("rater", "column of the data that names who labelled a pair")
     subset_column: str = rare("subset", "column of the benchmark that names a pair's subset")
     section_column: str = rare("section", "column of the benchmark that names the section of the subset")
     num_bins: int = rare(10, "bins of the reliability curve; other bins are half as many")
-    seed: int = rare(0, "seed of permutations and of calibration by chance")
 
     def __post_init__(self) -> None:
-        for name, kind in field_types(type(self)).items():
-            object.__setattr__(self, name, convert(name, getattr(self, name), kind))
-        choose(self, "template", ("auto", "chat", "none"))
-        choose(self, "device", ("auto", "cpu", "cuda"))
-        choose(self, "dtype", ("auto", "float32", "bfloat16"))
-        at_least(self, 1, "limit", "max_tokens")
+        super().__post_init__()
+        at_least(self, 1, "limit")
         at_least(self, 2, "max_length", "num_bins")
-        at_least(self, 0, "seed", "max_rejected")
         if not all(self.models):
             raise ValueError(f"model: no model between two commas in {self.model!r}")
         if len(set(self.models)) < len(self.models):

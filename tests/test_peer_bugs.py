@@ -18,7 +18,8 @@ from test_rollout import engine_of, model_of, prompts_of
 
 from fastrlhf import PPO, PPOConfig
 from fastrlhf.__main__ import COMMANDS
-from fastrlhf.config import RewardConfig, SFTConfig, field_types
+from fastrlhf.config import RewardConfig, SFTConfig
+from fastrlhf.config_values import field_types
 from fastrlhf.reward import RewardTrainer
 from fastrlhf.rollout import Sampling
 from fastrlhf.sft import SFT
@@ -166,5 +167,6 @@ def test_the_documented_options_exist():
     found = set(documented_commands())
     assert {command for command, _ in found} == {*COMMANDS}
     for command, option in found:
-        known = {f"--{name.replace('_', '-')}" for name in field_types(COMMANDS[command].config)}
+        kinds = {name.replace("_", "-"): kind for name, kind in field_types(COMMANDS[command].config).items()}
+        known = {f"--{name}" for name in kinds} | {f"--no-{name}" for name, kind in kinds.items() if kind is bool}
         assert option in known | {"--config", "--help", "--help-all"}, f"fastrlhf {command} {option}"

@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 
 from fastrlhf.checkpoint import check_output
-from fastrlhf.config import RewardConfig, field_types
+from fastrlhf.config import RewardConfig
+from fastrlhf.config_values import field_types
 from fastrlhf.data import DataError, Prompt, Rejected, batch_rows, shuffled
 from fastrlhf.evaluate import answer
 from fastrlhf.feedback.label import Label
@@ -254,7 +255,7 @@ class Iterate(Stages):
 
     def shared(self, output: Path) -> Row:
         """The settings that the loops share."""
-        names = ("template", "max_tokens", "max_rejected", "seed", "device")
+        names = ("template", "max_tokens", "max_rejected", "seed", "device", "dtype")
         own = {name: getattr(self.config, name) for name in names}
         return {**own, "output": str(output), "resume": output.exists()}  # by an earlier start of this job
 

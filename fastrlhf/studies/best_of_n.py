@@ -85,8 +85,8 @@ def candidates(
     check_output(config)
     for reward in judges.values():
         check_reward(reward)
-    options, path = config.loop(), Path(config.output) / "candidates.jsonl"
-    device, autocast, tokenizer = options.resolve_device(), options.autocast_dtype(), load_tokenizer(config.model)
+    path, tokenizer = Path(config.output) / "candidates.jsonl", load_tokenizer(config.model)
+    device, autocast = config.resolve_device(), config.autocast_dtype()
     prompts = prompts_of(config, tokenizer, least=least)
     columns = {name for prompt in prompts for name in prompt.columns}
     scorers = {

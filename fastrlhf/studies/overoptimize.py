@@ -76,8 +76,7 @@ class Overoptimize(Stages):
         loop = self.ppo_config()  # refuses what it refuses now, and not after the proxy is trained
         if config.resume:
             check_output(loop)  # a finished one, too, must be of these settings
-        options = config.loop()
-        device, autocast = options.resolve_device(), options.autocast_dtype()
+        device, autocast = config.resolve_device(), config.autocast_dtype()
         columns = [{name for prompt in prompts for name in prompt.columns} for prompts in (self.data, self.held_out)]
         self.gold = Scorer(
             config.gold,
@@ -218,8 +217,7 @@ class Overoptimize(Stages):
         return Sampling(max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature)
 
     def policy(self) -> Policy:
-        options = self.config.loop()
-        device, autocast = options.resolve_device(), options.autocast_dtype()
+        device, autocast = self.config.resolve_device(), self.config.autocast_dtype()
         return Policy.from_pretrained(self.config.model, device=device, autocast=autocast, freeze=True)
 
     def write(self, name: str, table: Any) -> None:
