@@ -113,7 +113,7 @@ def folder(tmp_path_factory):
     demonstrations(path / "demonstrations.jsonl", num=24)
     pairs(path / "pairs.jsonl")
     rows = [{"prompt": f"Say {n * 37}", "head": "ab"[n % 2]} for n in range(20)]
-    texts = [[f"{n * k * 7919}" for k in range(1, 3 + n % 4)] for n in range(20)]  # 2 to 5 responses
+    texts = [[f"{(n + 1) * k * 7919}" for k in range(1, 3 + n % 4)] for n in range(20)]  # 2 to 5 responses
     ranked = [{**row, "responses": t, "ranks": [*range(len(t))]} for row, t in zip(rows, texts, strict=True)]
     write_rows(path / "rankings.jsonl", ranked)
     labelled = [{"prompt": f"Say {n * 37}", "completion": t[0], "label": n % 3 > 0} for n, t in enumerate(texts)]
