@@ -28,5 +28,8 @@ def test_ratings_compare_by_each_attribute():
     rows = [Rated([9], [1], {"kind": 3.0, "short": 1.0}), Rated([9], [2], {"kind": 1.5, "short": 2.0})]
     found = {pair.head: (pair.chosen, pair.margin) for pair in comparisons(rows)}
     assert found == {"kind": ([1], 1.5), "short": ([2], 1.0)}
+    names = [f"attribute {n}" for n in range(9)]
+    many = comparisons([Rated([9], [n], dict.fromkeys(names, float(n))) for n in range(2)])
+    assert [pair.head for pair in many] == names  # the same order in every run
     (alone,) = comparisons([Rated([9], [1], {"rating": 3.0}), Rated([9], [2], {"rating": 1.0})])
     assert alone.head is None

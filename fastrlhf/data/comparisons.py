@@ -44,7 +44,7 @@ def _of_labels(first: Labelled, second: Labelled | Rated) -> Iterator[Pair]:
 
 def _of_ratings(first: Rated, second: Labelled | Rated) -> Iterator[Pair]:
     assert isinstance(second, Rated)
-    for name in first.ratings.keys() & second.ratings.keys():
+    for name in (name for name in first.ratings if name in second.ratings):  # a set of texts has another order each run
         good, bad = (first, second) if first.ratings[name] > second.ratings[name] else (second, first)
         margin, head = good.ratings[name] - bad.ratings[name], None if name == RATING else name
         if margin:
