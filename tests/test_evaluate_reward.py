@@ -176,6 +176,16 @@ def test_one_head_of_several_is_evaluated(files, tmp_path):
     chosen, rejected = (one(pack([side])).item() for side in sides(loop.pairs[0]))
     assert rows[0]["margin"] == pytest.approx(chosen - rejected, abs=1e-5)
     assert summary["models"] == ["heads#short"]
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    other = {**row, "chosen": "b", "rejected": "a", "head": "kind"}
+    data = write_rows(tmp_path / "data.jsonl", [{**row, "head": "short"}, other, other])
+    summary, rows, _, _ = report(settings(files, tmp_path / "short", model=source, data=data, plots=False))
+    assert summary["overall"]["num"] == len(rows) == 1 and summary["labels"]["repeats"]["contradicted"] == 0
+    assert summary["files"][-1] == "1 of 3 pairs are for the head short; the others are left out"
+    both = f"{source},{tmp_path / 'heads'}#kind"
+    summary, *_ = report(settings(files, tmp_path / "both", model=both, data=data, plots=False))
+    repeats = summary["labels"]["repeats"]
+    assert summary["overall"]["num"] == 3 and (repeats["num_items"], repeats["contradicted"]) == (2, 0)
     with pytest.raises(ValueError, match="no head 'long'"):
         EvaluateReward(settings(files, tmp_path / "other", model=f"{tmp_path / 'heads'}#long", plots=False))
 

@@ -1,6 +1,6 @@
 """What the labels themselves are worth: how far raters agree, and what accuracy is possible at all.
 
-An item is a prompt with two responses, in either order; a vote is what one label says of it.
+An item is a prompt with two responses, in either order, judged for one head; a vote is what one label says of it.
 """
 
 from __future__ import annotations
@@ -72,14 +72,17 @@ def votes(
     chosen: Sequence[Tokens],
     rejected: Sequence[Tokens],
     labels: Sequence[float] | None = None,
+    heads: Sequence[str | None] | None = None,
 ) -> list[Vote]:
-    """Returns the vote of each row. labels: P(chosen is better), default 1; below 1/2 the rejected one gets the vote"""
+    """Returns the vote of each row. labels: P(chosen is better), default 1; below 1/2 the rejected one gets the vote;
+    heads: what each is a label of, such as helpful, default one for all"""
     numbers: dict[Hashable, int] = {}
     found = []
     for n, (prompt, good, bad) in enumerate(zip(prompts, chosen, rejected, strict=True)):
         first, second = tuple(good), tuple(bad)
         swapped = second < first
-        item = numbers.setdefault((tuple(prompt), *((second, first) if swapped else (first, second))), len(numbers))
+        both, head = (second, first) if swapped else (first, second), None if heads is None else heads[n]
+        item = numbers.setdefault((tuple(prompt), *both, head), len(numbers))
         label = 1.0 if labels is None else labels[n]
         found.append(Vote(item, 1 - label if swapped else label))
     return found

@@ -55,7 +55,7 @@ class EvaluateReward:
         self.device, self.names = config.resolve_device(), names_of(config.models)
         self.tokenizer = load_tokenizer(config.tokenizer or first_folder(config.models))
         self.reports: list[str] = []
-        self.pairs = comparisons(self.read(LOADERS[layout_of(config.data)][0], config.data))
+        self.pairs = self.of_head(comparisons(self.read(LOADERS[layout_of(config.data)][0], config.data)))
         if not self.pairs:
             raise DataError(f"data: {config.data}: no two responses to one prompt were judged differently")
         self.benchmark = self.read(load_pairs, config.benchmark)
@@ -112,6 +112,15 @@ class EvaluateReward:
         loaded.report.notes.clear()  # they say which columns a loop would not use
         self.reports.append(str(loaded.report))
         return loaded.rows
+
+    def of_head(self, pairs: list[Pair]) -> list[Pair]:
+        """The pairs for the one head that all models name, where there are such; otherwise all pairs."""
+        heads = {None if is_function(source) else split_head(source)[1] for source in self.config.models}
+        own = [pair for pair in pairs if {pair.head} == heads and pair.head]
+        if own and len(own) < len(pairs):
+            (head,) = heads
+            self.reports.append(f"{len(own)} of {len(pairs)} pairs are for the head {head}; the others are left out")
+        return own or pairs
 
     def scorer(self, source: str) -> Scorer:
         """What scores with a model, checked: that it reads all that there is to score."""

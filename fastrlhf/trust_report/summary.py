@@ -216,6 +216,7 @@ def raters(evidence: Evidence, column: str) -> Summary:
         [pair.chosen for pair in pairs],
         [pair.rejected for pair in pairs],
         [pair.preference for pair in pairs],
+        [pair.head for pair in pairs],
     )
     names = [None if pair.columns.get(column) is None else str(pair.columns[column]) for pair in pairs]
     known = any(name is not None for name in names)

@@ -16,6 +16,8 @@ def test_an_item_is_a_prompt_with_two_responses_in_either_order():
     cast = votes([[9], [9], [8], [9]], [A, B, A, A], [B, A, B, C])
     assert [vote.item for vote in cast] == [0, 0, 1, 2]
     assert cast[0].side == -cast[1].side == cast[2].side
+    cast = votes([[9]] * 3, [A, B, A], [B, A, B], heads=["helpful", "harmless", "helpful"])
+    assert [vote.item for vote in cast] == [0, 1, 0]  # what is more helpful may well be less harmless
 
 
 def test_a_label_below_half_is_a_vote_for_the_other_and_half_is_none():
