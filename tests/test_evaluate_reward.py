@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import math
+import random
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -188,6 +190,23 @@ def test_one_head_of_several_is_evaluated(files, tmp_path):
     assert summary["overall"]["num"] == 3 and (repeats["num_items"], repeats["contradicted"]) == (2, 0)
     with pytest.raises(ValueError, match="no head 'long'"):
         EvaluateReward(settings(files, tmp_path / "other", model=f"{tmp_path / 'heads'}#long", plots=False))
+
+
+def test_the_file_of_scores_is_enough_to_compute_the_figures_again(files, tmp_path):
+    rng = random.Random(0)
+    told = [json.loads(line) for line in Path(files["data"]).read_text().splitlines()]
+    told = [{**row, "preference": rng.choice([0.3, 0.8, 1.0]), "margin": 2.0, "weight": 0.5} for row in told]
+    data = write_rows(tmp_path / "soft.jsonl", told)
+    summary, rows, _, _ = report(settings(files, tmp_path / "out", data=data, plots=False))
+    assert [row["label"] for row in rows] == [
+        {"preference": row["preference"], "margin": 2.0, "weight": 0.5, "head": None} for row in told
+    ]
+    losses = [
+        row["label"]["preference"] * math.log1p(math.exp(-row["margin"]))
+        + (1 - row["label"]["preference"]) * math.log1p(math.exp(row["margin"]))
+        for row in rows
+    ]
+    assert summary["calibration"]["raw"]["log_loss"] == pytest.approx(sum(losses) / len(losses))
 
 
 def test_a_model_is_named_by_what_tells_it_apart():

@@ -263,7 +263,7 @@ def shortened(text: str) -> str:
 
 
 def score_rows(evidence: Evidence) -> Iterator[Summary]:
-    """A row a pair: its place among the rows used, its scores, and what else its row says."""
+    """A row a pair: its place among the pairs, its scores, its label, and what else its row says."""
     margins, agrees = evidence.margins, hits(evidence.margins, evidence.labels)
     for n, pair in enumerate(evidence.pairs):
         yield {
@@ -271,6 +271,7 @@ def score_rows(evidence: Evidence) -> Iterator[Summary]:
             "margin": margins[n].item(),
             "probability": margins[n].sigmoid().item(),
             "agrees": agrees[n].item(),
+            "label": {name: getattr(pair, name) for name in ("preference", "margin", "weight", "head")},
             "scores": {
                 name: {"chosen": own[n, 0].item(), "rejected": own[n, 1].item()}
                 for name, own in zip(evidence.names, evidence.scores, strict=True)
