@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -177,8 +178,11 @@ def _run(command: str, arguments: list[str]) -> int:
                 print("{}: {}".format(*done), flush=True)
     except KeyboardInterrupt:
         return _fail(command, f"interrupted; {_how_to_go_on(command, config)}", 130)
+    except BrokenPipeError:  # whoever reads what is printed has enough, as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor can the rest be flushed
+        return 1
     except Exception as error:
-        if not _raised_by_us(error):
+        if not (_raised_by_us(error) or _of_a_file(error)):
             raise
         return _fail(command, str(error), 1)
     for what, name in COMMANDS[command].products.items():
@@ -206,6 +210,11 @@ def _raised_by_us(error: Exception) -> bool:
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(last.filename).is_relative_to(Path(fastrlhf.__file__).parent)
     return ours and (last.line or "").startswith("raise")
+
+
+def _of_a_file(error: Exception) -> bool:
+    """Whether the system refused a file or folder, and says which: it cannot be made, or the disk is full."""
+    return isinstance(error, OSError) and error.filename is not None
 
 
 def _fail(command: str, text: str, status: int) -> int:

@@ -96,6 +96,24 @@ def test_bad_input_exits_with_1_and_a_line(arguments, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_cannot_be_made_is_a_line(arguments, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    data = write_rows(tmp_path / "shared.json", [{"conversations": [{"from": "gpt", "value": "Hi"}]}])
+    convert = ["data", "convert", data, str(tmp_path / "file" / "out.jsonl"), "--format=sharegpt"]
+    kept = [a for a in arguments if not a.startswith("--output")]
+    for command in (["sft", *kept, f"--output={tmp_path / 'file' / 'out'}"], convert):
+        assert main(command) == 1
+        assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_is_no_traceback(tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": "a"}])
+    command = [sys.executable, "-m", "fastrlhf", "data", "check", data]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        run.stdout.close()
+        assert run.stderr.read() == ""
+
+
 def test_an_error_that_is_not_ours_keeps_its_traceback(arguments, monkeypatch):
     monkeypatch.setattr("fastrlhf.sft.SFT.step", lambda self: {}["missing"])
     with pytest.raises(KeyError):
