@@ -22,15 +22,16 @@ class ServerError(RuntimeError):
 class Server:
     """An OpenAI-compatible server.
 
-    caller: who asks, for errors; url: such as http://localhost:8000; model: one that it serves
-    timeout: seconds for one answer; api_key: sent as the bearer token"""
+    caller: who asks, for errors; url: such as http://localhost:8000, with or without /v1 after it; model: one that it
+    serves; timeout: seconds for one answer; api_key: sent as the bearer token"""
 
     def __init__(self, caller: str, url: str, model: str, *, timeout: float, api_key: str | None) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"{caller}: url must start with http:// or https://, got {url!r}")
         if timeout <= 0:
             raise ValueError(f"{caller}: timeout must be above 0, got {timeout}")
-        self.caller, self.url, self.model, self.timeout = caller, url.rstrip("/"), model, timeout
+        self.caller, self.model, self.timeout = caller, model, timeout
+        self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
         self.headers = {"Content-Type": "application/json"}
         if api_key is not None:
             self.headers["Authorization"] = f"Bearer {api_key}"

@@ -28,6 +28,12 @@ def ask(judge, *pairs, min_mass=0.5):
     return judge_pairs(judge, SHORT, pairs, min_mass=min_mass, progress=lambda num: None)
 
 
+def test_a_server_is_named_with_or_without_its_v1(server):
+    for end in ("", "/", "/v1", "/v1/"):
+        (verdict,) = ask(ServerJudge(server.url + end, "base", ("A", "B")), ("why", "aaa", "b"))
+        assert verdict.masses == pytest.approx((0.9, 0.9))
+
+
 @pytest.mark.parametrize("path", ["chat", "completions"])
 def test_both_orders_are_asked_and_averaged(server, path):
     judge = ServerJudge(server.url, "policy", ["A", "B"], chat=path == "chat", api_key="secret")
