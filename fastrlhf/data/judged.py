@@ -108,7 +108,10 @@ def layout_of(path: str | Path) -> str:
     if found:
         return found[0]
     expected = "; ".join(f"{name}: {' + '.join(accepted[0])}" for name, accepted in LAYOUTS.items())
-    raise DataError(f"data: {path} has the columns {', '.join(row) or '(none)'}; expected {expected}")
+    raise DataError(
+        f"data: {path} has the columns {', '.join(row) or '(none)'}; expected {expected} "
+        f"(fastrlhf data check {path} says what it holds)"
+    )
 
 
 def load_pairs(
