@@ -195,18 +195,25 @@ def test_one_head_of_several_is_evaluated(files, tmp_path):
 def test_the_file_of_scores_is_enough_to_compute_the_figures_again(files, tmp_path):
     rng = random.Random(0)
     told = [json.loads(line) for line in Path(files["data"]).read_text().splitlines()]
-    told = [{**row, "preference": rng.choice([0.3, 0.8, 1.0]), "margin": 2.0, "weight": 0.5} for row in told]
+    _, rows, _, _ = report(settings(files, tmp_path / "first", plots=False))
+    labels = [rng.choice([0.4, 0.8, 1.0] if row["margin"] > 0 else [0.6, 0.2]) for row in rows]  # mostly as scored
+    told = [{**row, "preference": y, "margin": 2.0, "weight": 0.5} for row, y in zip(told, labels, strict=True)]
     data = write_rows(tmp_path / "soft.jsonl", told)
     summary, rows, _, _ = report(settings(files, tmp_path / "out", data=data, plots=False))
     assert [row["label"] for row in rows] == [
         {"preference": row["preference"], "margin": 2.0, "weight": 0.5, "head": None} for row in told
     ]
-    losses = [
-        row["label"]["preference"] * math.log1p(math.exp(-row["margin"]))
-        + (1 - row["label"]["preference"]) * math.log1p(math.exp(row["margin"]))
-        for row in rows
-    ]
-    assert summary["calibration"]["raw"]["log_loss"] == pytest.approx(sum(losses) / len(losses))
+
+    def log_loss(temperature):
+        losses = []
+        for row in rows:
+            y, d = row["label"]["preference"], row["margin"] / temperature
+            losses.append(y * math.log1p(math.exp(-d)) + (1 - y) * math.log1p(math.exp(d)))
+        return sum(losses) / len(losses)
+
+    found = summary["calibration"]
+    assert found["raw"]["log_loss"] == pytest.approx(log_loss(1.0))
+    assert all(log_loss(found["temperature"]) < log_loss(found["temperature"] * near) for near in (0.97, 1.03))
 
 
 def test_a_model_is_named_by_what_tells_it_apart():

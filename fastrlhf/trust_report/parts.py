@@ -71,7 +71,8 @@ def calibration(summary: Summary, with_plots: bool) -> Iterator[str]:
         far = max(first, second) > 4 * min(first, second)
         yield note(
             f"Temperatures: {first:.3g} fitted on one half of the prompts and used on the other, {second:.3g} the "
-            "other way round. Above 1 the scores are too sure, below 1 not sure enough. Accuracy does not depend on it."
+            f"other way round; {found['temperature']:.3g} on all pairs, to be used elsewhere. Above "
+            "1 the scores are too sure, below 1 not sure enough. Accuracy does not depend on it."
             + (" That they differ so much means that these pairs cannot tell." if far else "")
         )
     if with_plots:

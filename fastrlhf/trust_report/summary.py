@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastrlhf.data import Pair
 from fastrlhf.trust.accuracy import accuracy, hits, quantile_bins
-from fastrlhf.trust.calibration import cross_fit, measure, reliability
+from fastrlhf.trust.calibration import cross_fit, fit_temperature, measure, reliability
 from fastrlhf.trust.correlation import correlation_interval, paired_pearson, paired_spearman, pearson, spearman
 from fastrlhf.trust.drift import drift
 from fastrlhf.trust.ensembles import ensemble
@@ -173,6 +173,7 @@ def calibration(evidence: Evidence, config: EvaluateRewardConfig) -> Summary:
     if len(set(evidence.prompts)) > 1:
         scaled, temperatures = cross_fit(margins, labels, clusters=evidence.prompts)
         found |= {"temperatures": temperatures, "scaled": measure(scaled, labels, **options)}
+        found["temperature"] = fit_temperature(margins, labels)
         curves["scaled"] = scaled
     for name, values in curves.items():
         found[f"{name}_curve"] = reliability(values.abs().sigmoid(), hits(values, labels), num_bins=config.num_bins)
