@@ -1,4 +1,6 @@
-"""How the sequences of a pack are cut into shares of processes and into micro-batches: by their lengths alone."""
+"""How the sequences of a pack are cut into shares of processes and into micro-batches: by their lengths alone.
+
+lengths, prefixes: Packed.lengths and prefix_lengths, 0 where there is none"""
 
 from __future__ import annotations
 
@@ -48,3 +50,23 @@ def packs(units: Sequence[range], lengths: Sequence[int], prefixes: Sequence[int
         found[-1] += group
         room -= length
     return found
+
+
+def wholes_of(prefixes: Sequence[int]) -> list[int]:
+    """For each sequence the one that it goes on from, itself if it is whole."""
+    wholes: list[int] = []
+    for n, prefix in enumerate(prefixes):
+        wholes.append(wholes[-1] if prefix else n)
+    return wholes
+
+
+def carry(indices: Sequence[int], wholes: Sequence[int], lengths: Sequence[int], prefixes: Sequence[int]) -> list[int]:
+    """How many tokens of its prefix each of some sequences, in that order, takes along: all of it unless the one before
+    it goes on from the same sequence and has, or sees, as much of it."""
+    carried = []
+    last, room = -1, 0
+    for n in indices:
+        found = wholes[n] == last and prefixes[n] <= room
+        carried.append(0 if found else prefixes[n])
+        last, room = wholes[n], prefixes[n] or lengths[n]
+    return carried

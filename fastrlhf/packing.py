@@ -16,13 +16,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrlhf.microbatches import groups, packs, shares
+from fastrlhf.microbatches import carry, groups, packs, shares, wholes_of
 
 
 @dataclass(frozen=True)
@@ -100,30 +101,19 @@ class Packed:
         """The pack of the given sequences, in the given order, with their fields.
 
         A sequence whose prefix is not before it there takes it along."""
-        starts, response_starts = [0, *accumulate(self.lengths)], [0, *accumulate(self.response_lengths)]
-        device, wholes = self.tokens.device, _wholes(self._prefixes)
-        pieces, lengths, prefixes, moved = [], [], [], []
-        num_tokens, last, room = 0, -1, 0  # room: how much of sequence `last` there is for others to go on from
-        for i in indices:
-            prefix, whole = self._prefixes[i], wholes[i]
-            found = 0 < prefix <= room and whole == last
-            carried = 0 if found else prefix
-            pieces += [(starts[whole], carried), (starts[i], self.lengths[i])]
-            lengths.append(carried + self.lengths[i])
-            prefixes.append(prefix - carried)
-            moved.append(num_tokens + carried - starts[i])
-            num_tokens += lengths[-1]
-            if not found:
-                last, room = whole, prefix or self.lengths[i]
+        carried = carry(indices, self._wholes, self.lengths, self._prefixes)
+        lengths = tuple(self.lengths[i] + n for i, n in zip(indices, carried, strict=True))
         response_lengths = tuple(self.response_lengths[i] for i in indices)
-        responses = _ranges([(response_starts[i], self.response_lengths[i]) for i in indices]).to(device)
-        shifts = _integers(moved).repeat_interleave(_integers(response_lengths))
+        pieces = [(self._response_starts[i], self.response_lengths[i]) for i in indices]
+        responses = _ranges(pieces).to(self.tokens.device)
+        moved = [end - self._starts[i + 1] for i, end in zip(indices, accumulate(lengths), strict=True)]
+        shifts = _integers(moved).repeat_interleave(_integers(response_lengths)).to(self.tokens.device)
         return _packed(
-            self.tokens[_ranges(pieces).to(device)],
-            self.response_rows[responses] + shifts.to(device),
-            tuple(lengths),
+            self.tokens[self._rows(indices, carried)],
+            self.response_rows[responses] + shifts,
+            lengths,
             response_lengths,
-            prefixes,
+            [self._prefixes[i] - n for i, n in zip(indices, carried, strict=True)],
             {name: values[responses] for name, values in self.fields.items()},
         )
 
@@ -153,9 +143,27 @@ class Packed:
         """The sequences of share 0, 1, ...: neighbours, together about as long as those of each other share."""
         return shares(groups(self.num_sequences, together), self.lengths, of)[number]
 
-    @property
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *accumulate(self.lengths)]
+
+    @cached_property
+    def _response_starts(self) -> list[int]:
+        return [0, *accumulate(self.response_lengths)]
+
+    @cached_property
     def _prefixes(self) -> tuple[int, ...]:
         return self.prefix_lengths or (0,) * len(self.lengths)
+
+    @cached_property
+    def _wholes(self) -> list[int]:
+        return wholes_of(self._prefixes)
+
+    def _rows(self, indices: Sequence[int], seen: Sequence[int]) -> Tensor:
+        """The rows of sequences, each after those of as many tokens of its prefix as `seen` says."""
+        before = [(self._starts[self._wholes[i]], n) for i, n in zip(indices, seen, strict=True)]
+        own = [(self._starts[i], self.lengths[i]) for i in indices]
+        return _ranges([piece for both in zip(before, own, strict=True) for piece in both]).to(self.tokens.device)
 
     def _filler(self, units: Sequence[range]) -> Packed:
         filler = self.select(units[0] if units else range(0))
@@ -180,11 +188,7 @@ class Packed:
             "cu_seq_lens_k": self.cu_seqlens,
         }
         if self.prefix_lengths:
-            starts = [0, *accumulate(self.lengths)]
-            before = [(starts[n], prefix) for n, prefix in zip(_wholes(self._prefixes), self._prefixes, strict=True)]
-            own = zip(starts, self.lengths, strict=False)
-            rows = _ranges([piece for pieces in zip(before, own, strict=True) for piece in pieces])
-            inputs["key_rows"] = rows.to(self.tokens.device)
+            inputs["key_rows"] = self._rows(range(self.num_sequences), self._prefixes)
             inputs["cu_seq_lens_k"] = _cumulate(self.full_lengths).to(self.tokens.device)
         if self.tokens.is_cuda:
             # a few distinct values only, and no host lists, so that compiled models are not compiled again
@@ -248,7 +252,7 @@ def _packed(
 ) -> Packed:
     """What follows from these, put together."""
     starts, before = [0, *accumulate(lengths)], torch.arange(-1, len(tokens) - 1)
-    for start, whole, prefix in zip(starts, _wholes(prefixes), prefixes, strict=False):
+    for start, whole, prefix in zip(starts, wholes_of(prefixes), prefixes, strict=False):
         if prefix:
             before[start] = starts[whole] + prefix - 1
     return Packed(
@@ -277,15 +281,7 @@ def _checked_prefixes(prefixes: Sequence[int], lengths: Sequence[int]) -> tuple[
     return tuple(prefixes)
 
 
-def _wholes(prefixes: Sequence[int]) -> list[int]:
-    """For each sequence the one that it goes on from, itself if it is whole."""
-    wholes: list[int] = []
-    for n, prefix in enumerate(prefixes):
-        wholes.append(wholes[-1] if prefix else n)
-    return wholes
-
-
-def _integers(values: Sequence[int]) -> Tensor:
+def _integers(values: Sequence[Any]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
@@ -295,5 +291,6 @@ def _cumulate(lengths: Sequence[int]) -> Tensor:
 
 def _ranges(pieces: Sequence[tuple[int, int]]) -> Tensor:
     """The numbers start, start + 1, ... of each (start, length), end to end, int64."""
-    parts = [torch.arange(start, start + length) for start, length in pieces if length]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    starts, lengths = _integers(pieces).view(len(pieces), 2).unbind(1)
+    ends = lengths.cumsum(0)
+    return torch.arange(int(lengths.sum())) + (starts - ends + lengths).repeat_interleave(lengths)

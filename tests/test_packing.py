@@ -151,6 +151,13 @@ def test_micro_batches_that_cut_a_prefix_off_repeat_it(case, max_tokens, of):
         assert not own
 
 
+@pytest.mark.parametrize("max_tokens", range(15, 40))
+def test_prefixes_that_are_selected_never_grow_so_micro_batches_keep_to_the_budget(max_tokens):
+    shared = pack([[1] * 20, [2], [3] * 9], prefix_lengths=[0, 20, 11]).select([0, 2, 1])
+    assert shared.full_lengths == (20, 20, 21)
+    assert all(part.num_tokens <= max_tokens or part.num_sequences == 1 for part in shared.microbatches(max_tokens))
+
+
 def test_after_a_prefix_its_last_row_predicts_the_first_token():
     batch = pack(
         [[5, 6, 7, 8], [9, 4], [3, 2], [1]],
