@@ -20,13 +20,21 @@ class Budget:
     def __init__(self, asked: int) -> None:
         self.asked = self.tokens = asked
 
-    def run(self, work: Callable[[int], T], *, lengths: Sequence[int], optimizers: Sequence[Optimizer]) -> T:
+    def run(
+        self,
+        work: Callable[[int], T],
+        *,
+        lengths: Sequence[int],
+        optimizers: Sequence[Optimizer],
+        total: int | None = None,
+    ) -> T:
         """Returns work(tokens): the passes of an optimizer step, which leave gradients and change nothing else.
 
         When memory runs out the gradients are dropped, random numbers set back and all is done again with half the
         tokens, from now on; a line says so.
 
         lengths: tokens of what is never cut: sequences, or pairs
+        total: of all of it, where that is less than their sum: prompts in common
 
         Raises: torch.OutOfMemoryError, with advice, when fewer tokens would not help, or under torchrun, where it ends
         all processes."""
@@ -42,10 +50,10 @@ class Budget:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             restore_random_state(before)
-            self._halve(reason, lengths)
+            self._halve(reason, max(lengths), sum(lengths) if total is None else total)
 
-    def _halve(self, reason: str, lengths: Sequence[int]) -> None:
-        used, longest = min(self.tokens, sum(lengths)), max(lengths)
+    def _halve(self, reason: str, longest: int, total: int) -> None:
+        used = min(self.tokens, total)
         if used <= longest:
             advice = "try gradient_checkpointing, lora_rank, or shorter sequences"
             raise torch.OutOfMemoryError(f"{longest} tokens that cannot be cut do not fit: {advice} ({reason})")

@@ -54,6 +54,7 @@ MAY_DIFFER = {
     "output",
     "max_tokens",
     "gradient_checkpointing",
+    "share_prompts",
     "parallel",
     "offload",
 }

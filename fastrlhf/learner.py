@@ -93,7 +93,9 @@ class Learner:
         Losses are sums over tokens divided by the tokens of the whole minibatch, so neither micro-batches matter nor
         the number of processes that share them."""
         work = partial(self.add_gradients, minibatch, trains_policy, done)
-        stats = self.budget.run(work, lengths=minibatch.full_lengths, optimizers=self.optimizers)
+        stats = self.budget.run(
+            work, lengths=minibatch.full_lengths, total=minibatch.num_tokens, optimizers=self.optimizers
+        )
         where = f"step {self.step + 1}, minibatch {number} ({minibatch.num_sequences} responses)"
         if trains_policy and self.went_too_far(stats):
             self.policy_optimizer.drop_gradients()

@@ -44,10 +44,11 @@ def pack_responses(
 def can_share_prompts(model: Role, device: torch.device) -> bool:
     """Whether reading a prompt once for two responses leaves a model's hidden states as they are, which is so where
     nothing but attention mixes tokens. Says so where it is not."""
-    prompts, responses = [[3, 1, 4, 1, 5, 6]] * 2, [[2, 7], [6, 5, 3]]
+    vocab = model.model.get_input_embeddings().num_embeddings  # which may be tiny
+    prompt, *responses = ([n % vocab for n in numbers] for numbers in ((3, 1, 4, 1, 5, 6), (2, 7), (6, 5, 3)))
 
     def hidden(share_prompts: bool) -> Tensor:
-        batch = pack_responses(prompts, responses, share_prompts=share_prompts, device=device)
+        batch = pack_responses([prompt] * 2, responses, share_prompts=share_prompts, device=device)
         return model.hidden(batch, torch.cat([batch.predictors, batch.last_rows])).double()
 
     half = model.autocast is not None or model.model.dtype != torch.float32

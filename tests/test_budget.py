@@ -111,6 +111,18 @@ def test_what_fails_was_smaller_than_the_budget_and_is_halved():
     assert tried == [4096, 180, 90]
 
 
+def test_what_is_halved_counts_a_prompt_in_common_once(folder, monkeypatch, capsys):
+    loop, loop_config, settings = loops(folder)["ppo"]
+    settings |= {"samples_per_prompt": 8, "estimator": "rloo", "epochs": 1, "minibatches": 1}
+    trainer = loop(loop_config(**settings, output=str(folder / "out")))
+    tried, train = [], trainer.learner.train
+    monkeypatch.setattr(trainer.learner, "train", lambda *batch, **more: tried.append(*batch) or train(*batch, **more))
+    fail_above(monkeypatch, 40)
+    next(trainer)
+    assert tried[0].num_tokens < tried[0].num_tokens_apart
+    assert f"out of memory with {tried[0].num_tokens} tokens" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["ppo", "sft", "reward"])
 def test_a_single_sequence_that_does_not_fit_ends_the_run_with_advice(folder, monkeypatch, name):
     loop, loop_config, settings = loops(folder)[name]

@@ -18,7 +18,7 @@ from fastrlhf.checkpoint import (
     open_output,
     save_checkpoint,
 )
-from fastrlhf.config import SFTConfig
+from fastrlhf.config import RewardConfig, SFTConfig
 from fastrlhf.whole import write_whole
 
 
@@ -73,6 +73,12 @@ def test_resume_names_the_setting_that_differs(tmp_path):
         check_output(config(tmp_path, resume=True))
     same = config(tmp_path, batch_size=8, resume=True, max_tokens=7, save_every=3, gradient_checkpointing=True)
     assert check_output(same) is None  # these change how it runs, not what it computes
+
+
+def test_a_resumed_run_may_read_prompts_otherwise(tmp_path):
+    settings = {"model": "model", "data": "data", "output": str(tmp_path / "out")}
+    open_output(RewardConfig(**settings))
+    assert check_output(RewardConfig(**settings, share_prompts=False, resume=True)) is None
 
 
 def test_resume_without_a_run_starts_afresh(tmp_path):

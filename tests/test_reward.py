@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loops import assert_resumes_bit_for_bit, model_folder, pairs, write_rows
-from tiny import ARCHITECTURES
+from tiny import ARCHITECTURES, tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastrlhf.config import RewardConfig
 from fastrlhf.data import Pair
-from fastrlhf.models import RewardModel
+from fastrlhf.models import Policy, RewardModel, load_causal_lm
 from fastrlhf.optim import NonFiniteError
 from fastrlhf.packing import pack
 from fastrlhf.reward import RewardTrainer, pack_rows, sides
@@ -95,13 +95,18 @@ def test_a_prompt_read_once_gives_the_scores_and_gradients_of_reading_it_twice(a
 
 def test_prompts_are_read_twice_where_more_than_attention_mixes_tokens(capsys):
     class SumsWhatItSees:
-        autocast, model = None, torch.empty(0)
+        autocast, model = None, tiny_model()
 
         def hidden(self, batch, rows):
             return torch.cat([part.double().cumsum(0) for part in batch.tokens.split(batch.lengths)])[rows, None]
 
     assert not can_share_prompts(SumsWhatItSees(), torch.device("cpu"))
-    assert "Tensor: prompts are read with each response" in capsys.readouterr().out
+    assert "LlamaForCausalLM: prompts are read with each response" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("vocab", [2, 5])
+def test_prompts_are_read_once_by_a_model_of_few_tokens_too(vocab):
+    assert can_share_prompts(Policy(load_causal_lm(tiny_model(vocab=vocab))), torch.device("cpu"))
 
 
 def test_it_learns_separable_pairs(settings):
