@@ -24,6 +24,8 @@ class Stages(ABC):
     products: in order, what each stage leaves in the output folder; a loop's stage has the name of its folder
     always: stages that are done each time; ours: what else the job may have left there, for overwrite"""
 
+    passing: tuple[str, ...] = ("checkpoints",)  # what a loop leaves and nobody needs after it
+
     def __init__(
         self, config: Any, products: Mapping[str, str], *, always: Collection[str] = (), ours: Collection[str] = ()
     ) -> None:
@@ -45,8 +47,8 @@ class Stages(ABC):
             self.do(name)
             append(self.output / "timing.jsonl", {"stage": name, "seconds": time.perf_counter() - start})
             gc.collect()  # this stage's models, before the next loads its own
-        # needed to continue a loop, not after it
-        shutil.rmtree(self.output / name / "checkpoints", ignore_errors=True)
+        for passing in self.passing:  # of an earlier start, too, that was killed before it did this
+            shutil.rmtree(self.output / name / passing, ignore_errors=True)
         return name, self.outcome(name)
 
     def do(self, name: str) -> None:

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -54,6 +53,7 @@ class Iterate(Stages):
     Raises: what the loops, `Label` and loading raise; DataError for too few prompts."""
 
     config: IterateConfig
+    passing = ("checkpoints", "best")  # the best policy of a round is its last, which is its model
 
     def __init__(self, config: IterateConfig) -> None:
         check_output(config)
@@ -226,7 +226,6 @@ class Iterate(Stages):
     def ppo(self, number: int) -> None:
         """Trains the policy on from where the last round left it; the KL penalty is to the SFT model."""
         list(PPO(self.ppo_config(number)))
-        shutil.rmtree(self.folder(number) / "ppo/best", ignore_errors=True)  # the same as the model
 
     def ppo_config(self, number: int) -> PPOConfig:
         """The settings of a round's PPO."""
