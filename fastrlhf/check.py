@@ -18,6 +18,8 @@ from torch import Tensor
 from fastrlhf.ops._registry import BACKENDS, OPS, Op
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# rows of logits, vocabulary, width of the head, tokens
+SIZES = {"cpu": (512, 32000, 512, 2**22), "cuda": (8192, 32000, 4096, 2**22)}
 HELP = """fastrlhf check [--device DEVICE] [--matrix]
 
   Runs every op on its samples against the reference in float64, for each backend and dtype, then times each op at a
@@ -183,9 +185,9 @@ def large_case(op: Op, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
     """Arguments of a training size: tensors made by their names in the schema, the rest as in the op's first sample."""
     generator = torch.Generator(device).manual_seed(0)
     random = functools.partial(torch.randn, generator=generator, device=device)
-    names, (rows, size, width) = set(op.parameters), (512, 32000, 512) if device == "cpu" else (8192, 32000, 4096)
+    names, (rows, size, width, num_tokens) = set(op.parameters), SIZES[device.partition(":")[0]]
     of_rows, of_groups = any(n.startswith(("logits", "hidden")) for n in names), bool(names & {"cu_groups", "chosen"})
-    length = rows if of_rows else 2**13 if of_groups else 2**22
+    length = rows if of_rows else 2**13 if of_groups else num_tokens
     bounds = torch.arange(0, length + 1, 8 if of_groups else 256, dtype=torch.int32, device=device)
     makers: dict[str, Callable[[], Tensor]] = {
         "logits": lambda: 3 * random(rows, size),

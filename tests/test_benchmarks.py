@@ -95,7 +95,8 @@ def test_peers_that_need_a_gpu_are_left_out_without_one(capsys):
 
 def test_pytest_times_the_declared_cases():
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-k", "discounted_returns"]
-    environment = {**os.environ, "BENCHMARK_SIZES": "tiny", "PYTHONPATH": str(ROOT)}
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**alone, "BENCHMARK_SIZES": "tiny", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "discounted_returns: 3 x 5: loop over time" in done.stdout and "2 passed" in done.stdout

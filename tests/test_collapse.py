@@ -47,6 +47,7 @@ def test_the_target_of_the_toy_is_the_kl_of_the_best_policy(kl_coef):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_the_toy_does_not_collapse(tmp_path, capsys):
     assert main(["toy", "--seeds", "1", "--into", str(tmp_path)]) == 0
     assert "seed 0: " in capsys.readouterr().out and (tmp_path / "toy.svg").read_text().startswith("<?xml")

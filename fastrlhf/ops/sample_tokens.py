@@ -122,7 +122,7 @@ def _cuda_forward(
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(0)
-    for num_rows, size in [(0, 5), (1, 1), (3, 7), (5, 300), (4, 20011)]:
+    for num_rows, size in [(0, 5), (1, 1), (3, 7), (5, 300), (2, 9001)]:
         logits = 2 * torch.randn(num_rows, size, generator=generator)
         logits[:, 1::5] = -torch.inf
         seeds = torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=generator)

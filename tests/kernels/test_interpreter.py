@@ -1,6 +1,7 @@
 """The tests of the ops pass on their Triton kernels, which Triton's interpreter runs on the CPU."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,26 +29,34 @@ LEFT_OUT = {  # tests that run too many programs for it, or are not of the kerne
 
 
 def interpreted(*command):
-    """What a Python process prints in which Triton interprets."""
+    """A Python process in which Triton interprets, when it has ended."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1"}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """What pytest says of all ops' tests, in one process: importing and collecting take longer than most of them."""
+    chosen = []
+    for op in KERNELS:
+        others = [name for name in OPS if op in name and op != name]
+        chosen.append(" and not ".join([op, "bad_input", *others, *LEFT_OUT.get(op, [])]))
+    options = ["-v", "--device", "interpreter", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
+    options += ["-k", " or ".join(f"({tests})" for tests in chosen)]
+    done = interpreted(
+        "-m", "pytest", *options, "tests/ops/test_contract.py", *[f"tests/ops/test_{op}.py" for op in KERNELS]
     )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the first waits for all of them
 @pytest.mark.parametrize("op", KERNELS)
-def test_the_op_passes_its_tests_on_its_triton_kernel(op):
-    others = [name for name in OPS if op in name and op != name]
-    chosen = " and not ".join([op, "bad_input", *others, *LEFT_OUT.get(op, [])])
-    options = ["--device", "interpreter", "-k", chosen, "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
-    interpreted("-m", "pytest", "-q", *options, "tests/ops/test_contract.py", f"tests/ops/test_{op}.py")
+def test_the_op_passes_its_tests_on_its_triton_kernel(op, printed):
+    for tests in (rf"contract\.py::\w+\[{op}\b", rf"{op}\.py::"):
+        outcomes = re.findall(rf"^tests/ops/test_{tests}.* ([A-Z]+) +\[", printed, re.MULTILINE)
+        assert outcomes and set(outcomes) == {"PASSED"}, printed[-10000:]
 
 
 def test_uniform_numbers_and_tokens_are_those_of_the_cpu(tmp_path):
@@ -55,7 +64,9 @@ def test_uniform_numbers_and_tokens_are_those_of_the_cpu(tmp_path):
     seeds[:5], positions[:5] = torch.tensor([[0, -1, 0, 2**63 - 1, -(2**63)], [0, 0, -1, 2**63 - 1, -(2**63)]])
     args = 2 * torch.randn(40, 300), seeds, positions, 0.8, 100, 0.95, 0.01
     torch.save(args, tmp_path / "args.pt")
-    printed = interpreted("tests/kernels/draws.py", str(tmp_path / "args.pt")).split()
+    done = interpreted("tests/kernels/draws.py", str(tmp_path / "args.pt"))
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.split()
     assert [float.fromhex(number) for number in printed[::2]] == uniforms(seeds, positions).tolist()
     tokens, *_ = OPS["sample_tokens"](*args)
     assert list(map(int, printed[1::2])) == tokens.tolist()

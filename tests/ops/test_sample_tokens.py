@@ -40,12 +40,13 @@ def test_frequencies_are_those_of_softmax(backend, temperature):
     assert chi_square < 29 + 4 * (2 * 29) ** 0.5  # four standard deviations above the mean of 29 degrees of freedom
 
 
-@backends
-def test_frequencies_hold_across_the_blocks_of_a_large_vocabulary(backend):
-    num_draws, row = 20000, torch.randn(20011)
+@pytest.mark.parametrize(("backend", "num_draws"), [("native", 20000), ("reference", 4000)])
+def test_frequencies_hold_across_the_blocks_of_a_large_vocabulary(backend, num_draws):
+    size = 9001  # the CPU's kernel widens its blocks above 8192
+    row = torch.randn(size)
     tokens, _, _ = draw(backend, row, num_draws)
     probs = torch.stack([part.sum() for part in row.double().softmax(0).tensor_split(40)])
-    counts = torch.stack([part.sum() for part in tokens.bincount(minlength=20011).tensor_split(40)])
+    counts = torch.stack([part.sum() for part in tokens.bincount(minlength=size).tensor_split(40)])
     chi_square = ((counts - probs * num_draws).square() / (probs * num_draws)).sum()
     assert chi_square < 39 + 4 * (2 * 39) ** 0.5
 
@@ -90,11 +91,11 @@ def test_truncation_keeps_what_transformers_keeps(backend, options, warpers):
 def test_ties_with_the_last_kept_token_are_kept(backend):
     row = torch.tensor([0.0, 1.0, 1.0, 1.0, 2.0, -0.0])
     for options, kept in (({"top_k": 2}, {1, 2, 3, 4}), ({"top_p": 0.5}, {1, 2, 3, 4}), ({"top_k": 5}, set(range(6)))):
-        assert set(draw(backend, row, 100, **options)[0].tolist()) == kept
+        assert set(draw(backend, row, 24, **options)[0].tolist()) == kept
 
 
 def test_top_k_and_top_p_of_one_token_are_argmax():
-    logits = torch.randn(50, 999)
+    logits = torch.randn(20, 999)
     for options in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
         tokens, _, sampler_logprobs = sample_tokens(logits, **options)
         assert torch.equal(tokens, logits.argmax(-1)) and not sampler_logprobs.any()
@@ -112,14 +113,14 @@ def test_logprobs_are_those_of_log_softmax(dtype):
 
 @backends
 def test_a_draw_depends_on_its_row_seed_and_position_alone(backend):
-    logits, seeds, positions = torch.randn(33, 1001), torch.arange(33) * 977 - 5000, torch.arange(33) % 7
+    logits, seeds, positions = torch.randn(9, 2001), torch.arange(9) * 977 - 5000, torch.arange(9) % 7
     options = 1.0, 0, 0.9, 0.0
     together = BACKENDS[backend](logits, seeds, positions, *options)
-    order = torch.randperm(33)
+    order = torch.randperm(9)
     shuffled = BACKENDS[backend](logits[order], seeds[order], positions[order], *options)
     for whole, part in zip(together, shuffled, strict=True):
         assert torch.equal(whole[order], part)
-    for n in (0, 17, 32):
+    for n in (0, 5, 8):
         alone = BACKENDS[backend](logits[n : n + 1], seeds[n : n + 1], positions[n : n + 1], *options)
         assert all(torch.equal(whole[n : n + 1], one) for whole, one in zip(together, alone, strict=True))
     assert not torch.equal(BACKENDS[backend](logits, seeds, positions + 1, *options)[0], together[0])
@@ -127,7 +128,7 @@ def test_a_draw_depends_on_its_row_seed_and_position_alone(backend):
 
 
 def test_the_kernel_draws_what_the_reference_draws():
-    logits, seeds = 3 * torch.randn(500, 5003), torch.randint(-(2**63), 2**63 - 1, (500,))
+    logits, seeds = 3 * torch.randn(500, 9001), torch.randint(-(2**63), 2**63 - 1, (500,))
     for options in [(1.0, 0, 1.0, 0.0), (0.7, 40, 0.9, 0.01)]:
         tokens = [BACKENDS[b](logits, seeds, torch.arange(500), *options)[0] for b in BACKENDS]
         assert torch.equal(*tokens)
