@@ -5,7 +5,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 
 # A file at a time in each of two processes, the longest files early. They share the cores, so threads that wait sleep.
-IN_TWO = -n 2 --dist loadfile --no-loadscope-reorder
+# Without restarts a process that crashes ends the run; with them pytest-xdist 3.8 waits forever for the rest of its file.
+IN_TWO = -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 test: export OMP_WAIT_POLICY = passive
 
 .PHONY: demo test fuzz sanitize lint bench gpu-dry-run build clean
