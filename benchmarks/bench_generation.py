@@ -23,8 +23,8 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from benchmarks import llama
 from benchmarks.case import expect_close
 from benchmarks.harness import Prepared, Report, compare
-from fastrlhf.loading import load_causal_lm
-from fastrlhf.rollout import Engine, Sample, Sampling
+from fastrlhf.generation.engine import Engine, Sample, Sampling
+from fastrlhf.models.loading import load_causal_lm
 
 MAX_NEW = 128
 SIZES = {  # of the model, and prompts

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from benchmarks import llama
 from benchmarks.case import expect_close, peak_mib
 from benchmarks.harness import Report, compare
-from fastrlhf.models import Policy, load_causal_lm
+from fastrlhf.models.policy import Policy, load_causal_lm
 from fastrlhf.packing import pack
 
 CHARACTERS_PER_TOKEN = 3.96

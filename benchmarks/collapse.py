@@ -26,9 +26,9 @@ from transformers.utils import logging
 from benchmarks import llama
 from benchmarks.loops import task
 from fastrlhf import PPO, PPOConfig
-from fastrlhf.held_out import mean_and_error
-from fastrlhf.pipeline import Run
-from fastrlhf.run_config import RunConfig
+from fastrlhf.jobs.pipeline import Run
+from fastrlhf.loops.held_out import mean_and_error
+from fastrlhf.settings.run import RunConfig
 
 logging.disable_progress_bar()  # transformers' bar of written weights, for every best model
 

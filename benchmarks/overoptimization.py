@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from benchmarks import llama
 from benchmarks.loops import task
-from fastrlhf.best_of_n_config import OveroptimizeConfig
+from fastrlhf.settings.best_of_n import OveroptimizeConfig
 from fastrlhf.studies.overoptimize import Overoptimize
 
 logging.disable_progress_bar()

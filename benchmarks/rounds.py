@@ -30,11 +30,11 @@ from benchmarks import llama
 from benchmarks.loops import task
 from benchmarks.machine import machine
 from fastrlhf import PPO
-from fastrlhf.evaluate import Mean
 from fastrlhf.feedback.iterate import Iterate
-from fastrlhf.feedback_config import IterateConfig
-from fastrlhf.pipeline import Run
-from fastrlhf.run_config import RunConfig
+from fastrlhf.jobs.evaluate import Mean
+from fastrlhf.jobs.pipeline import Run
+from fastrlhf.settings.feedback import IterateConfig
+from fastrlhf.settings.run import RunConfig
 
 logging.disable_progress_bar()
 

@@ -7,27 +7,27 @@ from fastrlhf.ops import *  # noqa: F403
 from fastrlhf.ops import __all__ as _ops
 
 if TYPE_CHECKING:
-    from fastrlhf.config import DPOConfig, RewardConfig, SFTConfig
-    from fastrlhf.dpo import DPO
     from fastrlhf.integrations import patch, unpatch
-    from fastrlhf.kto import KTO
-    from fastrlhf.ppo import PPO
-    from fastrlhf.ppo_config import PPOConfig
-    from fastrlhf.reward import RewardTrainer
-    from fastrlhf.sft import SFT
+    from fastrlhf.loops.dpo import DPO
+    from fastrlhf.loops.kto import KTO
+    from fastrlhf.loops.ppo import PPO
+    from fastrlhf.loops.reward import RewardTrainer
+    from fastrlhf.loops.sft import SFT
+    from fastrlhf.settings.ppo import PPOConfig
+    from fastrlhf.settings.training import DPOConfig, RewardConfig, SFTConfig
 
 __version__ = "0.1.0"
 # imported when first asked for: the loops bring transformers, which takes seconds that a user of the ops need not wait
 _LATER = {
-    "DPO": "dpo",
-    "DPOConfig": "config",
-    "KTO": "kto",
-    "PPO": "ppo",
-    "PPOConfig": "ppo_config",
-    "RewardConfig": "config",
-    "RewardTrainer": "reward",
-    "SFT": "sft",
-    "SFTConfig": "config",
+    "DPO": "loops.dpo",
+    "DPOConfig": "settings.training",
+    "KTO": "loops.kto",
+    "PPO": "loops.ppo",
+    "PPOConfig": "settings.ppo",
+    "RewardConfig": "settings.training",
+    "RewardTrainer": "loops.reward",
+    "SFT": "loops.sft",
+    "SFTConfig": "settings.training",
     "patch": "integrations",
     "unpatch": "integrations",
 }

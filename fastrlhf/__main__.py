@@ -14,16 +14,16 @@ from typing import Any
 from transformers.utils import logging
 
 import fastrlhf
-from fastrlhf import ranks
-from fastrlhf.best_of_n_config import BestOfNConfig, OveroptimizeConfig, SweepConfig
-from fastrlhf.checkpoint import newest_checkpoint
-from fastrlhf.config import DPOConfig, RewardConfig, SFTConfig, did_you_mean
-from fastrlhf.data_config import DataCheckConfig, DataConvertConfig
-from fastrlhf.feedback_config import IterateConfig, LabelConfig, ReviseConfig
-from fastrlhf.options import help_text, parse
-from fastrlhf.ppo_config import PPOConfig
-from fastrlhf.run_config import RunConfig
-from fastrlhf.trust_config import EvaluateRewardConfig
+from fastrlhf.runs import ranks
+from fastrlhf.runs.checkpoint import newest_checkpoint
+from fastrlhf.runs.options import help_text, parse
+from fastrlhf.settings.best_of_n import BestOfNConfig, OveroptimizeConfig, SweepConfig
+from fastrlhf.settings.data import DataCheckConfig, DataConvertConfig
+from fastrlhf.settings.feedback import IterateConfig, LabelConfig, ReviseConfig
+from fastrlhf.settings.ppo import PPOConfig
+from fastrlhf.settings.run import RunConfig
+from fastrlhf.settings.training import DPOConfig, RewardConfig, SFTConfig, did_you_mean
+from fastrlhf.settings.trust import EvaluateRewardConfig
 
 LOOP_PRODUCTS = {"model": "model", "metrics": "metrics.jsonl"}
 
@@ -51,11 +51,13 @@ RUN_PRODUCTS = {
 LABELS = {"pairs": "pairs.jsonl", "summary": "summary.json"}
 REVISIONS = {"demonstrations": "demonstrations.jsonl", "summary": "summary.json"}
 COMMANDS = {
-    "sft": Command("fine-tune a model on demonstrations", SFTConfig, "sft:SFT"),
-    "reward": Command("train a reward model on responses that were judged", RewardConfig, "reward:RewardTrainer"),
-    "ppo": Command("train a model against a reward, with PPO", PPOConfig, "ppo:PPO"),
+    "sft": Command("fine-tune a model on demonstrations", SFTConfig, "loops.sft:SFT"),
+    "reward": Command("train a reward model on responses that were judged", RewardConfig, "loops.reward:RewardTrainer"),
+    "ppo": Command("train a model against a reward, with PPO", PPOConfig, "loops.ppo:PPO"),
     "dpo": Command(
-        "train a model on preferences directly (DPO, IPO, SimPO, ORPO, KTO, ...)", DPOConfig, "kto:preference_loop"
+        "train a model on preferences directly (DPO, IPO, SimPO, ORPO, KTO, ...)",
+        DPOConfig,
+        "loops.kto:preference_loop",
     ),
     "evaluate reward": Command(
         "how far a reward model can be trusted: a page and JSON",
@@ -78,7 +80,7 @@ COMMANDS = {
     "run": Command(
         "all of it: sft, pairs, reward model, ppo, evaluation, report; without options a demo",
         RunConfig,
-        "pipeline:Run",
+        "jobs.pipeline:Run",
         RUN_PRODUCTS,
     ),
     "data check": Command(

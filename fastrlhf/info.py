@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from fastrlhf import _cpu, ops
-from fastrlhf.checkpoint import environment
 from fastrlhf.ops._registry import BACKEND, BACKENDS
+from fastrlhf.runs.checkpoint import environment
 
 PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "pyarrow", "tensorboard", "matplotlib")
 

@@ -13,8 +13,8 @@ from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastrlhf import PPO, PPOConfig
-from fastrlhf.models import RewardModel
-from fastrlhf.rollout import Sample
+from fastrlhf.generation.engine import Sample
+from fastrlhf.models.policy import RewardModel
 
 FOLDERS = ("model", "reference", "reward", "later_model", "later_reward")
 LEARNED = ("model", "reward")  # what the policy and the value model start as

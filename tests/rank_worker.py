@@ -12,9 +12,9 @@ import torch.distributed as dist
 from tiny import ARCHITECTURES, tiny_model
 
 from fastrlhf import DPO, KTO, PPO, SFT, DPOConfig, PPOConfig, RewardConfig, RewardTrainer, SFTConfig
-from fastrlhf.models import Policy, load_causal_lm
+from fastrlhf.models.policy import Policy, load_causal_lm
 from fastrlhf.packing import pack
-from fastrlhf.shards import gathered, shard
+from fastrlhf.runs.shards import gathered, shard
 
 LOOPS = {
     "sft": (SFT, SFTConfig),

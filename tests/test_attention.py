@@ -8,8 +8,8 @@ from compare import assert_accurate
 from tiny import tiny_model
 from transformers import AttentionMaskInterface
 
-from fastrlhf import attention
-from fastrlhf.attention import ATTENTION, attend, causal_mask, gather
+from fastrlhf.models import attention
+from fastrlhf.models.attention import ATTENTION, attend, causal_mask, gather
 from fastrlhf.packing import pack
 
 LENGTHS = (5, 1, 37, 20, 64, 1)

@@ -10,11 +10,12 @@ from fake_server import serving
 from test_ppo import config, make_folder
 from test_rollout_server import completion
 
-from fastrlhf import PPO, ranks
-from fastrlhf.attention import ATTENTION
-from fastrlhf.backend import weight_hook
-from fastrlhf.loading import load_causal_lm
-from fastrlhf.rollout import Engine, Sampling
+from fastrlhf import PPO
+from fastrlhf.generation.engine import Engine, Sampling
+from fastrlhf.loops.backend import weight_hook
+from fastrlhf.models.attention import ATTENTION
+from fastrlhf.models.loading import load_causal_lm
+from fastrlhf.runs import ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

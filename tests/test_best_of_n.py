@@ -10,11 +10,11 @@ import torch
 from loops import model_folder, write_rows
 
 from fastrlhf.__main__ import main
-from fastrlhf.best_of_n_config import BestOfNConfig
-from fastrlhf.config import SFTConfig
-from fastrlhf.evaluate import Mean, best_of_n, best_of_n_kl
-from fastrlhf.metrics import read_jsonl
-from fastrlhf.sft import SFT
+from fastrlhf.jobs.evaluate import Mean, best_of_n, best_of_n_kl
+from fastrlhf.loops.sft import SFT
+from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.settings.best_of_n import BestOfNConfig
+from fastrlhf.settings.training import SFTConfig
 from fastrlhf.studies.best_of_n import best_of_k, curve
 
 RULES = """

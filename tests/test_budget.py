@@ -9,8 +9,8 @@ import torch
 from loops import assert_resumes_bit_for_bit, demonstrations, model_folder, pairs, write_rows
 
 from fastrlhf import PPO, SFT, PPOConfig, RewardConfig, RewardTrainer, SFTConfig
-from fastrlhf.budget import Budget
-from fastrlhf.models import Policy, RewardModel
+from fastrlhf.loops.budget import Budget
+from fastrlhf.models.policy import Policy, RewardModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastrlhf import checkpoint
-from fastrlhf.checkpoint import (
+from fastrlhf.runs import checkpoint
+from fastrlhf.runs.checkpoint import (
     check_output,
     fingerprint,
     load_state,
@@ -18,8 +18,8 @@ from fastrlhf.checkpoint import (
     open_output,
     save_checkpoint,
 )
-from fastrlhf.config import RewardConfig, SFTConfig
-from fastrlhf.whole import write_whole
+from fastrlhf.runs.whole import write_whole
+from fastrlhf.settings.training import RewardConfig, SFTConfig
 
 
 def config(tmp_path, **changes):

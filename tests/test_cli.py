@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import fastrlhf
 from fastrlhf.__main__ import main
-from fastrlhf.metrics import read_jsonl
+from fastrlhf.runs.metrics import read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,13 +115,13 @@ def test_a_reader_that_has_enough_is_no_traceback(tmp_path):
 
 
 def test_an_error_that_is_not_ours_keeps_its_traceback(arguments, monkeypatch):
-    monkeypatch.setattr("fastrlhf.sft.SFT.step", lambda self: {}["missing"])
+    monkeypatch.setattr("fastrlhf.loops.sft.SFT.step", lambda self: {}["missing"])
     with pytest.raises(KeyError):
         main(["sft", *arguments])
 
 
 def test_interrupting_says_how_to_go_on(arguments, monkeypatch, capsys, tmp_path):
-    from fastrlhf.sft import SFT
+    from fastrlhf.loops.sft import SFT
 
     step = SFT.step
 

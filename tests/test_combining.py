@@ -7,14 +7,14 @@ from loops import model_folder, write_rows
 from tiny import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from fastrlhf.combining import FORMS, Combined, combine, parse_reward, sources_of
 from fastrlhf.data import Prompt
-from fastrlhf.models import RewardModel
+from fastrlhf.generation.engine import Sample
+from fastrlhf.loops.ppo import PPO
+from fastrlhf.models.policy import RewardModel
 from fastrlhf.packing import pack
-from fastrlhf.ppo import PPO
-from fastrlhf.ppo_config import PPOConfig
-from fastrlhf.rollout import Sample
-from fastrlhf.scoring import Scorer, is_function, reward_folders, short_names, split_head
+from fastrlhf.scoring.combining import FORMS, Combined, combine, parse_reward, sources_of
+from fastrlhf.scoring.scorer import Scorer, is_function, reward_folders, short_names, split_head
+from fastrlhf.settings.ppo import PPOConfig
 
 rng = np.random.default_rng(0)
 A, B, C = rng.normal(size=(3, 50))
@@ -91,7 +91,7 @@ def test_ppo_refuses_it_before_anything_is_read(option):
 
 
 def test_every_form_is_in_the_grammar_of_the_docstring():
-    from fastrlhf import combining
+    from fastrlhf.scoring import combining
 
     for form in FORMS.values():
         for usage in (

@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 import yaml
 
-from fastrlhf.config import DPOConfig, RewardConfig, SFTConfig
-from fastrlhf.config_values import dump
-from fastrlhf.ppo_config import PPOConfig
+from fastrlhf.settings.ppo import PPOConfig
+from fastrlhf.settings.training import DPOConfig, RewardConfig, SFTConfig
+from fastrlhf.settings.values import dump
 
 GIVEN = {"model": "m", "data": "d.jsonl", "output": "o"}
 

@@ -10,7 +10,7 @@ from test_importers import FIXTURES, made
 
 from fastrlhf.data import DataError, Reason, read_rows
 from fastrlhf.data.convert import convert
-from fastrlhf.data_config import FORMATS, DataConvertConfig
+from fastrlhf.settings.data import FORMATS, DataConvertConfig
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])

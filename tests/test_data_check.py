@@ -10,14 +10,14 @@ from loops import model_folder
 from tiny import tiny_tokenizer
 
 from fastrlhf.__main__ import main
-from fastrlhf.config import SFTConfig
 from fastrlhf.data import DataError, load_pairs
 from fastrlhf.data.characters import Characters
 from fastrlhf.data.check import check
 from fastrlhf.data.items import Item
 from fastrlhf.data.statistics import chosen_is_longer, percentiles, repetitions, shared_prompts, warnings
-from fastrlhf.data_config import DataCheckConfig
-from fastrlhf.sft import SFT
+from fastrlhf.loops.sft import SFT
+from fastrlhf.settings.data import DataCheckConfig
+from fastrlhf.settings.training import SFTConfig
 
 HH = Path(__file__).parents[1] / ".." / "shared" / "data" / "hh_harmless.jsonl.gz"
 PAIRS = [

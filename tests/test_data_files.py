@@ -23,7 +23,7 @@ from fastrlhf.data import (
     read_rows,
     shuffled,
 )
-from fastrlhf.objectives import LOADERS as JUDGED_LOADERS
+from fastrlhf.loops.objectives import LOADERS as JUDGED_LOADERS
 
 LOADERS = {"sft": load_demonstrations, "reward": load_pairs, "ppo": load_prompts}
 SIZES = {"sft": {"max_tokens": 99}, "reward": {"max_tokens": 99}, "ppo": {"max_prompt_tokens": 99}}

@@ -11,12 +11,12 @@ from loops import assert_resumes_bit_for_bit, model_folder, pairs, write_rows
 from tiny import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
-from fastrlhf.config import DPOConfig
 from fastrlhf.data import Pair
-from fastrlhf.dpo import DPO
-from fastrlhf.models import Policy
-from fastrlhf.preferences import log_complement, pair_losses
-from fastrlhf.reward import pack_rows, sides
+from fastrlhf.formulas.preferences import log_complement, pair_losses
+from fastrlhf.loops.dpo import DPO
+from fastrlhf.loops.reward import pack_rows, sides
+from fastrlhf.models.policy import Policy
+from fastrlhf.settings.training import DPOConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

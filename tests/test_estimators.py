@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fastrlhf import PPOConfig
-from fastrlhf.estimators import estimate_advantages, token_weights
+from fastrlhf.formulas.estimators import estimate_advantages, token_weights
 from fastrlhf.packing import pack
-from fastrlhf.ppo_config import ESTIMATORS, GROUPED
+from fastrlhf.settings.ppo import ESTIMATORS, GROUPED
 
 LENGTHS = (3, 1, 7, 4, 2, 5)  # of the responses; three to a prompt
 KL = {"k1": lambda r: -r, "k2": lambda r: r * r / 2, "k3": lambda r: math.exp(r) - 1 - r}

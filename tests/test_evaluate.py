@@ -6,11 +6,11 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from fastrlhf.data import Prompt
-from fastrlhf.evaluate import Mean, answer, best_of_n, best_of_n_kl, calibration, compare, kl_of_responses
-from fastrlhf.labels import label_pairs
-from fastrlhf.models import Policy
-from fastrlhf.rollout import Sampling
-from fastrlhf.scoring import Scorer
+from fastrlhf.generation.engine import Sampling
+from fastrlhf.jobs.evaluate import Mean, answer, best_of_n, best_of_n_kl, calibration, compare, kl_of_responses
+from fastrlhf.jobs.labels import label_pairs
+from fastrlhf.models.policy import Policy
+from fastrlhf.scoring.scorer import Scorer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,12 +16,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trust_files import make_files, report, settings
 
 from fastrlhf.__main__ import main
-from fastrlhf.config import RewardConfig
-from fastrlhf.metrics import MetricsLog
-from fastrlhf.models import RewardModel
+from fastrlhf.loops.reward import RewardTrainer, sides
+from fastrlhf.models.policy import RewardModel
 from fastrlhf.packing import pack
-from fastrlhf.reward import RewardTrainer, sides
-from fastrlhf.trust_config import EvaluateRewardConfig
+from fastrlhf.runs.metrics import MetricsLog
+from fastrlhf.settings.training import RewardConfig
+from fastrlhf.settings.trust import EvaluateRewardConfig
 from fastrlhf.trust_report.command import EvaluateReward, names_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

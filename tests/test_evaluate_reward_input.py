@@ -6,8 +6,8 @@ from loops import model_folder
 from tiny import tiny_tokenizer
 from trust_files import make_files, report, settings
 
-from fastrlhf import plots
-from fastrlhf.models import RewardModel
+from fastrlhf.jobs import plots
+from fastrlhf.models.policy import RewardModel
 from fastrlhf.trust_report.command import EvaluateReward
 
 pytestmark = pytest.mark.usefixtures("one_thread")

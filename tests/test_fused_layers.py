@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from fastrlhf import fused_layers
-from fastrlhf.fused_layers import FusedLayer, fuse_layers
-from fastrlhf.models import Policy, RewardModel, ValueModel, load_causal_lm
+from fastrlhf.models import fused_layers
+from fastrlhf.models.fused_layers import FusedLayer, fuse_layers
+from fastrlhf.models.policy import Policy, RewardModel, ValueModel, load_causal_lm
 from fastrlhf.packing import pack
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 90}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastrlhf.gao_forms import Fit, fit
+from fastrlhf.formulas.gao_forms import Fit, fit
 
 FORMS = {"best_of_n": lambda d, a, b: d * (a - b * d), "ppo": lambda d, a, b: d * (a - b * np.log(d))}
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_rollout import engine_of, model_of, prompts_of
 
-from fastrlhf.graphs import Graphs, padded_size
-from fastrlhf.rollout import Sampling
+from fastrlhf.generation.engine import Sampling
+from fastrlhf.generation.graphs import Graphs, padded_size
 
 LIMITS = [3, 1, 14, 20, 2, 9, 1, 6, 20]
 
@@ -30,7 +30,7 @@ class StandIn:
 @pytest.fixture
 def stand_in(monkeypatch):
     made = StandIn()
-    monkeypatch.setattr("fastrlhf.rollout.recorder", lambda device: made)
+    monkeypatch.setattr("fastrlhf.generation.engine.recorder", lambda device: made)
     return made
 
 
@@ -110,7 +110,7 @@ def differs(function):
 def test_a_model_that_graphs_do_not_hold_is_decoded_without_them(record, why, monkeypatch):
     model = model_of()
     expected = generate(engine_of(model))
-    monkeypatch.setattr("fastrlhf.rollout.recorder", lambda device: record)
+    monkeypatch.setattr("fastrlhf.generation.engine.recorder", lambda device: record)
     engine = engine_of(model)
     with pytest.warns(UserWarning, match=f"no CUDA graphs of this model, which makes decoding slower: .*{why}"):
         assert generate(engine) == expected

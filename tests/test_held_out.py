@@ -9,9 +9,9 @@ from test_ppo import config, make_folder, settings, share_of_low_tokens
 from transformers import AutoModelForCausalLM
 
 from fastrlhf import PPO, PPOConfig
-from fastrlhf.held_out import HeldOut, mean_and_error
-from fastrlhf.instruments import Health
-from fastrlhf.rollout import Engine, Sampling
+from fastrlhf.generation.engine import Engine, Sampling
+from fastrlhf.loops.held_out import HeldOut, mean_and_error
+from fastrlhf.loops.instruments import Health
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

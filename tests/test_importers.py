@@ -8,7 +8,7 @@ import pytest
 from fastrlhf.data import DataError, Reason, Report, read_rows
 from fastrlhf.data.convert import converted
 from fastrlhf.data.importers import IMPORTERS
-from fastrlhf.data_config import FORMATS, DataConvertConfig
+from fastrlhf.settings.data import FORMATS, DataConvertConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"

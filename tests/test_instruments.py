@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny import tiny_tokenizer
 
-from fastrlhf.instruments import Health, describe, diversity, rollout_difference, sample_rows
-from fastrlhf.metrics import MetricsLog, Statistics
+from fastrlhf.generation.engine import Sample
+from fastrlhf.loops.instruments import Health, describe, diversity, rollout_difference, sample_rows
 from fastrlhf.packing import pack
-from fastrlhf.rollout import Sample
+from fastrlhf.runs.metrics import MetricsLog, Statistics
 
 
 def sample(prompt, response, finished=True):

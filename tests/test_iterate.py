@@ -19,12 +19,12 @@ from transformers import AutoModelForSequenceClassification
 
 from fastrlhf.__main__ import main
 from fastrlhf.data import DataError
+from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.feedback import label
 from fastrlhf.feedback.iterate import Iterate
-from fastrlhf.feedback_config import IterateConfig
-from fastrlhf.metrics import read_jsonl
-from fastrlhf.ppo import PPO
-from fastrlhf.template import Renderer, load_tokenizer
+from fastrlhf.loops.ppo import PPO
+from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.settings.feedback import IterateConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GOLD = """
@@ -44,7 +44,7 @@ def by_subject(prompts, responses, *, subject):
 KILLED = """
 import os, signal
 from fastrlhf.feedback.iterate import Iterate, RewardTrainer
-from fastrlhf.feedback_config import IterateConfig
+from fastrlhf.settings.feedback import IterateConfig
 step = RewardTrainer.step
 
 

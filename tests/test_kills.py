@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from loops import ROOT, write_rows
 
-from fastrlhf.models import RewardModel
-from fastrlhf.template import load_tokenizer
+from fastrlhf.data.template import load_tokenizer
+from fastrlhf.models.policy import RewardModel
 
 MODEL = Path(os.environ.get("SMOLLM2", "SMOLLM2 is not set"))
 STEPS, KILLS = 7, 5

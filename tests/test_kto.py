@@ -10,11 +10,11 @@ import torch
 from loops import assert_resumes_bit_for_bit, model_folder, word, write_rows
 from transformers import AutoModelForCausalLM
 
-from fastrlhf.config import DPOConfig
 from fastrlhf.data import DataError, Labelled
-from fastrlhf.dpo import DPO
-from fastrlhf.kto import KTO, mismatched, preference_loop
-from fastrlhf.preferences import labelled_losses
+from fastrlhf.formulas.preferences import labelled_losses
+from fastrlhf.loops.dpo import DPO
+from fastrlhf.loops.kto import KTO, mismatched, preference_loop
+from fastrlhf.settings.training import DPOConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,9 +12,9 @@ from tiny import tiny_tokenizer
 from fastrlhf.__main__ import main
 from fastrlhf.data import DataError, Reason, load_pairs
 from fastrlhf.feedback.label import Label
-from fastrlhf.feedback_config import LabelConfig
-from fastrlhf.metrics import read_jsonl
-from fastrlhf.server import ServerError
+from fastrlhf.generation.server import ServerError
+from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.settings.feedback import LabelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RUBRIC = "{prompt}|{response_1}|{response_2}|{answer_1}{answer_2}"

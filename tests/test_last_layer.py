@@ -5,13 +5,13 @@ import torch
 from tiny import ARCHITECTURES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastrlhf import last_layer
-from fastrlhf.fused_layers import FusedLayer
-from fastrlhf.last_layer import LastLayer
-from fastrlhf.lora import Adapter
-from fastrlhf.models import Policy, RewardModel, load_causal_lm
+from fastrlhf.models import last_layer
+from fastrlhf.models.fused_layers import FusedLayer
+from fastrlhf.models.last_layer import LastLayer
+from fastrlhf.models.lora import Adapter
+from fastrlhf.models.policy import Policy, RewardModel, load_causal_lm
+from fastrlhf.models.shared_prompts import pack_responses
 from fastrlhf.packing import pack
-from fastrlhf.shared_prompts import pack_responses
 
 LLAMA_LIKE = ("llama", "qwen2", "qwen3", "mistral")
 SEQUENCES = [[7, 8, 9, 10, 11, 12], [5, 6], [20, 21, 22, 23], [30, 31, 32]]

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fastrlhf.lora import Adapter, linears_of
-from fastrlhf.models import Policy, RewardModel, ValueModel
+from fastrlhf.models.lora import Adapter, linears_of
+from fastrlhf.models.policy import Policy, RewardModel, ValueModel
 from fastrlhf.packing import pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,11 +5,13 @@ import torch
 from loops import demonstrations, model_folder, pairs, write_rows
 from tiny import tiny_tokenizer
 
-from fastrlhf import PPO, SFT, DPOConfig, PPOConfig, RewardConfig, RewardTrainer, SFTConfig, memory_plan, ppo, ranks
-from fastrlhf.kto import preference_loop
-from fastrlhf.memory_plan import Plan, plan_ppo, plan_training, tell
-from fastrlhf.models import Policy, RewardModel, load_causal_lm
+from fastrlhf import PPO, SFT, DPOConfig, PPOConfig, RewardConfig, RewardTrainer, SFTConfig
+from fastrlhf.loops import memory_plan, ppo
+from fastrlhf.loops.kto import preference_loop
+from fastrlhf.loops.memory_plan import Plan, plan_ppo, plan_training, tell
+from fastrlhf.models.policy import Policy, RewardModel, load_causal_lm
 from fastrlhf.packing import pack
+from fastrlhf.runs import ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,7 +133,7 @@ def test_the_plan_is_printed_before_a_model_is_loaded_and_compared_at_the_end(fo
         printed.append(capsys.readouterr().out)
         return load_causal_lm(*args, **options)
 
-    monkeypatch.setattr("fastrlhf.models.load_causal_lm", load)
+    monkeypatch.setattr("fastrlhf.models.policy.load_causal_lm", load)
     trainer = PPO(config(folder, reward="test_memory_plan:constant", value_warmup_steps=None))
     assert "memory plan, GiB" in printed[0] and "in all" in printed[0]
     assert len(list(trainer)) == 1

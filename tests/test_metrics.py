@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from fastrlhf.metrics import MetricsLog, cut_back, read_jsonl, short
+from fastrlhf.runs.metrics import MetricsLog, cut_back, read_jsonl, short
 
 
 def test_metrics_hold_what_was_given_and_timing_the_clock(tmp_path):

@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from fastrlhf.models import Policy, RewardModel, ValueModel, load_causal_lm
+from fastrlhf.models.policy import Policy, RewardModel, ValueModel, load_causal_lm
 from fastrlhf.packing import pack
 
 VOCAB = 300

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from fastrlhf.config import RewardConfig
 from fastrlhf.data import DataError, Labelled, Pair, Ranking, Rated
-from fastrlhf.objectives import make_objective
+from fastrlhf.loops.objectives import make_objective
+from fastrlhf.settings.training import RewardConfig
 from fastrlhf.trust.accuracy import wilson_interval
 
 PAIRS = [

@@ -11,11 +11,12 @@ from loops import model_folder, write_rows
 from tiny import tiny_tokenizer
 from torch import nn
 
-from fastrlhf import PPO, PPOConfig, offload
-from fastrlhf.memory_plan import plan_ppo
-from fastrlhf.models import RewardModel
-from fastrlhf.offload import awake, check_offload, rest
-from fastrlhf.optim import Optimizer
+from fastrlhf import PPO, PPOConfig
+from fastrlhf.loops.memory_plan import plan_ppo
+from fastrlhf.models import offload
+from fastrlhf.models.offload import awake, check_offload, rest
+from fastrlhf.models.policy import RewardModel
+from fastrlhf.runs.optim import Optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEVICE = torch.device("cpu")
@@ -31,7 +32,7 @@ def travels(monkeypatch):
     made = []
     monkeypatch.setattr(offload, "to_host", lambda tensor: (made.append("host"), turned(tensor))[1])
     monkeypatch.setattr(offload, "to_device", lambda tensor, _: (made.append("device"), turned(tensor))[1])
-    monkeypatch.setattr("fastrlhf.ppo.check_offload", lambda *_: None)
+    monkeypatch.setattr("fastrlhf.loops.ppo.check_offload", lambda *_: None)
     return made
 
 

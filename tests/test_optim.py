@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from fastrlhf.optim import NonFiniteError, Optimizer, check_finite, learning_rate_at
+from fastrlhf.runs.optim import NonFiniteError, Optimizer, check_finite, learning_rate_at
 
 OPTIONS = dict(
     learning_rate=0.1, num_steps=10, schedule="cosine", warmup_ratio=0.2, weight_decay=0.1, eps=1e-5, max_grad_norm=1.0

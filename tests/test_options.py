@@ -2,13 +2,13 @@ import dataclasses
 
 import pytest
 
-from fastrlhf.best_of_n_config import BestOfNConfig, OveroptimizeConfig, SweepConfig
-from fastrlhf.config import DPOConfig, RewardConfig, SFTConfig
-from fastrlhf.data_config import DataConvertConfig
-from fastrlhf.feedback_config import IterateConfig, LabelConfig, ReviseConfig
-from fastrlhf.options import UsageError, help_text, parse
-from fastrlhf.ppo_config import PPOConfig
-from fastrlhf.run_config import RunConfig
+from fastrlhf.runs.options import UsageError, help_text, parse
+from fastrlhf.settings.best_of_n import BestOfNConfig, OveroptimizeConfig, SweepConfig
+from fastrlhf.settings.data import DataConvertConfig
+from fastrlhf.settings.feedback import IterateConfig, LabelConfig, ReviseConfig
+from fastrlhf.settings.ppo import PPOConfig
+from fastrlhf.settings.run import RunConfig
+from fastrlhf.settings.training import DPOConfig, RewardConfig, SFTConfig
 
 GIVEN = ["--model", "m", "--data", "d.jsonl", "--output", "o"]
 

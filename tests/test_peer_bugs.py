@@ -18,11 +18,11 @@ from test_rollout import engine_of, model_of, prompts_of
 
 from fastrlhf import PPO, PPOConfig
 from fastrlhf.__main__ import COMMANDS
-from fastrlhf.config import RewardConfig, SFTConfig
-from fastrlhf.config_values import field_types
-from fastrlhf.reward import RewardTrainer
-from fastrlhf.rollout import Sampling
-from fastrlhf.sft import SFT
+from fastrlhf.generation.engine import Sampling
+from fastrlhf.loops.reward import RewardTrainer
+from fastrlhf.loops.sft import SFT
+from fastrlhf.settings.training import RewardConfig, SFTConfig
+from fastrlhf.settings.values import field_types
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]

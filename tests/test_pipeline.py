@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastrlhf.__main__ import main
 from fastrlhf.data import DataError
-from fastrlhf.metrics import read_jsonl
-from fastrlhf.pipeline import PRODUCTS, Run
-from fastrlhf.ppo import PPO
-from fastrlhf.run_config import RunConfig
+from fastrlhf.jobs.pipeline import PRODUCTS, Run
+from fastrlhf.loops.ppo import PPO
+from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.settings.run import RunConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GOLD = """

@@ -10,8 +10,8 @@ from loops import assert_resumes_bit_for_bit, demonstrations, model_folder, writ
 from tiny import tiny_tokenizer
 
 from fastrlhf import PPO, PPOConfig
-from fastrlhf.models import RewardModel
-from fastrlhf.optim import NonFiniteError
+from fastrlhf.models.policy import RewardModel
+from fastrlhf.runs.optim import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB = 300

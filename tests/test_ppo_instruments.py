@@ -4,8 +4,8 @@ import pytest
 from test_ppo import config, make_folder
 
 from fastrlhf import PPO
-from fastrlhf.metrics import read_jsonl
-from fastrlhf.scoring import short_names
+from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.scoring.scorer import short_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PHASES = ("generate", "score", "update")

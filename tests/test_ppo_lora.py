@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fastrlhf import PPO, SFT, PPOConfig, RewardConfig, RewardTrainer, SFTConfig
-from fastrlhf.models import Policy
+from fastrlhf.models.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEARNING = {"learning_rate": 3e-2, "value_learning_rate": 1e-2, "schedule": "constant"}

@@ -7,9 +7,9 @@ from test_ppo import config, make_folder
 from transformers import AutoModelForCausalLM
 
 from fastrlhf import PPO
-from fastrlhf.estimators import estimate_advantages
-from fastrlhf.models import Policy, RewardModel
-from fastrlhf.rollout import Engine
+from fastrlhf.formulas.estimators import estimate_advantages
+from fastrlhf.generation.engine import Engine
+from fastrlhf.models.policy import Policy, RewardModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

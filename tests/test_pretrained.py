@@ -9,12 +9,12 @@ import pytest
 from loops import ROOT, model_folder
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fastrlhf.pretrained import read_pretrained
+from fastrlhf.data.pretrained import read_pretrained
 
 SCRIPT = """
 import sys, time
 from transformers import AutoTokenizer
-from fastrlhf.pretrained import read_pretrained
+from fastrlhf.data.pretrained import read_pretrained
 start = time.monotonic()
 try:
     read_pretrained(AutoTokenizer, "owner/name")

@@ -15,9 +15,9 @@ from rank_worker import run
 from safetensors.torch import load_file
 from tiny import ARCHITECTURES, tiny_tokenizer
 
-from fastrlhf import ranks
-from fastrlhf.metrics import read_jsonl
-from fastrlhf.models import RewardModel
+from fastrlhf.models.policy import RewardModel
+from fastrlhf.runs import ranks
+from fastrlhf.runs.metrics import read_jsonl
 
 WORKER = str(ROOT / "tests" / "rank_worker.py")
 ENVIRONMENT = {

@@ -4,8 +4,8 @@ import re
 import pytest
 from html_page import Page
 
-from fastrlhf import plots
-from fastrlhf.report import describe, verdict, write_report
+from fastrlhf.jobs import plots
+from fastrlhf.jobs.report import describe, verdict, write_report
 
 
 def mean(value, error=0.01, num=4):

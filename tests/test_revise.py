@@ -9,12 +9,12 @@ from loops import model_folder, write_rows
 
 from fastrlhf.__main__ import main
 from fastrlhf.data import DataError, Reason, load_demonstrations, load_pairs
+from fastrlhf.data.template import load_tokenizer
 from fastrlhf.feedback.constitution import Principle, draw, load_principles
 from fastrlhf.feedback.revise import Revise
-from fastrlhf.feedback_config import ReviseConfig
-from fastrlhf.metrics import read_jsonl
-from fastrlhf.sampling import Sample
-from fastrlhf.template import load_tokenizer
+from fastrlhf.generation.sampling import Sample
+from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.settings.feedback import ReviseConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PRINCIPLES = "- {name: calm, critique: how is it loud, revision: say it calmly.}\n"

@@ -7,13 +7,13 @@ from loops import assert_resumes_bit_for_bit, model_folder, pairs, write_rows
 from tiny import ARCHITECTURES, tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fastrlhf.config import RewardConfig
 from fastrlhf.data import Pair
-from fastrlhf.models import Policy, RewardModel, load_causal_lm
-from fastrlhf.optim import NonFiniteError
+from fastrlhf.loops.reward import RewardTrainer, pack_rows, sides
+from fastrlhf.models.policy import Policy, RewardModel, load_causal_lm
+from fastrlhf.models.shared_prompts import can_share_prompts
 from fastrlhf.packing import pack
-from fastrlhf.reward import RewardTrainer, pack_rows, sides
-from fastrlhf.shared_prompts import can_share_prompts
+from fastrlhf.runs.optim import NonFiniteError
+from fastrlhf.settings.training import RewardConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,13 +11,13 @@ from loops import assert_resumes_bit_for_bit, model_folder, word, write_rows
 from tiny import ARCHITECTURES
 from transformers import AutoModelForSequenceClassification
 
-from fastrlhf.config import RewardConfig
 from fastrlhf.data import DataError, Pair, Ranking, load_demonstrations, read_rows
 from fastrlhf.data.importers import gsm8k, oasst
-from fastrlhf.models import Policy, RewardModel
+from fastrlhf.loops.reward import RewardTrainer, pack_rows, sides
+from fastrlhf.models.policy import Policy, RewardModel
 from fastrlhf.packing import pack
-from fastrlhf.reward import RewardTrainer, pack_rows, sides
-from fastrlhf.scoring import load_reward_model
+from fastrlhf.scoring.scorer import load_reward_model
+from fastrlhf.settings.training import RewardConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LETTERS = ("xxxab", "xyaab", "yyyab")  # of responses, from good to bad

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastrlhf import PPOConfig
-from fastrlhf.kl import adapt_kl_coef, next_kl_coef
-from fastrlhf.rewards import RunningMoments, apply_missing_eos, shape_scores
+from fastrlhf.formulas.kl import adapt_kl_coef, next_kl_coef
+from fastrlhf.formulas.rewards import RunningMoments, apply_missing_eos, shape_scores
 
 
 @pytest.mark.parametrize(

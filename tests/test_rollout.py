@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_model
 
-from fastrlhf.attention import ATTENTION
-from fastrlhf.rollout import Engine, Sample, Sampling
+from fastrlhf.generation.engine import Engine, Sample, Sampling
+from fastrlhf.models.attention import ATTENTION
 
 EOS = 1
 LENGTHS = (5, 1, 23, 2, 12, 40, 9, 9, 17)  # of the prompts: more than one window, fewer and more than one slot's worth
@@ -136,7 +136,7 @@ def test_a_repeated_prompt_passes_the_model_once_and_changes_no_sample(max_slots
 
 @pytest.mark.parametrize("max_slots", [7, 64])
 def test_a_prompt_longer_than_a_pass_is_read_once_for_its_samples(max_slots, monkeypatch):
-    monkeypatch.setattr("fastrlhf.decoding.PREFILL_TOKENS", 30)
+    monkeypatch.setattr("fastrlhf.generation.decoding.PREFILL_TOKENS", 30)
     model, prompts = model_of(), prompts_of()
     repeated = [prompt for prompt in prompts for _ in range(3)]
     engine = engine_of(model, max_slots=max_slots)

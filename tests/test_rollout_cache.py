@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_rollout import engine_of, model_of, prompts_of
 
-from fastrlhf.rollout import Sampling
-from fastrlhf.slots import CachePlan
+from fastrlhf.generation.engine import Sampling
+from fastrlhf.generation.slots import CachePlan
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2", "gemma3_text"])

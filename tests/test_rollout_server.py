@@ -6,10 +6,10 @@ import pytest
 from fake_server import FakeServer, serving
 from test_rollout import engine_of, model_of
 
-from fastrlhf.rollout import Sampling
-from fastrlhf.rollout_server import ServerBackend
-from fastrlhf.sampling import RolloutBackend
-from fastrlhf.server import ServerError
+from fastrlhf.generation.engine import Sampling
+from fastrlhf.generation.rollout_server import ServerBackend
+from fastrlhf.generation.sampling import RolloutBackend
+from fastrlhf.generation.server import ServerError
 
 # of vLLM's CompletionRequest (vllm/entrypoints/openai/completion/protocol.py), those that matter here
 FIELDS = {

@@ -6,10 +6,10 @@ import torch
 from loops import assert_resumes_bit_for_bit, demonstrations, model_folder, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastrlhf.config import SFTConfig
-from fastrlhf.metrics import read_jsonl
-from fastrlhf.optim import NonFiniteError
-from fastrlhf.sft import SFT
+from fastrlhf.loops.sft import SFT
+from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.optim import NonFiniteError
+from fastrlhf.settings.training import SFTConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

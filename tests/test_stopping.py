@@ -11,8 +11,8 @@ from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastrlhf.rollout import Sampling
-from fastrlhf.stopping import StopStrings, repeats
+from fastrlhf.generation.engine import Sampling
+from fastrlhf.generation.stopping import StopStrings, repeats
 
 TEXT = "Human: why is the sky blue?\n\nAssistant: because señor Grün 猫 says so 🙂🙂.\n\nHuman: and the sea?  It's sky."
 STOPS = ["\n\nHuman:", "猫", "🙂🙂", "e", "sky", "ñ", "the s", "?  It"]

@@ -8,9 +8,9 @@ import pytest
 from test_best_of_n import arguments, search_settings
 
 from fastrlhf.__main__ import main
-from fastrlhf.best_of_n_config import SweepConfig
-from fastrlhf.combining import parse_reward
-from fastrlhf.metrics import read_jsonl
+from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.scoring.combining import parse_reward
+from fastrlhf.settings.best_of_n import SweepConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,8 +7,8 @@ from tiny import tiny_model, tiny_tokenizer
 from tokenizers import processors
 
 from fastrlhf.data import Reason, load_demonstrations, load_pairs, load_prompts, read_rows
+from fastrlhf.data.template import Renderer, check_same_vocabulary, end_of_turn, eos_token_ids, load_tokenizer
 from fastrlhf.packing import pack
-from fastrlhf.template import Renderer, check_same_vocabulary, end_of_turn, eos_token_ids, load_tokenizer
 
 HH = Path(__file__).parents[1] / ".." / "shared" / "data" / "hh_harmless.jsonl.gz"
 SMOLLM2 = Path.home() / ".cache" / "fastrlhf" / "SmolLM2-135M-Instruct"

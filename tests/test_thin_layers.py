@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from tiny import tiny_model
 from torch import nn
 
-from fastrlhf import thin_layers
-from fastrlhf.loading import load_causal_lm
-from fastrlhf.rollout import Engine, Sampling
-from fastrlhf.thin_layers import ThinLinear
+from fastrlhf.generation.engine import Engine, Sampling
+from fastrlhf.models import thin_layers
+from fastrlhf.models.loading import load_causal_lm
+from fastrlhf.models.thin_layers import ThinLinear
 
 
 @pytest.fixture

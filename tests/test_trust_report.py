@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_tokenizer
 
 from fastrlhf.data import Pair
-from fastrlhf.trust_config import EvaluateRewardConfig
+from fastrlhf.settings.trust import EvaluateRewardConfig
 from fastrlhf.trust_report.findings import findings, verdict
 from fastrlhf.trust_report.page import page
 from fastrlhf.trust_report.summary import Evidence, summarize

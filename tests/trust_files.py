@@ -8,8 +8,8 @@ import torch
 from loops import model_folder, pairs, write_rows
 from tiny import tiny_tokenizer
 
-from fastrlhf.models import RewardModel
-from fastrlhf.trust_config import EvaluateRewardConfig
+from fastrlhf.models.policy import RewardModel
+from fastrlhf.settings.trust import EvaluateRewardConfig
 from fastrlhf.trust_report.command import EvaluateReward
 
 

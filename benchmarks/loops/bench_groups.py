@@ -30,8 +30,8 @@ def share_of_even(prompts: Any, completions: Any, **columns: Any) -> list[float]
 
 
 def fastrlhf(options: argparse.Namespace, folder: Path, *, share_prompts: bool = True) -> dict[str, Any]:
-    from fastrlhf.ppo import PPO
-    from fastrlhf.ppo_config import PPOConfig
+    from fastrlhf.loops.ppo import PPO
+    from fastrlhf.settings.ppo import PPOConfig
 
     trainer = PPO(
         PPOConfig(

@@ -43,8 +43,8 @@ def fastrlhf(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def check(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Our step on the responses that TRL drew."""
+    from fastrlhf.generation.engine import Sample
     from fastrlhf.packing import pack
-    from fastrlhf.rollout import Sample
 
     trainer = our_trainer(options, folder)
 
@@ -65,8 +65,8 @@ def check(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def our_trainer(options: argparse.Namespace, folder: Path) -> Any:
-    from fastrlhf.ppo import PPO
-    from fastrlhf.ppo_config import PPOConfig
+    from fastrlhf.loops.ppo import PPO
+    from fastrlhf.settings.ppo import PPOConfig
 
     return PPO(
         PPOConfig(

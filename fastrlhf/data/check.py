@@ -29,8 +29,8 @@ from fastrlhf.data.statistics import (
     repetitions,
     shared_prompts,
 )
-from fastrlhf.data_config import DataCheckConfig
-from fastrlhf.template import load_tokenizer
+from fastrlhf.data.template import load_tokenizer
+from fastrlhf.settings.data import DataCheckConfig
 
 SHARES = (0, 50, 90, 99, 100)
 

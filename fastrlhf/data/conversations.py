@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastrlhf.data.report import Reason, Rejected
-from fastrlhf.template import Message
+from fastrlhf.data.template import Message
 
 Conversation = str | list[Message]
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"

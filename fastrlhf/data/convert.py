@@ -13,8 +13,8 @@ from fastrlhf.data.files import DataError, read_rows
 from fastrlhf.data.importers import IMPORTERS, Format
 from fastrlhf.data.judged import check_ranks
 from fastrlhf.data.report import LEFT_OUT, Reason, Rejected, Report
-from fastrlhf.data_config import DataConvertConfig
-from fastrlhf.whole import write_file
+from fastrlhf.runs.whole import write_file
+from fastrlhf.settings.data import DataConvertConfig
 
 Row = dict[str, Any]
 

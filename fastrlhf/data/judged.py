@@ -13,7 +13,7 @@ from fastrlhf.data.conversations import preference_of, prompt_of, response_of
 from fastrlhf.data.files import DataError, read_rows
 from fastrlhf.data.loading import Columns, Loaded, Row, _load, _response
 from fastrlhf.data.report import Reason, Rejected
-from fastrlhf.template import Renderer
+from fastrlhf.data.template import Renderer
 
 # by layout, the columns that its loader takes; the first that fits a file's first row tells its layout
 LAYOUTS: dict[str, tuple[Columns, ...]] = {

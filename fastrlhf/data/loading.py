@@ -12,7 +12,7 @@ import jinja2
 from fastrlhf.data.conversations import Conversation, conversation, preference_of, prompt_of, response_of, text_of
 from fastrlhf.data.files import DataError, read_rows
 from fastrlhf.data.report import Reason, Rejected, Report
-from fastrlhf.template import Renderer
+from fastrlhf.data.template import Renderer
 
 T = TypeVar("T")
 Row = Mapping[str, Any]

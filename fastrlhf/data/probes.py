@@ -9,7 +9,7 @@ from typing import Any
 from fastrlhf.data.conversations import prompt_of, response_of
 from fastrlhf.data.loading import Columns, Loaded, Row, _load, _response
 from fastrlhf.data.report import Reason, Rejected
-from fastrlhf.template import Renderer
+from fastrlhf.data.template import Renderer
 
 PROBE_COLUMNS: tuple[Columns, ...] = (("prompt", "prompt_with_opinion", "agreeing", "disagreeing"),)
 

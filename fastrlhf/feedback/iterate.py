@@ -17,29 +17,29 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from fastrlhf.checkpoint import check_output
-from fastrlhf.config import RewardConfig
-from fastrlhf.config_values import field_types
 from fastrlhf.data import DataError, Prompt, Rejected, batch_rows, shuffled
-from fastrlhf.evaluate import answer
+from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.feedback.label import Label
 from fastrlhf.feedback.rounds import accuracy, last_evaluated, round_line, round_row
 from fastrlhf.feedback.rows import Item, Row, as_prompt, as_text, check_share, lines, read_items
-from fastrlhf.feedback_config import MAX_ROUNDS, IterateConfig, JudgeConfig, LabelConfig
-from fastrlhf.held_out import mean_and_error
-from fastrlhf.labels import label_pairs
-from fastrlhf.metrics import MetricsLog, read_jsonl
-from fastrlhf.models import Policy
-from fastrlhf.options import read_further
-from fastrlhf.ppo import PPO
-from fastrlhf.ppo_config import PPOConfig
-from fastrlhf.report import reward_model_line
-from fastrlhf.reward import RewardTrainer
-from fastrlhf.rollout import Sampling
-from fastrlhf.scoring import Scorer
-from fastrlhf.stages import Stages, write_tables
-from fastrlhf.template import Renderer, load_tokenizer
-from fastrlhf.whole import write_file, write_json, write_whole
+from fastrlhf.generation.engine import Sampling
+from fastrlhf.jobs.evaluate import answer
+from fastrlhf.jobs.labels import label_pairs
+from fastrlhf.jobs.report import reward_model_line
+from fastrlhf.jobs.stages import Stages, write_tables
+from fastrlhf.loops.held_out import mean_and_error
+from fastrlhf.loops.ppo import PPO
+from fastrlhf.loops.reward import RewardTrainer
+from fastrlhf.models.policy import Policy
+from fastrlhf.runs.checkpoint import check_output
+from fastrlhf.runs.metrics import MetricsLog, read_jsonl
+from fastrlhf.runs.options import read_further
+from fastrlhf.runs.whole import write_file, write_json, write_whole
+from fastrlhf.scoring.scorer import Scorer
+from fastrlhf.settings.feedback import MAX_ROUNDS, IterateConfig, JudgeConfig, LabelConfig
+from fastrlhf.settings.ppo import PPOConfig
+from fastrlhf.settings.training import RewardConfig
+from fastrlhf.settings.values import field_types
 
 STAGES = {"pairs": "pairs", "reward": "reward/model", "ppo": "ppo/model"}  # of a round, and what each leaves
 TAKEN = ("model", "data", "eval_data", "output", "resume", "overwrite")  # settings of a loop that no file may change

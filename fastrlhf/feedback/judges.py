@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from fastrlhf.data import Reason, Rejected
+from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.feedback.judge import PLACEHOLDERS, Both, Judge, Question, Reply
 from fastrlhf.feedback.rows import read_text
-from fastrlhf.feedback_config import JudgeConfig
-from fastrlhf.heads import head_logprobs
-from fastrlhf.models import Policy
+from fastrlhf.generation.server import Server, ServerError
+from fastrlhf.models.heads import head_logprobs
+from fastrlhf.models.policy import Policy
+from fastrlhf.models.shared_prompts import can_share_prompts
 from fastrlhf.packing import pack
-from fastrlhf.server import Server, ServerError
-from fastrlhf.shared_prompts import can_share_prompts
-from fastrlhf.template import Renderer, load_tokenizer
+from fastrlhf.settings.feedback import JudgeConfig
 
 UNSEEN = 0.01  # most that an answer which a server does not list may change P by
 

@@ -12,9 +12,8 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fastrlhf.checkpoint import check_output, open_output
 from fastrlhf.data import DataError, Reason, Rejected
-from fastrlhf.evaluate import answer
+from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.feedback.judge import Verdict, judge_pairs
 from fastrlhf.feedback.judges import make_judge, make_question
 from fastrlhf.feedback.rows import (
@@ -29,13 +28,14 @@ from fastrlhf.feedback.rows import (
     read_items,
     rejected_by_reason,
 )
-from fastrlhf.feedback_config import LabelConfig
-from fastrlhf.metrics import MetricsLog, append, cut_back, read_jsonl
-from fastrlhf.models import Policy
-from fastrlhf.rollout import Sampling
-from fastrlhf.template import Renderer, load_tokenizer
+from fastrlhf.generation.engine import Sampling
+from fastrlhf.jobs.evaluate import answer
+from fastrlhf.models.policy import Policy
+from fastrlhf.runs.checkpoint import check_output, open_output
+from fastrlhf.runs.metrics import MetricsLog, append, cut_back, read_jsonl
+from fastrlhf.runs.whole import write_file, write_json
+from fastrlhf.settings.feedback import LabelConfig
 from fastrlhf.trust.accuracy import wilson_interval
-from fastrlhf.whole import write_file, write_json
 
 OURS = ("config.yaml", "rows.crc32", "answers.jsonl", "verdicts.jsonl", "pairs.jsonl", "summary.json")
 

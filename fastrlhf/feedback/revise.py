@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fastrlhf.checkpoint import check_output, open_output
 from fastrlhf.data import DataError, Reason, Rejected
 from fastrlhf.data.conversations import Conversation
+from fastrlhf.data.template import Renderer, eos_token_ids, load_tokenizer
 from fastrlhf.feedback.constitution import STOPS, ask_critique, ask_revision, draw, load_principles
 from fastrlhf.feedback.rows import (
     Item,
@@ -28,12 +28,12 @@ from fastrlhf.feedback.rows import (
     read_items,
     rejected_by_reason,
 )
-from fastrlhf.feedback_config import MAX_ROUNDS, ReviseConfig
-from fastrlhf.metrics import MetricsLog, read_jsonl
-from fastrlhf.models import Policy, autocasting
-from fastrlhf.rollout import Engine, Sampling
-from fastrlhf.template import Renderer, eos_token_ids, load_tokenizer
-from fastrlhf.whole import write_file, write_json
+from fastrlhf.generation.engine import Engine, Sampling
+from fastrlhf.models.policy import Policy, autocasting
+from fastrlhf.runs.checkpoint import check_output, open_output
+from fastrlhf.runs.metrics import MetricsLog, read_jsonl
+from fastrlhf.runs.whole import write_file, write_json
+from fastrlhf.settings.feedback import MAX_ROUNDS, ReviseConfig
 
 TABLES = ("responses.jsonl", "demonstrations.jsonl", "pairs.jsonl", "transcripts.jsonl")
 OURS = ("config.yaml", "rows.crc32", *TABLES, "summary.json")

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from fastrlhf.data import load_pairs
+from fastrlhf.data.template import load_tokenizer
 from fastrlhf.feedback.rows import Row
-from fastrlhf.feedback_config import IterateConfig
-from fastrlhf.metrics import read_jsonl
-from fastrlhf.models import RewardModel
+from fastrlhf.models.policy import RewardModel
 from fastrlhf.packing import pack
-from fastrlhf.template import load_tokenizer
+from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.settings.feedback import IterateConfig
 
 GOLD = {"heldout_gold": "eval/score", "heldout_gold_error": "eval/score_error"}  # of metrics, where gold judges
 

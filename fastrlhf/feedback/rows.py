@@ -11,8 +11,8 @@ from typing import Any
 
 from fastrlhf.data import DataError, Prompt, Reason, Rejected, Report, read_rows
 from fastrlhf.data.conversations import Conversation, preference_of, prompt_of, response_of
-from fastrlhf.template import Renderer
-from fastrlhf.whole import write_file
+from fastrlhf.data.template import Renderer
+from fastrlhf.runs.whole import write_file
 
 Row = dict[str, Any]
 # columns that say which response is better, by how much and by whom: an earlier label, so not kept beside a new one

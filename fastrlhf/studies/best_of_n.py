@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrlhf.best_of_n_config import BestOfNConfig, SearchConfig
-from fastrlhf.checkpoint import check_output, open_output
 from fastrlhf.data import DataError, Prompt, load_prompts
-from fastrlhf.evaluate import Answers, Mean, answer, best_of_n_kl
-from fastrlhf.metrics import MetricsLog, read_jsonl
-from fastrlhf.models import Policy
-from fastrlhf.rollout import Sampling
-from fastrlhf.scoring import Scorer, check_reward
-from fastrlhf.shared_prompts import can_share_prompts
-from fastrlhf.template import load_tokenizer
-from fastrlhf.whole import write_file, write_json
+from fastrlhf.data.template import load_tokenizer
+from fastrlhf.generation.engine import Sampling
+from fastrlhf.jobs.evaluate import Answers, Mean, answer, best_of_n_kl
+from fastrlhf.models.policy import Policy
+from fastrlhf.models.shared_prompts import can_share_prompts
+from fastrlhf.runs.checkpoint import check_output, open_output
+from fastrlhf.runs.metrics import MetricsLog, read_jsonl
+from fastrlhf.runs.whole import write_file, write_json
+from fastrlhf.scoring.scorer import Scorer, check_reward
+from fastrlhf.settings.best_of_n import BestOfNConfig, SearchConfig
 
 Row = dict[str, Any]
 BLOCK = 1024  # responses between two writes of candidates.jsonl

@@ -20,24 +20,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.best_of_n_config import SHARED, OveroptimizeConfig
-from fastrlhf.checkpoint import check_output
-from fastrlhf.config import RewardConfig
 from fastrlhf.data import DataError
-from fastrlhf.evaluate import Mean, answer, kl_of_responses
-from fastrlhf.labels import label_pairs, split_by_prompt
-from fastrlhf.models import Policy
-from fastrlhf.options import read_further
-from fastrlhf.ppo import PPO
-from fastrlhf.ppo_config import PPOConfig
-from fastrlhf.reward import RewardTrainer
-from fastrlhf.rollout import Sampling
-from fastrlhf.scoring import Scorer
-from fastrlhf.stages import Stages, write_tables
+from fastrlhf.data.template import load_tokenizer
+from fastrlhf.generation.engine import Sampling
+from fastrlhf.jobs.evaluate import Mean, answer, kl_of_responses
+from fastrlhf.jobs.labels import label_pairs, split_by_prompt
+from fastrlhf.jobs.stages import Stages, write_tables
+from fastrlhf.loops.ppo import PPO
+from fastrlhf.loops.reward import RewardTrainer
+from fastrlhf.models.policy import Policy
+from fastrlhf.runs.checkpoint import check_output
+from fastrlhf.runs.options import read_further
+from fastrlhf.runs.whole import write_json, write_whole
+from fastrlhf.scoring.scorer import Scorer
+from fastrlhf.settings.best_of_n import SHARED, OveroptimizeConfig
+from fastrlhf.settings.ppo import PPOConfig
+from fastrlhf.settings.training import RewardConfig
 from fastrlhf.studies.best_of_n import candidates, curve, moments, prompts_of, scores_of
 from fastrlhf.studies.overoptimize_report import describe, write_report
-from fastrlhf.template import load_tokenizer
-from fastrlhf.whole import write_json, write_whole
 
 PRODUCTS = {  # of each stage, in order
     "pairs": "pairs",

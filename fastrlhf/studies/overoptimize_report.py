@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from fastrlhf import plots
-from fastrlhf.gao_forms import Fit, fit
-from fastrlhf.metrics import read_jsonl
-from fastrlhf.report import STYLE, read_json, reward_model_line, table
-from fastrlhf.whole import write_file, write_json
+from fastrlhf.formulas.gao_forms import Fit, fit
+from fastrlhf.jobs import plots
+from fastrlhf.jobs.report import STYLE, read_json, reward_model_line, table
+from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.whole import write_file, write_json
 
 Row = dict[str, Any]
 METHODS = {"best_of_n": "best-of-n", "ppo": "PPO"}

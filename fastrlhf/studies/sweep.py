@@ -16,19 +16,19 @@ from typing import Any
 
 from torch import Tensor
 
-from fastrlhf import plots
-from fastrlhf.best_of_n_config import SHARED, SweepConfig
-from fastrlhf.checkpoint import check_output
-from fastrlhf.combining import parse_reward
-from fastrlhf.evaluate import Mean, answer, best_of_n, best_of_n_kl, kl_of_responses
-from fastrlhf.options import read_further
-from fastrlhf.ppo import PPO
-from fastrlhf.ppo_config import PPOConfig
-from fastrlhf.rollout import Sampling
-from fastrlhf.scoring import Scorer
+from fastrlhf.data.template import load_tokenizer
+from fastrlhf.generation.engine import Sampling
+from fastrlhf.jobs import plots
+from fastrlhf.jobs.evaluate import Mean, answer, best_of_n, best_of_n_kl, kl_of_responses
+from fastrlhf.loops.ppo import PPO
+from fastrlhf.runs.checkpoint import check_output
+from fastrlhf.runs.options import read_further
+from fastrlhf.runs.whole import write_file, write_json
+from fastrlhf.scoring.combining import parse_reward
+from fastrlhf.scoring.scorer import Scorer
+from fastrlhf.settings.best_of_n import SHARED, SweepConfig
+from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.studies.best_of_n import candidates, moments, prompts_of, scores_of
-from fastrlhf.template import load_tokenizer
-from fastrlhf.whole import write_file, write_json
 
 Row = dict[str, Any]
 NAMES = ("first", "second")

@@ -14,25 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrlhf import plots, ranks
 from fastrlhf.data import DataError, Loaded, Pair, Prompt, Ranking, layout_of, load_pairs, load_prompts
 from fastrlhf.data.comparisons import comparisons
 from fastrlhf.data.probes import load_probes
-from fastrlhf.loop import check_fits
-from fastrlhf.metrics import MetricsLog
-from fastrlhf.models import RewardModel
-from fastrlhf.objectives import LOADERS
+from fastrlhf.data.template import eos_token_ids, load_tokenizer
+from fastrlhf.generation.sampling import Sample
+from fastrlhf.jobs import plots
+from fastrlhf.loops.loop import check_fits
+from fastrlhf.loops.objectives import LOADERS
+from fastrlhf.loops.reward import pack_rows, sides
+from fastrlhf.models.policy import RewardModel
+from fastrlhf.models.shared_prompts import can_share_prompts
 from fastrlhf.packing import pack
-from fastrlhf.reward import pack_rows, sides
-from fastrlhf.sampling import Sample
-from fastrlhf.scoring import Scorer, is_function, short_names, split_head
-from fastrlhf.shared_prompts import can_share_prompts
-from fastrlhf.template import eos_token_ids, load_tokenizer
-from fastrlhf.trust_config import EvaluateRewardConfig
+from fastrlhf.runs import ranks
+from fastrlhf.runs.metrics import MetricsLog
+from fastrlhf.runs.whole import write_file
+from fastrlhf.scoring.scorer import Scorer, is_function, short_names, split_head
+from fastrlhf.settings.trust import EvaluateRewardConfig
 from fastrlhf.trust_report.findings import verdict
 from fastrlhf.trust_report.page import page
 from fastrlhf.trust_report.summary import Evidence, score_rows, summarize
-from fastrlhf.whole import write_file
 
 FILES = ("report.html", "summary.json", "scores.jsonl")
 

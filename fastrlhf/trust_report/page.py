@@ -6,7 +6,7 @@ import json
 from html import escape
 from typing import Any
 
-from fastrlhf.report import STYLE, capital
+from fastrlhf.jobs.report import STYLE, capital
 from fastrlhf.trust_report import parts
 from fastrlhf.trust_report.findings import findings, verdict
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
-from fastrlhf.report import table
+from fastrlhf.jobs.report import table
 from fastrlhf.trust_report import plots
 from fastrlhf.trust_report.findings import percent
 

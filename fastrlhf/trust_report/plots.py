@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastrlhf.plots import AFTER, BEFORE, GREY, axes, image
+from fastrlhf.jobs.plots import AFTER, BEFORE, GREY, axes, image
 from fastrlhf.trust.accuracy import wilson_interval
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.data import Pair
+from fastrlhf.settings.trust import EvaluateRewardConfig
 from fastrlhf.trust.accuracy import accuracy, hits, quantile_bins
 from fastrlhf.trust.calibration import cross_fit, fit_temperature, measure, reliability
 from fastrlhf.trust.correlation import correlation_interval, paired_pearson, paired_spearman, pearson, spearman
@@ -23,7 +24,6 @@ from fastrlhf.trust.ensembles import ensemble
 from fastrlhf.trust.opinions import sycophancy
 from fastrlhf.trust.raters import agreement, repeats, votes
 from fastrlhf.trust.sections import sections
-from fastrlhf.trust_config import EvaluateRewardConfig
 
 MAX_GROUPS = 30
 NUM_ERRORS, NUM_CHARACTERS, NUM_POINTS = 8, 600, 500

@@ -21,7 +21,7 @@ from fastrlhf.data.importers import (
     webgpt,
 )
 from fastrlhf.data.report import Rejected
-from fastrlhf.data_config import DataConvertConfig
+from fastrlhf.settings.data import DataConvertConfig
 
 Row = dict[str, Any]
 Convert = Callable[[Mapping[str, Any], DataConvertConfig], Iterator[Row | Rejected]]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastrlhf.data.report import Reason, Rejected
-from fastrlhf.data_config import DataConvertConfig
+from fastrlhf.settings.data import DataConvertConfig
 
 
 def number_of(value: Any, name: str) -> int | float:

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastrlhf.data.importers._parts import number_of, pair
 from fastrlhf.data.report import Reason, Rejected
-from fastrlhf.data_config import DataConvertConfig
+from fastrlhf.settings.data import DataConvertConfig
 
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 COLUMNS = (("prompt", "response", *ATTRIBUTES), ("prompt", "response_1", "response_2", "preference_strength"))

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastrlhf.data.importers._parts import pair
 from fastrlhf.data.report import Reason, Rejected
-from fastrlhf.data_config import DataConvertConfig
+from fastrlhf.settings.data import DataConvertConfig
 
 HEADS = {"helpful": "better_response_id", "harmless": "safer_response_id"}
 COLUMNS = (("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe", *HEADS.values()),)

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastrlhf.data.importers._parts import number_of, pair
 from fastrlhf.data.report import Reason, Rejected
-from fastrlhf.data_config import DataConvertConfig
+from fastrlhf.settings.data import DataConvertConfig
 
 COLUMNS = (("info", "summaries", "choice", "worker"),)
 

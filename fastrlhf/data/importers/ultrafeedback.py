@@ -13,7 +13,7 @@ from typing import Any
 
 from fastrlhf.data.importers._parts import number_of
 from fastrlhf.data.report import Reason, Rejected
-from fastrlhf.data_config import DataConvertConfig
+from fastrlhf.settings.data import DataConvertConfig
 
 COLUMNS = (("instruction", "completions"),)
 Row = dict[str, Any]

@@ -1,0 +1,70 @@
+"""A job of several stages, each of which leaves a product that is complete or not there."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastrlhf.runs.checkpoint import open_output
+from fastrlhf.runs.metrics import append
+
+
+class Stages(ABC):
+    """An iterator over the stages of a job; each yields its name and a line on what came out.
+
+    A job that was stopped goes on with the first stage whose product is missing, and a loop in it with its newest
+    checkpoint. timing.jsonl holds the seconds of each stage.
+
+    products: in order, what each stage leaves in the output folder; a loop's stage has the name of its folder
+    always: stages that are done each time; ours: what else the job may have left there, for overwrite"""
+
+    passing: tuple[str, ...] = ("checkpoints",)  # what a loop leaves and nobody needs after it
+
+    def __init__(
+        self, config: Any, products: Mapping[str, str], *, always: Collection[str] = (), ours: Collection[str] = ()
+    ) -> None:
+        self.config, self.output = config, Path(config.output)
+        self.products, self.always = products, always
+        names = {Path(product).parts[0] for product in products.values()}
+        open_output(config, ours=("config.yaml", "timing.jsonl", *sorted({*names, *ours})))
+        self.names = iter(products)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return self
+
+    def __next__(self) -> tuple[str, str]:
+        """Does the next stage, unless its product is there already."""
+        name = next(self.names)
+        if name in self.always or not (self.output / self.products[name]).exists():
+            print(f"\n== {name}", flush=True)
+            start = time.perf_counter()
+            self.do(name)
+            append(self.output / "timing.jsonl", {"stage": name, "seconds": time.perf_counter() - start})
+            gc.collect()  # this stage's models, before the next loads its own
+        for passing in self.passing:  # of an earlier start, too, that was killed before it did this
+            shutil.rmtree(self.output / name / passing, ignore_errors=True)
+        return name, self.outcome(name)
+
+    def do(self, name: str) -> None:
+        """Does a stage: here the method of its name."""
+        getattr(self, name)()
+
+    @abstractmethod
+    def outcome(self, name: str) -> str:
+        """A line on what a finished stage left."""
+
+
+def write_tables(folder: Path, tables: dict[str, Any]) -> None:
+    """Writes lists as JSONL and the rest as JSON, by file name."""
+    for name, table in tables.items():
+        if name.endswith(".jsonl"):
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
+        else:
+            text = json.dumps(table, indent=2) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,97 @@
+"""Answers to prompts that PPO does not train on: what they are worth, and after which step they were best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastrlhf.data import Prompt, load_prompts
+from fastrlhf.generation.sampling import Sample
+from fastrlhf.packing import Packed
+from fastrlhf.runs import ranks
+from fastrlhf.runs.checkpoint import fingerprint
+from fastrlhf.scoring.scorer import Scorer
+from fastrlhf.settings.ppo import PPOConfig
+
+FIRST = 2**31  # number of the first held-out answer, above that of any answer that is trained on
+
+
+class HeldOut:
+    """Held-out prompts and what judges the answers to them, after every eval_every-th step and the last.
+
+    prompts: none without eval_data; seeds: of the answers, the same each time, so that policies differ and not draws
+    scorer: of eval_reward, or else `trained`, the one whose reward is trained on
+    best: step and score of the best answers so far, None before the first"""
+
+    def __init__(self, config: PPOConfig, tokenizer: Any, trained: Scorer, prompts: Sequence[Prompt], **options: Any):
+        self.config, self.trained, self.scorer = config, trained, trained
+        self.prompts: list[Prompt] = []
+        self.best: dict[str, Any] | None = None
+        if config.eval_data is None:
+            return
+        loaded = load_prompts(
+            config.eval_data,
+            tokenizer,
+            max_prompt_tokens=config.max_prompt_tokens,
+            limit=config.eval_limit,
+            template=config.template,
+            max_rejected=config.max_rejected,
+        )
+        self.prompts = loaded.rows
+        ranks.say(loaded.report)
+        seen = {tuple(prompt.tokens) for prompt in prompts}
+        if shared := sum(tuple(prompt.tokens) in seen for prompt in self.prompts):
+            ranks.say(f"warning: {shared} of the {len(self.prompts)} prompts of {config.eval_data} are trained on too")
+        if config.eval_reward is not None:
+            columns = {name for prompt in self.prompts for name in prompt.columns}
+            self.scorer = Scorer(
+                config.eval_reward, tokenizer, max_tokens=config.max_tokens, columns=columns, **options
+            )
+
+    @property
+    def seeds(self) -> range:
+        first = (self.config.seed << 32) + FIRST
+        return range(first, first + len(self.prompts))
+
+    def due(self, step: int) -> bool:
+        """Whether the policy answers after step 1, 2, ..."""
+        return bool(self.prompts) and (step % self.config.eval_every == 0 or step == self.config.steps)
+
+    def judge(self, step: int, samples: Sequence[Sample], batch: Packed) -> dict[str, float]:
+        """The metrics of the answers after a step, of which `best` takes note; batch: the pack of the samples.
+
+        eval/score_error is the standard error of the mean eval/score."""
+        score, error = mean_and_error(self.scorer(self.prompts, samples, batch))
+        if self.best is None or score > self.best["score"]:
+            self.best = {"step": step, "score": score}
+        metrics = {
+            "eval/score": score,
+            "eval/score_error": error,
+            "eval/length": sum(len(sample.response) for sample in samples) / len(samples),
+            "eval/eos_rate": sum(sample.finished for sample in samples) / len(samples),
+            "eval/best_step": self.best["step"],
+            "eval/best_score": self.best["score"],
+        }
+        if self.scorer is not self.trained:
+            metrics["eval/trained_score"], _ = mean_and_error(self.trained(self.prompts, samples, batch))
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best so far, and a checksum of the prompts."""
+        return {"best": self.best, "prompts": fingerprint(prompt.tokens for prompt in self.prompts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what state_dict gave; raises ValueError when the prompts are others."""
+        if state["prompts"] != self.state_dict()["prompts"]:
+            raise ValueError(f"resume: the tokens of {self.config.eval_data} are no longer those of the checkpoint")
+        self.best = state["best"]
+
+
+def mean_and_error(scores: Tensor) -> tuple[float, float]:
+    """The mean of scores (N,) and its standard error, 0 of a single one."""
+    values = scores.double()
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return values.mean().item(), error

@@ -1,0 +1,1 @@
+"""What every run needs: options, metrics, checkpoints, whole files, optimizers, processes and shards."""

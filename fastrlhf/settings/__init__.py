@@ -1,0 +1,1 @@
+"""Settings of each command with their defaults and checks: YAML keys and CLI options alike."""
