@@ -108,7 +108,9 @@ def test_the_best_responses_are_demonstrations_and_a_stopped_run_goes_on(setting
         assert chosen["prompt"] == row["prompt"] and len(set(row["completions"])) > 1
     summary = json.loads((out / "summary.json").read_text())
     everything = np.array([row["scores"]["gold"] for row in rows])
-    assert summary["moments"]["gold"] == pytest.approx({"mean": everything.mean(), "deviation": everything.std()})
+    within = np.sqrt(everything.var(1, ddof=1).mean())
+    expected = {"mean": everything.mean(), "deviation": everything.std(), "deviation_within": within}
+    assert summary["moments"]["gold"] == pytest.approx(expected)
     assert summary["best_of_k"][0]["gold"] == pytest.approx(everything.mean())
     assert summary["best_of_k"][3]["reward"] == pytest.approx(np.mean([row["score"] for row in best]), abs=1e-6)
     sft = SFT(

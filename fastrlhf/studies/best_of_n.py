@@ -181,11 +181,13 @@ def scores_of(rows: Sequence[Row], name: str) -> Tensor:
 
 
 def moments(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Mean and deviation of all scores of each judge and source: the numbers of standard(SOURCE;MEAN;DEVIATION)."""
+    """Mean and deviation of all scores of each judge and source, and the deviation within a prompt (root mean square):
+    numbers for standard(SOURCE;MEAN;DEVIATION)."""
     found = {}
     for name in rows[0]["scores"]:
         values = scores_of(rows, name)
-        found[name] = {"mean": values.mean().item(), "deviation": values.std(correction=0).item()}
+        deviations = {"deviation": values.std(correction=0), "deviation_within": values.var(1).mean().sqrt()}
+        found[name] = {"mean": values.mean().item(), **{key: value.item() for key, value in deviations.items()}}
     return found
 
 

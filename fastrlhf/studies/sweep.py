@@ -64,22 +64,22 @@ def sweep(config: SweepConfig) -> Iterator[str]:
     if plots.available():
         write_file(output / "sweep.svg", svg(points))
     yield table(points)
-    yield f"the rewards in standard units, for fastrlhf ppo --reward: {texts[0]}=WEIGHT,{texts[1]}=WEIGHT"
+    yield f"the rewards in deviations within a prompt, for fastrlhf ppo --reward: {texts[0]}=WEIGHT,{texts[1]}=WEIGHT"
 
 
 def standard(reward: str, unit: dict[str, float]) -> str:
-    """The reward in standard units, in the grammar of combining.py.
+    """The reward in deviations within a prompt, among which best-of-n chooses, in the grammar of combining.py.
 
-    Raises: ValueError where all its scores are the same."""
-    if unit["deviation"] <= 0:
-        raise ValueError(f"sweep: all responses have the same score {unit['mean']:g} by {reward}")
-    return f"standard({reward};{unit['mean']:.6g};{unit['deviation']:.6g})"
+    Raises: ValueError where all its scores of a prompt are the same."""
+    if unit["deviation_within"] <= 0:
+        raise ValueError(f"sweep: all responses to a prompt have the same score by {reward}")
+    return f"standard({reward};{unit['mean']:.6g};{unit['deviation_within']:.6g})"
 
 
 def best_point(weight: float, first: Tensor, second: Tensor, units: dict[str, dict[str, float]]) -> Row:
     """Both rewards of the response with the best weighted sum, in the mean over prompts. first, second: (P, n)"""
     a, b = (
-        (values - units[name]["mean"]) / units[name]["deviation"]
+        (values - units[name]["mean"]) / units[name]["deviation_within"]
         for name, values in zip(NAMES, (first, second), strict=True)
     )
     total = weight * a + (1 - weight) * b
