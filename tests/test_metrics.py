@@ -1,10 +1,12 @@
 import json
+import os
 import re
 import time
 
 import pytest
+import torch
 
-from fastrlhf.runs.metrics import MetricsLog, cut_back, read_jsonl, short
+from fastrlhf.runs.metrics import MetricsLog, cut_back, forget_peak, peak_memory_gib, read_jsonl, short
 
 
 def test_metrics_hold_what_was_given_and_timing_the_clock(tmp_path):
@@ -101,3 +103,13 @@ def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'fastrlhf\[tensorboard\]'"):
         MetricsLog(tmp_path, num_steps=1, tensorboard=True)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system keeps the peak of a process")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the peak is that of the GPU")
+def test_what_was_taken_earlier_in_the_process_is_not_in_the_peak_of_a_run():
+    b"x" * (1 << 30)
+    before = forget_peak()
+    assert peak_memory_gib() - before < 0.1
+    b"x" * (1 << 29)
+    assert 0.4 < peak_memory_gib() - before < 0.6

@@ -25,7 +25,7 @@ from fastrlhf.models.lora import linears_of
 from fastrlhf.models.policy import ADAPTER
 from fastrlhf.packing import pack
 from fastrlhf.runs import ranks
-from fastrlhf.runs.metrics import peak_memory_gib
+from fastrlhf.runs.metrics import forget_peak, peak_memory_gib
 from fastrlhf.scoring.scorer import reward_folders
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.training import LoopConfig
@@ -48,7 +48,7 @@ class Plan:
     first: dict[str, float] = field(default_factory=dict)
     idle: list[str] | None = None
     available: float = 0.0
-    before: float = field(default_factory=peak_memory_gib)
+    before: float = field(default_factory=forget_peak)
 
     @property
     def num_bytes(self) -> float:

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +244,15 @@ def table_row(cells: list[str]) -> str:
 def short(value: float) -> str:
     """A number in at most WIDTH characters."""
     return min((f"{value:.{digits}g}" for digits in (4, 3, 2)), key=lambda text: len(text) > WIDTH)
+
+
+def forget_peak() -> float:
+    """Lets `peak_memory_gib` begin anew, where the system can do that; returns what it says then."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux
+    return peak_memory_gib()
 
 
 def peak_memory_gib() -> float:
