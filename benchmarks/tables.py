@@ -161,7 +161,7 @@ def below(files: dict[str, list[Row]]) -> str:
     """The sentences of README.md on every ratio that is below its goal."""
     missed = []
     for line, ratio in headlines(files):
-        if ratio is not None and line.goal is not None and ratio < line.goal:
+        if ratio is not None and line.goal is not None and float(f"{ratio:.3g}") < line.goal:  # as the table has it
             what = line.what.replace("...", f"`{line.benchmark}`")
             missed.append(f"{what} is at {ratio / line.goal:.0%} of its goal: {line.missed or 'why is not known'}.")
     return " ".join(missed) or "No figure is below its goal."

@@ -108,7 +108,8 @@ def operations(config: Any, prompts: list[int]) -> float:
 def main() -> None:
     from transformers import AutoTokenizer
 
-    report = sides.begin("groups", {flag: sides.OPTIONS[flag] for flag in ("--shape", "--data", "--repeats", "--trl")})
+    shared = {flag: sides.OPTIONS[flag] for flag in ("--shape", "--data", "--trl")}
+    report = sides.begin("groups", shared | {"--repeats": sides.OPTIONS["--repeats"] | {"default": 2}})
     options = report.options
     options.pairs = NUM_PROMPTS
     pythons = sides.pythons(options.trl) | {APART: sys.executable}

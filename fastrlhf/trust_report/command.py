@@ -29,6 +29,7 @@ from fastrlhf.packing import pack
 from fastrlhf.runs import ranks
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.whole import write_file
+from fastrlhf.scoring.combining import parse_reward, sources_of
 from fastrlhf.scoring.scorer import Scorer, is_function, short_names, split_head
 from fastrlhf.settings.trust import EvaluateRewardConfig
 from fastrlhf.trust_report.findings import verdict
@@ -48,6 +49,9 @@ class EvaluateReward:
         if ranks.start() > 1:
             raise ValueError("evaluate reward: one process does it all; start it without torchrun")
         check_output(config)
+        for source in config.models:
+            if [*sources_of(parse_reward(source))] != [source]:
+                raise ValueError(f"model: {source!r} is not one reward model or function; separate several by commas")
         if config.plots and not plots.available():
             raise ValueError(
                 "plots: matplotlib is not installed: pip install matplotlib, or 'fastrlhf[demo]'; --no-plots makes a "
@@ -134,8 +138,6 @@ class EvaluateReward:
             device=self.device,
             autocast=self.config.autocast_dtype(),
         )
-        if len(scorer.models) + len(scorer.functions) != 1 or scorer.sources != [source]:
-            raise ValueError(f"model: {source!r} is not one reward model or function; separate several by commas")
         for model, _ in scorer.models:
             longest = max(len(side) for pair in every for side in sides(pair))
             check_fits(model.model, self.tokenizer, longest_row=longest)
