@@ -127,7 +127,7 @@ def test_the_best_responses_are_demonstrations_and_a_stopped_run_goes_on(setting
     assert (out / "candidates.jsonl").read_bytes() == whole and read_jsonl(out / "best.jsonl") == best
     write_rows(settings["data"], [{"prompt": f"other {n}", "topic": "t"} for n in range(5)])
     assert main(["best-of-n", *arguments(settings), "--resume"]) == 1
-    assert "are no longer those of" in capsys.readouterr().err
+    assert "has changed since the run began" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("one_thread")

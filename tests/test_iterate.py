@@ -105,7 +105,7 @@ def run(settings, **changes):
 def files_of(output):
     """The content of every file of a run that does not depend on the clock or on where it lies."""
     names = [path.relative_to(output) for path in Path(output).rglob("*") if path.is_file()]
-    changing = ("timing.jsonl", "config.yaml")
+    changing = ("timing.jsonl", "config.yaml", "inputs.json")
     return {str(n): (Path(output) / n).read_bytes() for n in names if not str(n).endswith(changing)}
 
 

@@ -134,7 +134,7 @@ def test_a_resumed_run_may_reject_more_but_not_read_other_rows(settings, server)
     assert len(server.requests) == asked + 2 * 6  # the rest alone
     assert len(read_jsonl(Path(settings["output"]) / "verdicts.jsonl")) == 10
     write_rows(settings["data"], read_jsonl(settings["data"])[::-1])
-    with pytest.raises(ValueError, match="no longer those"):
+    with pytest.raises(ValueError, match="has changed since the run began"):
         run(settings, max_rejected=0.1, resume=True)
 
 

@@ -143,16 +143,23 @@ def test_the_command_says_where_everything_lies(settings, capsys):
 def test_a_run_is_resumed_with_its_own_settings_only(settings):
     stages = Run(RunConfig(**settings))
     next(stages)
+    Run(RunConfig(**{**settings, "steps": 3}))  # the prompts alone are no work: the folder is free
+    next(stages := Run(RunConfig(**settings)))
+    next(stages)
     with pytest.raises(ValueError, match="steps was 2 and is 3"):
         Run(RunConfig(**{**settings, "steps": 3, "resume": True}))
 
 
 def test_overwrite_removes_the_stages_and_nothing_else(settings):
-    stages = Run(RunConfig(**settings))
+    output, stages = Path(settings["output"]), Run(RunConfig(**settings))
     next(stages)
-    (Path(settings["output"]) / "notes.txt").write_text("mine")
-    Run(RunConfig(**{**settings, "overwrite": True}))
-    assert sorted(path.name for path in Path(settings["output"]).iterdir()) == ["config.yaml", "notes.txt"]
+    next(stages)
+    (output / "notes.txt").write_text("mine")
+    again = Run(RunConfig(**{**settings, "overwrite": True}))
+    assert (output / "sft/model").is_dir()  # until the first stage
+    again.folder.open()
+    again.folder.close()
+    assert sorted(path.name for path in output.iterdir()) == ["config.yaml", "inputs.json", "notes.txt"]
 
 
 @pytest.mark.parametrize(

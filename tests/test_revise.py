@@ -159,7 +159,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(settings, tmp_path):
     stopped.close()
     assert (Path(settings["output"]) / "round-1.jsonl").exists()
     write_rows(settings["data"], [{"prompt": f"other {n}"} for n in range(8)])
-    with pytest.raises(ValueError, match="no longer those"):
+    with pytest.raises(ValueError, match="has changed since the run began"):
         finish(settings, resume=True)
     write_rows(settings["data"], [{"prompt": f"question {n}"} for n in range(8)])
     finish(settings, resume=True)

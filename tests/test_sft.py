@@ -126,7 +126,7 @@ def test_without_checkpoints_a_run_leaves_only_its_model(settings, tmp_path):
 def test_changed_data_is_noticed_on_resume(settings, tmp_path):
     run(settings)
     demonstrations(tmp_path / "data.jsonl", seed=1)
-    with pytest.raises(ValueError, match=r"resume: rows of .*data.jsonl, or of a file beside it, are no longer those"):
+    with pytest.raises(ValueError, match=r"resume: data: .*data.jsonl has changed since the run began"):
         SFT(SFTConfig(**settings, resume=True))
 
 

@@ -31,9 +31,9 @@ from fastrlhf.loops.held_out import mean_and_error
 from fastrlhf.loops.ppo import PPO
 from fastrlhf.loops.reward import RewardTrainer
 from fastrlhf.models.policy import Policy
-from fastrlhf.runs.checkpoint import check_output
 from fastrlhf.runs.metrics import MetricsLog, read_jsonl
 from fastrlhf.runs.options import read_further
+from fastrlhf.runs.output import check_finished
 from fastrlhf.runs.whole import write_file, write_json, write_whole
 from fastrlhf.scoring.scorer import Scorer
 from fastrlhf.settings.feedback import MAX_ROUNDS, IterateConfig, JudgeConfig, LabelConfig
@@ -56,8 +56,12 @@ class Iterate(Stages):
     passing = ("checkpoints", "best")  # the best policy of a round is its last, which is its model
 
     def __init__(self, config: IterateConfig) -> None:
-        check_output(config)
-        self.config, self.output = config, Path(config.output)
+        products = {"data": "data"}
+        for number in range(1, config.rounds + 1):
+            products |= {f"round-{number}/{stage}": f"round-{number}/{left}" for stage, left in STAGES.items()}
+        products["summary"] = "summary.json"
+        earlier = [path.name for path in Path(config.output).glob("round-*")]
+        super().__init__(config, products, always=("summary",), ours=earlier)
         self.tokenizer = load_tokenizer(config.model)
         self.renderer = Renderer(self.tokenizer, config.template)
         self.further = {
@@ -67,7 +71,7 @@ class Iterate(Stages):
         for number in range(1, config.rounds + 1):
             loops = self.reward_config(number), self.ppo_config(number)  # refuse what they refuse now, not after labels
             for loop in loops if config.resume else ():
-                check_output(loop)  # a finished one, too, must be of these settings
+                check_finished(loop)
         options = config.model_options()
         placing = {name: options[name] for name in ("device", "autocast")}
         self.tables = self.read()
@@ -77,12 +81,6 @@ class Iterate(Stages):
             columns = {name for rows in parts for row in rows for name in row} - {"prompt"}
             tokens = config.max_tokens
             self.judges["gold"] = Scorer(config.gold, self.tokenizer, max_tokens=tokens, columns=columns, **placing)
-        products = {"data": "data"}
-        for number in range(1, config.rounds + 1):
-            products |= {f"round-{number}/{stage}": f"round-{number}/{left}" for stage, left in STAGES.items()}
-        products["summary"] = "summary.json"
-        earlier = [path.name for path in self.output.glob("round-*")]
-        super().__init__(config, products, always=("summary",), ours=earlier)
 
     def read(self) -> dict[str, list[Row]]:
         """The tables of the data stage. Raises: DataError for rows that cannot be used, or too few."""
@@ -133,7 +131,7 @@ class Iterate(Stages):
 
     def pairs(self, number: int) -> None:
         """Has the policy so far answer prompts twice, has the pairs labelled, and asks the last reward model."""
-        config, folder = self.config, self.folder(number)
+        config, folder = self.config, self.round_folder(number)
         prompts, heldout = (read_jsonl(self.output / f"data/{name}.jsonl") for name in ("prompts", "heldout"))
         chosen = [prompts[n] for n in batch_rows(len(prompts), config.num_pairs, number - 1, seed=config.seed)]
         label = self.by_gold if self.judges else self.by_judge
@@ -146,7 +144,7 @@ class Iterate(Stages):
         def write(made: Path) -> None:
             write_tables(made, {f"{name}.jsonl": rows for name, rows in parts.items()})
             if number > 1:
-                last = self.folder(number - 1) / "reward/model"
+                last = self.round_folder(number - 1) / "reward/model"
                 measure = partial(accuracy, self.config, last, max_length=self.reward_config(1).max_length)
                 counts["accuracy_before"] = {name: measure(made / f"{name}.jsonl") for name in parts}
             write_tables(made, {"counts.json": counts})
@@ -180,7 +178,7 @@ class Iterate(Stages):
 
     def by_judge(self, number: int, name: str, rows: Sequence[Row]) -> tuple[list[Row], Row]:
         """The pairs that the judge labels, with its summary; a labelling that was stopped goes on."""
-        folder = self.folder(number) / "labels" / name
+        folder = self.round_folder(number) / "labels" / name
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_file(folder.with_name(f"{name}_prompts.jsonl"), lines(rows))
         shared = {key: getattr(self.config, key) for key in field_types(JudgeConfig)}
@@ -199,16 +197,16 @@ class Iterate(Stages):
     def reward(self, number: int) -> None:
         """Trains a reward model, from the SFT model, on the comparisons so far."""
         rounds = range(1, number + 1) if self.config.mix == "all" else [number]
-        paths = [self.folder(n) / "pairs/train.jsonl" for n in rounds]
+        paths = [self.round_folder(n) / "pairs/train.jsonl" for n in rounds]
         if self.config.comparisons is not None:
             paths.insert(0, self.output / "data/comparisons.jsonl")
         rows = [row for path in paths for row in read_jsonl(path)]
-        write_file(self.folder(number) / "comparisons.jsonl", lines(rows))
+        write_file(self.round_folder(number) / "comparisons.jsonl", lines(rows))
         list(RewardTrainer(self.reward_config(number)))
 
     def reward_config(self, number: int) -> RewardConfig:
         """The settings of a round's reward model."""
-        config, folder = self.config, self.folder(number)
+        config, folder = self.config, self.round_folder(number)
         settings = {
             "epochs": config.reward_epochs,
             "learning_rate": config.reward_learning_rate,
@@ -229,7 +227,7 @@ class Iterate(Stages):
 
     def ppo_config(self, number: int) -> PPOConfig:
         """The settings of a round's PPO."""
-        config, folder = self.config, self.folder(number)
+        config, folder = self.config, self.round_folder(number)
         settings = {
             "steps": config.steps,
             "batch_size": config.batch_size,
@@ -258,13 +256,13 @@ class Iterate(Stages):
         own = {name: getattr(self.config, name) for name in names}
         return {**own, "output": str(output), "resume": output.exists()}  # by an earlier start of this job
 
-    def folder(self, number: int) -> Path:
+    def round_folder(self, number: int) -> Path:
         """The folder of a round."""
         return self.output / f"round-{number}"
 
     def policy(self, number: int) -> str:
         """The policy that a round begins with."""
-        return self.config.model if number == 1 else str(self.folder(number - 1) / "ppo/model")
+        return self.config.model if number == 1 else str(self.round_folder(number - 1) / "ppo/model")
 
     def seed(self, number: int, what: int) -> int:
         """A seed of its own for each thing that draws in a round, and of no other round of a job with another seed."""
@@ -273,7 +271,7 @@ class Iterate(Stages):
     def summary(self) -> None:
         """Writes a row a round."""
         numbers = range(1, self.config.rounds + 1)
-        rows = [{"round": number, **round_row(self.folder(number))} for number in numbers]
+        rows = [{"round": number, **round_row(self.round_folder(number))} for number in numbers]
         write_json(self.output / "summary.json", {"rounds": rows})
 
     def outcome(self, name: str) -> str:

@@ -31,13 +31,13 @@ from fastrlhf.feedback.rows import (
 from fastrlhf.generation.engine import Sampling
 from fastrlhf.jobs.evaluate import answer
 from fastrlhf.models.policy import Policy
-from fastrlhf.runs.checkpoint import check_output, open_output
 from fastrlhf.runs.metrics import MetricsLog, append, cut_back, read_jsonl
+from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.whole import write_file, write_json
 from fastrlhf.settings.feedback import LabelConfig
 from fastrlhf.trust.accuracy import wilson_interval
 
-OURS = ("config.yaml", "rows.crc32", "answers.jsonl", "verdicts.jsonl", "pairs.jsonl", "summary.json")
+OURS = ("config.yaml", "inputs.json", "rows.crc32", "answers.jsonl", "verdicts.jsonl", "pairs.jsonl", "summary.json")
 
 
 class Label:
@@ -48,7 +48,7 @@ class Label:
 
     def __init__(self, config: LabelConfig) -> None:
         self.config, self.output = config, Path(config.output)
-        check_output(config)
+        self.folder = OutputFolder(config, OURS)
         self.question = make_question(config)
         if config.policy is None:
             self.items, self.report = read_items(config.data, limit=config.limit, bare=False)
@@ -61,7 +61,7 @@ class Label:
         self.judge = make_judge(config)
         assert config.judge is not None
         self.rater = config.rater or config.judge_model or Path(config.judge).name
-        open_output(config, OURS)
+        self.folder.open()
         check_same_items(self.output / "rows.crc32", self.items)
 
     def __iter__(self) -> Iterator[str]:
@@ -73,6 +73,7 @@ class Label:
         summary["rejected"] = rejected_by_reason(self.report)
         write_file(self.output / "pairs.jsonl", lines(rows))
         write_json(self.output / "summary.json", summary)
+        self.folder.close()
         yield str(self.report)
         yield describe(summary)
 
@@ -119,6 +120,7 @@ class Label:
 
         Raises: DataError as soon as too many are."""
         config, path, size, pairs = self.config, self.output / "verdicts.jsonl", self.config.judge_batch, self.items
+        cut_back(path, len(pairs))  # to the last line that is whole
         if path.exists() and (num := path.read_bytes().count(b"\n")) < len(pairs):
             cut_back(path, num // size)  # the last batch may not be whole
         rows = read_jsonl(path) if path.exists() else []

@@ -30,13 +30,13 @@ from fastrlhf.feedback.rows import (
 )
 from fastrlhf.generation.engine import Engine, Sampling
 from fastrlhf.models.policy import Policy, autocasting
-from fastrlhf.runs.checkpoint import check_output, open_output
 from fastrlhf.runs.metrics import MetricsLog, read_jsonl
+from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.whole import write_file, write_json
 from fastrlhf.settings.feedback import MAX_ROUNDS, ReviseConfig
 
 TABLES = ("responses.jsonl", "demonstrations.jsonl", "pairs.jsonl", "transcripts.jsonl")
-OURS = ("config.yaml", "rows.crc32", *TABLES, "summary.json")
+OURS = ("config.yaml", "inputs.json", "rows.crc32", *TABLES, "summary.json")
 
 
 class Revise:
@@ -49,7 +49,8 @@ class Revise:
 
     def __init__(self, config: ReviseConfig) -> None:
         self.config, self.output = config, Path(config.output)
-        check_output(config)
+        rounds = (f"round-{number}.jsonl" for number in range(1, MAX_ROUNDS + 1))
+        self.folder = OutputFolder(config, (*OURS, *rounds))
         self.principles = load_principles(config.principles)
         self.tokenizer = load_tokenizer(config.model)
         self.renderer = Renderer(self.tokenizer, config.template)
@@ -69,7 +70,7 @@ class Revise:
         self.context = getattr(self.policy.model.config.get_text_config(), "max_position_embeddings", None)
         ends = eos_token_ids(self.tokenizer, self.policy.model)
         self.engine = Engine(self.policy.model, eos_token_ids=ends, tokenizer=self.tokenizer)
-        open_output(config, (*OURS, *(f"round-{number}.jsonl" for number in range(1, MAX_ROUNDS + 1))))
+        self.folder.open()
         check_same_items(self.output / "rows.crc32", list(self.items.values()))
 
     def __iter__(self) -> Iterator[str]:
@@ -92,6 +93,7 @@ class Revise:
             yield f"round {round_number} of {self.config.rounds}: {len(responses)} revisions"
         done = {number: transcripts[number] for number in responses}
         summary = self.write(done)
+        self.folder.close()
         yield str(self.report)
         yield (
             f"{summary['demonstrations']} demonstrations, {summary['pairs']} pairs; {summary['unchanged']} responses "

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.runs.checkpoint import open_output
 from fastrlhf.runs.metrics import append
+from fastrlhf.runs.output import OutputFolder
 
 
 class Stages(ABC):
@@ -22,7 +22,9 @@ class Stages(ABC):
     checkpoint. timing.jsonl holds the seconds of each stage.
 
     products: in order, what each stage leaves in the output folder; a loop's stage has the name of its folder
-    always: stages that are done each time; ours: what else the job may have left there, for overwrite"""
+    always: stages that are done each time; ours: what else the job may have left there, for overwrite
+
+    It holds the output folder from its making on, and changes nothing there before its first stage."""
 
     passing: tuple[str, ...] = ("checkpoints",)  # what a loop leaves and nobody needs after it
 
@@ -32,15 +34,23 @@ class Stages(ABC):
         self.config, self.output = config, Path(config.output)
         self.products, self.always = products, always
         names = {Path(product).parts[0] for product in products.values()}
-        open_output(config, ours=("config.yaml", "timing.jsonl", *sorted({*names, *ours})))
-        self.names = iter(products)
+        own = ("config.yaml", "inputs.json", "timing.jsonl", *sorted({*names, *ours}))
+        self.folder = OutputFolder(config, own, cheap=("data",))
+        self.names: Iterator[str] | None = None  # of the stages to come, once the first is asked for
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return self
 
     def __next__(self) -> tuple[str, str]:
         """Does the next stage, unless its product is there already."""
-        name = next(self.names)
+        if self.names is None:
+            self.folder.open()
+            self.names = iter(self.products)
+        try:
+            name = next(self.names)
+        except StopIteration:
+            self.folder.close()
+            raise
         if name in self.always or not (self.output / self.products[name]).exists():
             print(f"\n== {name}", flush=True)
             start = time.perf_counter()

@@ -20,16 +20,10 @@ from fastrlhf.loops.budget import Budget
 from fastrlhf.loops.memory_plan import Plan
 from fastrlhf.models.policy import Role
 from fastrlhf.runs import ranks
-from fastrlhf.runs.checkpoint import (
-    check_output,
-    fingerprint,
-    load_state,
-    newest_checkpoint,
-    open_output,
-    save_checkpoint,
-)
+from fastrlhf.runs.checkpoint import fingerprint, load_state, newest_checkpoint, restore_lines, save_checkpoint
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.optim import NonFiniteError
+from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.whole import write_whole
 from fastrlhf.settings.training import LoopConfig, TuningConfig
 
@@ -38,7 +32,7 @@ R = TypeVar("R", bound=Role)
 
 
 class Loop(Protocol):
-    """What `begin` and `advance` need of a loop; they set the last three attributes."""
+    """What `begin` and `advance` need of a loop; they set the last three attributes. folder: what prepare returned."""
 
     @property
     def config(self) -> LoopConfig: ...
@@ -48,6 +42,7 @@ class Loop(Protocol):
 
     budget: Budget
     plan: Plan | None
+    folder: OutputFolder
     num_steps_done: int
     data_fingerprint: int
     log: MetricsLog
@@ -68,15 +63,17 @@ class Loop(Protocol):
         """Takes up what state_dict gave."""
 
 
-def prepare(config: LoopConfig) -> Path | None:
+def prepare(config: LoopConfig) -> OutputFolder:
     """Joins the other processes of the run, if there are any, and seeds torch, numpy and Python: what a new head and a
-    user's reward function draw from. Returns the newest checkpoint to resume from, None to start afresh.
+    user's reward function draw from. Returns the output folder, which the first process holds.
 
-    Raises: as check_output; ValueError when the processes see different output folders."""
+    Raises: as OutputFolder; ValueError when the processes see different output folders."""
     if ranks.start() == 1 and config.parallel == "fsdp":
         raise ValueError("parallel: fsdp needs several processes; torchrun starts them (docs/parallel.md)")
-    checkpoint = check_output(config)
-    found = ranks.gather(str(checkpoint))  # none goes on, and writes there, before all have looked
+    folder = OutputFolder(config) if ranks.is_first() else None
+    ranks.gather(None)
+    folder = folder or OutputFolder(config, hold=False)
+    found = ranks.gather(str(folder.checkpoint))  # none goes on, and writes there, before all have looked
     if len(set(found)) > 1:
         raise ValueError(
             f"output: all processes must see the same folder {config.output}, but their newest "
@@ -85,17 +82,16 @@ def prepare(config: LoopConfig) -> Path | None:
     torch.manual_seed(config.seed)
     np.random.seed(config.seed)
     random.seed(config.seed)
-    return checkpoint
+    return folder
 
 
-def begin(loop: Loop, checkpoint: Path | None, data: Iterable[Sequence[int]]) -> None:
-    """Opens the output folder of a loop that is otherwise ready, and takes up the checkpoint if there is one.
+def begin(loop: Loop, data: Iterable[Sequence[int]]) -> None:
+    """Opens the output folder of a loop that is otherwise ready, and takes up its checkpoint if there is one.
 
-    checkpoint: what prepare returned, and where the loop's models were loaded from
     data: the tokens of the rows, and what else they say, as sequences of numbers
 
     Raises: ValueError when the data is not that of the checkpoint."""
-    config = loop.config
+    config, checkpoint = loop.config, loop.folder.checkpoint
     loop.data_fingerprint = fingerprint(data)
     loop.num_steps_done = 0
     if checkpoint is not None:
@@ -107,7 +103,9 @@ def begin(loop: Loop, checkpoint: Path | None, data: Iterable[Sequence[int]]) ->
         loop.budget.load_state_dict(state["budget"])
         loop.num_steps_done = state["step"]
     if ranks.is_first():
-        open_output(config)
+        loop.folder.open()
+        if checkpoint is not None:
+            restore_lines(checkpoint)
     loop.log = MetricsLog(
         config.output, num_steps=loop.num_steps, step=loop.num_steps_done, tensorboard=config.tensorboard
     )
@@ -124,17 +122,23 @@ def advance(loop: Loop) -> dict[str, float]:
     final model after the last step.
 
     Raises: StopIteration after the last step; NonFiniteError, naming the newest checkpoint."""
+    try:
+        return _next_step(loop)
+    except NonFiniteError as error:
+        good = newest_checkpoint(loop.config.output)
+        advice = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        raise NonFiniteError(f"{error}; {advice}") from error
+
+
+def _next_step(loop: Loop) -> dict[str, float]:
     output = Path(loop.config.output)
     if loop.num_steps_done >= loop.num_steps:
         if ranks.gather((output / "model").exists())[0] is False:  # killed after the last checkpoint
             write_whole(output / "model", loop.save)
+        loop.folder.close()
         raise StopIteration
-    try:
-        metrics = loop.step()
-    except NonFiniteError as error:
-        good = newest_checkpoint(output)
-        advice = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
-        raise NonFiniteError(f"{error}; {advice}") from error
+    loop.folder.check()
+    metrics = loop.step()
     loop.num_steps_done += 1
     loop.log.add(loop.num_steps_done, metrics)
     if metrics.get("eval/best_step") == loop.num_steps_done:

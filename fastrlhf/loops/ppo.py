@@ -63,7 +63,7 @@ class PPO:
         self.num_steps = config.steps
         for reward in (config.reward, config.eval_reward):
             check_reward(reward)  # what is wrong with it is told before anything is read
-        checkpoint = prepare(config)
+        self.folder = prepare(config)
         ranks.check_share(config.batch_size, config.samples_per_prompt)
         self.device = config.resolve_device()
         check_offload(config.offload, self.device)
@@ -81,7 +81,7 @@ class PPO:
         if config.reference:
             check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
         judges = [model for model, _ in self.held_out.scorer.models]
-        self.roles = Roles(config, reward_models, checkpoint, base)
+        self.roles = Roles(config, reward_models, self.folder.checkpoint, base)
         self.policy, self.reference, self.value_model = self.roles.policy, self.roles.reference, self.roles.value_model
         models = [self.policy, self.reference, *reward_models, *judges]
         models += [] if self.value_model is None else [self.value_model]
@@ -107,7 +107,7 @@ class PPO:
         longest = max(len(prompt.tokens) for prompt in (*self.prompts, *self.held_out.prompts))
         for model in models:
             check_fits(model.model, self.tokenizer, longest_prompt=longest, max_new_tokens=config.max_new_tokens)
-        begin(self, checkpoint, (prompt.tokens for prompt in self.prompts))
+        begin(self, (prompt.tokens for prompt in self.prompts))
         self.log.say(str(loaded.report))
 
     def __iter__(self) -> Iterator[dict[str, float]]:

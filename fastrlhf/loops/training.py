@@ -39,7 +39,8 @@ class Training(ABC, Generic[C, T, M]):
 
     def __init__(self, config: C) -> None:
         self.config = config
-        checkpoint = prepare(config)
+        self.folder = prepare(config)
+        checkpoint = self.folder.checkpoint
         self.device = config.resolve_device()
         self.tokenizer = load_tokenizer(config.model)
         self.rows, self.held_out = load_with_held_out(self.read, config, self.tokenizer)
@@ -57,7 +58,7 @@ class Training(ABC, Generic[C, T, M]):
             shard(self.model)
         self.budget = Budget(config.max_tokens)
         self.optimizer = Optimizer.of(config, self.model, num_steps=self.num_steps)
-        begin(self, checkpoint, self.unchanging())
+        begin(self, self.unchanging())
 
     @abstractmethod
     def read(self, path: str | Path, tokenizer: Any, **options: Any) -> Loaded[T]:

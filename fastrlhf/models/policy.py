@@ -20,6 +20,7 @@ from fastrlhf.models.loading import attach_scalar, classifier, heads_of, load_ca
 from fastrlhf.models.lora import Adapter, merge_into, save_merged
 from fastrlhf.packing import Packed
 from fastrlhf.runs import ranks
+from fastrlhf.runs.optim import check_finite_weights
 from fastrlhf.runs.shards import unsharded
 
 ADAPTER = "adapter"  # in the folder of a model that was trained as one
@@ -66,8 +67,11 @@ class Role(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a folder that transformers loads; an adapter is in its weights, and by itself in `adapter`.
 
-        All processes call this and the next, and the first writes."""
+        All processes call this and the next, and the first writes.
+
+        Raises: NonFiniteError, before anything is written, for weights that are not finite."""
         with unsharded(self) as whole:
+            check_finite_weights(whole.named_parameters())
             if not ranks.is_first():
                 return
             if self.adapter is None:
@@ -80,8 +84,10 @@ class Role(nn.Module):
         """Writes what training changes: the model, or the adapter and the head beside it."""
         if self.adapter is None:
             self.save_pretrained(folder)
-        elif ranks.is_first():
-            self.adapter.save(folder, **self.own_head())
+        else:
+            check_finite_weights(self.adapter.named_parameters())
+            if ranks.is_first():
+                self.adapter.save(folder, **self.own_head())
 
 
 class Policy(Role):

@@ -1,4 +1,4 @@
-"""The output folder of a run, and checkpoints that a killed run continues from.
+"""Checkpoints that a killed run continues from, in its output folder.
 
 <output>/config.yaml           the resolved configuration; its first line marks the folder as ours
 <output>/metrics.jsonl         deterministic values, a line a step (timing.jsonl: times; samples.jsonl: of PPO)
@@ -23,98 +23,37 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-import yaml
 
 from fastrlhf import _cpu
 from fastrlhf.runs import ranks
-from fastrlhf.runs.whole import CHECKSUMS, checksums, find_damage, flush, remove, write_file, write_whole
-from fastrlhf.settings.values import dump
+from fastrlhf.runs.whole import CHECKSUMS, checksums, discard, find_damage, flush, remove, write_file, write_whole
 
 KEEP = 2  # of a run's checkpoints unless told otherwise: the newest, and the one before it
-MARK = "# settings of a fastrlhf run\n"
 LINES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
-OURS = ("config.yaml", *LINES, "checkpoints", "model", "best", "tensorboard")
-# a resumed run may change how it runs, not what it computes
-MAY_DIFFER = {
-    "resume",
-    "overwrite",
-    "save_every",
-    "keep_checkpoints",
-    "samples_every",
-    "max_slots",
-    "kv_budget",
-    "cuda_graphs",
-    "max_rejected",
-    "judge_requests",
-    "judge_timeout",
-    "judge_key_file",
-    "rollout_url",
-    "weight_sync",
-    "tensorboard",
-    "device",
-    "output",
-    "max_tokens",
-    "gradient_checkpointing",
-    "share_prompts",
-    "parallel",
-    "offload",
-}
+COPIED = ("config.yaml", "metrics.jsonl", "samples.jsonl")  # into each checkpoint, to mend those beside it
 
 
-def check_output(config: Any) -> Path | None:
-    """Returns the newest checkpoint to resume from, None to start afresh. Changes nothing, so call it before long work.
+def newest_whole(output: Path) -> Path | None:
+    """The newest checkpoint whose files are those that were written; None if there is no checkpoint. One that is
+    damaged is named in a warning, and the one before it taken.
 
-    A checkpoint whose files are no longer those that were written is named in a warning, and the one before it taken.
-
-    Raises: FileExistsError for a folder that is not empty without resume or overwrite, or that holds no run of ours;
-    ValueError when a resumed run's configuration differs in what it computes, or no checkpoint of it is whole."""
-    if not _is_resumed(config):
-        return None
-    found = _checkpoints(Path(config.output) / "checkpoints")
+    Raises: ValueError when none is whole."""
+    found = _checkpoints(output / "checkpoints")
     for folder in reversed(found):
         damage = find_damage(folder)
         if damage is None:
             return folder
         warnings.warn(f"resume: {folder} is damaged ({damage}) and left out", stacklevel=2)
     if found:
-        raise ValueError(f"resume: no checkpoint in {config.output} is whole; --overwrite starts anew")
+        raise ValueError(f"resume: no checkpoint in {output} is whole; --overwrite starts anew")
     return None
 
 
-def _is_resumed(config: Any) -> bool:
-    """Whether the output folder holds a run that is to be continued. Raises: as check_output."""
-    output = Path(config.output)
-    if not output.exists():
-        return False
-    if not output.is_dir():
-        raise FileExistsError(f"output: {output} is a file, expected a folder")
-    if all(path.name == "config.yaml.partial" for path in output.iterdir()):  # empty, or killed in open_output
-        return False
-    if not (config.resume or config.overwrite):
-        raise FileExistsError(
-            f"output: {output} is not empty: --resume (resume=True) continues, --overwrite deletes it"
-        )
-    marker = output / "config.yaml"
-    if not (marker.is_file() and marker.read_text(encoding="utf-8").startswith(MARK)):
-        raise FileExistsError(f"output: {output} holds no fastrlhf run (no config.yaml of one), so it is left alone")
-    if config.overwrite:
-        return False
-    _check_same(yaml.safe_load(marker.read_text(encoding="utf-8")), config)
-    return True
-
-
-def open_output(config: Any, ours: Sequence[str] = OURS) -> None:
-    """Makes the output folder ready: deletes an earlier run (overwrite), writes config.yaml. Raises: as check_output.
-
-    config: of a loop or of the main job; ours: names of what a run writes: only that is deleted, other files stay"""
-    _is_resumed(config)
-    output = Path(config.output)
-    if config.overwrite:
-        for name in ours:
-            if name != "config.yaml":  # replaced below: without it a kill would leave a folder that is no longer ours
-                remove(output / name)
-    output.mkdir(parents=True, exist_ok=True)
-    write_file(output / "config.yaml", (MARK + dump(config)).encode())
+def settings_of_checkpoints(output: Path) -> list[Path]:
+    """The copies of config.yaml in the checkpoints, newest first."""
+    return [
+        path / "config.yaml" for path in _checkpoints(output / "checkpoints")[::-1] if (path / "config.yaml").is_file()
+    ]
 
 
 def newest_checkpoint(output: str | Path) -> Path | None:
@@ -140,13 +79,13 @@ def save_checkpoint(
         return folder
     checkpoints.mkdir(parents=True, exist_ok=True)
     for leftover in checkpoints.glob("*.partial"):
-        shutil.rmtree(leftover)
+        discard(leftover)
 
     def write_all(partial: Path) -> None:
         write(partial)
-        config = Path(output) / "config.yaml"
-        if config.exists():
-            shutil.copy(config, partial)
+        for name in COPIED:
+            if (Path(output) / name).is_file():
+                shutil.copyfile(Path(output) / name, partial / name)
         everything = {**state, "step": step, "random": random_states, "environment": environment()}
         torch.save(everything, partial / "state.pt")
         (partial / CHECKSUMS).write_text(json.dumps(checksums(partial), indent=1), encoding="utf-8")
@@ -163,6 +102,8 @@ def save_checkpoint(
 def load_state(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint; restores the random number generators; warns where this machine is another."""
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    if folder.name != f"step-{state['step']:06d}":
+        raise ValueError(f"resume: {folder} holds the checkpoint of step {state['step']}: somebody renamed it")
     here = environment()
     for name, then in state["environment"].items():
         if here.get(name) != then:
@@ -215,19 +156,28 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
 
 
-def _check_same(saved: dict[str, Any], config: Any) -> None:
-    now = yaml.safe_load(dump(config))
-    for name in {**now, **saved}:
-        if name not in MAY_DIFFER and saved.get(name) != now.get(name):
-            raise ValueError(
-                f"resume: {name} was {saved.get(name)!r} and is {now.get(name)!r}; "
-                "give the same, or --overwrite to start anew"
-            )
+def restore_lines(checkpoint: Path) -> None:
+    """Makes the files of lines beside a checkpoint again as they were when it was written, or leaves what came later
+    to be cut off: one that is damaged, cut or missing is named in a warning, and replaced by the checkpoint's copy."""
+    output = checkpoint.parent.parent
+    for name in LINES:
+        copy, path = checkpoint / name, output / name
+        if not copy.is_file():
+            continue
+        then = copy.read_bytes()
+        now = path.read_bytes() if path.is_file() else b""
+        if not now.startswith(then):
+            text = f"resume: {path} lacks lines, or they are damaged; those up to {checkpoint.name} are restored"
+            warnings.warn(text, stacklevel=2)
+            if path.is_dir():
+                remove(path)
+        if now != then:
+            write_file(path, then)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 

@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from fastrlhf.runs import ranks
 from fastrlhf.runs.checkpoint import LINES
-from fastrlhf.runs.whole import write_file
+from fastrlhf.runs.whole import append_text, write_file
 
 COLUMNS = {  # of the table on the terminal, most important first; a loop shows those that it has
     "loss": "loss",
@@ -215,25 +216,38 @@ def phase_texts(timing: dict[str, float]) -> list[str]:
 def append(path: Path, row: dict[str, Any]) -> None:
     """Adds a line of JSON; a number that is not finite becomes null, which every reader takes."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(clean, allow_nan=False) + "\n")
+    append_text(path, json.dumps(clean, allow_nan=False) + "\n")
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Removes lines after `step` (and a half-written last line), leaving the earlier ones byte for byte."""
+    """Removes lines after `step` (and a half-written last line), leaving the earlier ones byte for byte. A damaged line
+    is named in a warning and removed with those after it."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            at = int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            warnings.warn(f"{path}, line {number}: damaged, so it and the lines after it are left out", stacklevel=2)
+            break
+        if at <= step:
             kept.append(line)
     write_file(path, b"".join(kept))
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """The rows of a file that a run wrote. Raises: ValueError naming the file and the line that is no JSON object."""
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: damaged, it is no JSON object ({error})") from None
+    return rows
 
 
 def table_row(cells: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from fastrlhf.settings.training import LoopConfig
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient became NaN or infinite. The weights are those before the step."""
+    """A loss, gradient or weight became NaN or infinite. The step is not saved."""
 
 
 def learning_rate_at(step: int, *, peak: float, num_steps: int, num_warmup_steps: int, schedule: str) -> float:
@@ -35,6 +36,13 @@ def check_finite(what: str, value: Tensor, where: str) -> None:
     """Raises NonFiniteError, naming `where` (the step and the rows of the batch), unless value is finite."""
     if not bool(value.isfinite().all()):
         raise NonFiniteError(f"{what} is {value.item()} at {where}")
+
+
+def check_finite_weights(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises NonFiniteError, naming the first parameter that is not finite: before weights are saved."""
+    for name, values in parameters:
+        if values.numel() and not all(bound.isfinite() for bound in values.detach().aminmax()):
+            raise NonFiniteError(f"the weights {name} are not finite after the last step, so they are not saved")
 
 
 class Optimizer:

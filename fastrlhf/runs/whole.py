@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,32 @@ from fastrlhf.runs import ranks
 CHECKSUMS = "checksums.json"
 
 
+class DiskFullError(OSError):
+    """There is no room for what a run writes; what was written of it is removed."""
+
+
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     """Makes a folder that write(folder) fills; a kill at any moment leaves no half of it under its name.
 
-    All processes of a run call write, which may need them all; in the first one alone it may leave files."""
+    All processes of a run call write, which may need them all; in the first one alone it may leave files. A link to an
+    empty folder is followed; another link is replaced, and what it leads to left alone.
+
+    Raises: DiskFullError naming the disk, and whatever write raises; nothing is left of the folder then."""
     if not ranks.is_first():
         write(folder)
         return
+    if folder.is_symlink() and folder.is_dir() and not any(folder.iterdir()):
+        folder = folder.resolve()
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    os.umask(umask := os.umask(0))
-    for path in (*partial.rglob("*"), partial):
-        if path.is_file():
-            path.chmod(0o666 & ~umask)  # safetensors lets only the owner read
-        flush(path)
+    with _removed_on_error(partial), _naming_full_disk(folder):
+        discard(partial)
+        partial.mkdir(parents=True)
+        write(partial)
+        os.umask(umask := os.umask(0))
+        for path in (*partial.rglob("*"), partial):
+            if path.is_file():
+                path.chmod(0o666 & ~umask)  # safetensors lets only the owner read
+            flush(path)
     remove(folder)
     os.rename(partial, folder)
     for parent in (folder.parent, folder.parent.parent):  # the parent may be new too
@@ -40,17 +52,60 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
 
 def write_file(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Writes a file, or replaces it; a kill at any moment, or an error in making the data, leaves the old one or the
-    new one."""
+    new one. Raises: DiskFullError naming the disk."""
     partial = path.with_name(path.name + ".partial")
-    try:
+    with _removed_on_error(partial), _naming_full_disk(path):
+        if partial.is_dir():
+            discard(partial)
         with partial.open("wb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    flush(partial)
+        flush(partial)
     os.replace(partial, path)
     flush(path.parent)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds lines to a file. Raises: DiskFullError naming the disk."""
+    with _naming_full_disk(path), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+@contextmanager
+def _removed_on_error(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            discard(partial)
+        raise
+
+
+@contextmanager
+def _naming_full_disk(path: Path) -> Iterator[None]:
+    """Says of an error that the disk is full, where it is: torch and safetensors say it in words of their own."""
+    try:
+        yield
+    except Exception as error:
+        free, total = _room(path.parent)
+        words = str(error).lower()
+        known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not (known or "no space left" in words or "os error 28" in words or free < 2**16):
+            raise
+        quota = ": a quota, or a limit of file sizes" if free >= 2**20 else ""
+        raise DiskFullError(
+            f"no space left for {path}: {free / 2**20:,.1f} of {total / 2**20:,.1f} MiB of its disk are free{quota}; "
+            "make room, then --resume"
+        ) from error
+
+
+def _room(folder: Path) -> tuple[float, float]:
+    """Free bytes, and bytes of the whole disk that a folder is on."""
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        usage = shutil.disk_usage(there)
+        return usage.free, usage.total
+    except (OSError, StopIteration):
+        return float("inf"), float("inf")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -80,7 +135,9 @@ def find_damage(folder: Path) -> str | None:
     """In what the files of a checkpoint are no longer those that were written; None if they are."""
     try:
         expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        expected = None
+    if not isinstance(expected, dict):
         return f"no readable {CHECKSUMS}"
     found = checksums(folder)
     different = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
@@ -92,15 +149,28 @@ def find_damage(folder: Path) -> str | None:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or folder, if there is one. Once this has begun, a folder is no longer found under its name."""
-    if path.is_file():
-        path.unlink()
+    """Deletes a file or folder, if there is one. Once this has begun, a folder is no longer found under its name.
+
+    Of a link only the link goes, and of one to a folder named checkpoints what our runs left there."""
+    if path.is_symlink() and path.name == "checkpoints" and path.is_dir():
+        for inside in path.glob("step-*"):
+            remove(inside)
         return
     partial = path.with_name(path.name + ".deleted.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an earlier kill
-    if path.exists():
+    discard(partial)  # of an earlier kill
+    if path.is_dir() and not path.is_symlink():
         os.rename(path, partial)
         shutil.rmtree(partial)
+    else:
+        discard(path)
+
+
+def discard(path: Path) -> None:
+    """Deletes what is under a name: a file, a link, or a folder with all that is in it; a kill may leave a part."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

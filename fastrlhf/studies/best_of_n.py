@@ -24,15 +24,15 @@ from fastrlhf.generation.engine import Sampling
 from fastrlhf.jobs.evaluate import Answers, Mean, answer, best_of_n_kl
 from fastrlhf.models.policy import Policy
 from fastrlhf.models.shared_prompts import can_share_prompts
-from fastrlhf.runs.checkpoint import check_output, open_output
 from fastrlhf.runs.metrics import MetricsLog, read_jsonl
-from fastrlhf.runs.whole import write_file, write_json
+from fastrlhf.runs.output import OutputFolder
+from fastrlhf.runs.whole import append_text, write_file, write_json
 from fastrlhf.scoring.scorer import Scorer, check_reward
 from fastrlhf.settings.best_of_n import BestOfNConfig, SearchConfig
 
 Row = dict[str, Any]
 BLOCK = 1024  # responses between two writes of candidates.jsonl
-OURS = ("config.yaml", "candidates.jsonl", "best.jsonl", "summary.json")
+OURS = ("config.yaml", "inputs.json", "candidates.jsonl", "best.jsonl", "summary.json")
 
 
 def best_of_k(scores: Tensor, values: Tensor) -> Tensor:
@@ -70,19 +70,16 @@ def curve(scores: Tensor, judged: dict[str, Tensor]) -> list[Row]:
     return rows
 
 
-def candidates(
-    config: SearchConfig, judges: dict[str, str], *, ours: Sequence[str] = OURS, least: int = 1
-) -> list[Row]:
+def candidates(config: SearchConfig, judges: dict[str, str], folder: OutputFolder, *, least: int = 1) -> list[Row]:
     """Draws and judges n responses to each prompt; returns the rows of candidates.jsonl, which it writes.
 
     A response depends on the seed, its prompt's number and its own. A block of responses that was not written whole is
     drawn anew, so that scores, too, are those of a run that was not stopped, to the last bit.
 
-    judges: rewards by name; ours: what the command writes, for open_output; least: prompts that are needed
+    judges: rewards by name; folder: the command's own, not open yet; least: prompts that are needed
     A row: prompt; completions, finished: of n responses; scores: of n responses by judge, and by source
 
     Raises: what loading raises, before any response is drawn."""
-    check_output(config)
     for reward in judges.values():
         check_reward(reward)
     path, tokenizer = Path(config.output) / "candidates.jsonl", load_tokenizer(config.model)
@@ -95,7 +92,7 @@ def candidates(
     }
     share_prompts = all(can_share_prompts(model, device) for s in scorers.values() for model, _ in s.models)
     policy = Policy.from_pretrained(config.model, device=device, autocast=autocast, freeze=True)
-    open_output(config, ours=ours)
+    folder.open()
     size = max(1, BLOCK // config.n)
     rows = whole_rows(path, size, len(prompts))
     if [row["prompt"] for row in rows] != [prompt.turns for prompt in prompts[: len(rows)]]:
@@ -115,8 +112,7 @@ def candidates(
         while len(rows) < len(prompts):
             first = (config.seed << 32) + len(rows) * config.n
             new = judged_rows(draw, prompts[len(rows) : len(rows) + size], config.n, first, scorers)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
+            append_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
             rows += new
     return rows
 
@@ -164,15 +160,23 @@ def prompts_of(config: SearchConfig, tokenizer: Any, *, least: int = 1) -> list[
 
 
 def whole_rows(path: Path, size: int, num: int) -> list[Row]:
-    """The rows of a file of num rows that was being written, `size` at a time; a block that is not whole is removed."""
+    """The rows of a file of num rows that was being written, `size` at a time; a block that is not whole is removed,
+    and one with a damaged line with all after it."""
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
-    written = len(lines) - (bool(lines) and not lines[-1].endswith(b"\n"))
+    written = next((n for n, line in enumerate(lines) if not _is_row(line)), len(lines))
     kept = written if written >= num else written // size * size
     if kept < len(lines):
         write_file(path, b"".join(lines[:kept]))
     return read_jsonl(path)
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def scores_of(rows: Sequence[Row], name: str) -> Tensor:
@@ -210,12 +214,14 @@ def best_rows(rows: Sequence[Row], *, keep_unfinished: bool) -> tuple[list[Row],
 def best_of_n(config: BestOfNConfig) -> Iterator[str]:
     """Does it all; yields lines on what came out. Raises: as candidates."""
     judges = {"reward": config.reward} | ({"gold": config.gold} if config.gold else {})
-    rows, output = candidates(config, judges), Path(config.output)
+    folder, output = OutputFolder(config, OURS), Path(config.output)
+    rows = candidates(config, judges, folder)
     best, counts = best_rows(rows, keep_unfinished=config.keep_unfinished)
     points = curve(scores_of(rows, "reward"), {name: scores_of(rows, name) for name in judges})
     summary = {"n": config.n, "counts": counts, "moments": moments(rows), "best_of_k": points}
     write_file(output / "best.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in best).encode())
     write_json(output / "summary.json", summary)
+    folder.close()
     yield table(points, list(judges))
     yield "{kept} of {prompts} best responses kept; left out: {unfinished} cut off, {empty} empty".format(**counts)
 

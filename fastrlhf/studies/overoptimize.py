@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from fastrlhf.data import DataError
@@ -29,13 +28,14 @@ from fastrlhf.jobs.stages import Stages, write_tables
 from fastrlhf.loops.ppo import PPO
 from fastrlhf.loops.reward import RewardTrainer
 from fastrlhf.models.policy import Policy
-from fastrlhf.runs.checkpoint import check_output
 from fastrlhf.runs.options import read_further
+from fastrlhf.runs.output import OutputFolder, check_finished
 from fastrlhf.runs.whole import write_json, write_whole
 from fastrlhf.scoring.scorer import Scorer
 from fastrlhf.settings.best_of_n import SHARED, OveroptimizeConfig
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.training import RewardConfig
+from fastrlhf.studies.best_of_n import OURS as CANDIDATES
 from fastrlhf.studies.best_of_n import candidates, curve, moments, prompts_of, scores_of
 from fastrlhf.studies.overoptimize_report import describe, write_report
 
@@ -62,8 +62,7 @@ class Overoptimize(Stages):
     config: OveroptimizeConfig
 
     def __init__(self, config: OveroptimizeConfig) -> None:
-        check_output(config)
-        self.config, self.output = config, Path(config.output)
+        super().__init__(config, PRODUCTS, always=("report",), ours=OURS)
         self.tokenizer = load_tokenizer(config.model)
         self.data = prompts_of(config, self.tokenizer)
         if len({tuple(prompt.tokens) for prompt in self.data[: config.num_pairs]}) < 2:
@@ -75,7 +74,7 @@ class Overoptimize(Stages):
         self.further = read_further(PPOConfig, config.ppo, taken=TAKEN)
         loop = self.ppo_config()  # refuses what it refuses now, and not after the proxy is trained
         if config.resume:
-            check_output(loop)  # a finished one, too, must be of these settings
+            check_finished(loop)
         device, autocast = config.resolve_device(), config.autocast_dtype()
         columns = [{name for prompt in prompts for name in prompt.columns} for prompts in (self.data, self.held_out)]
         self.gold = Scorer(
@@ -88,7 +87,6 @@ class Overoptimize(Stages):
         )
         for names in columns:  # what one file lacks is told now, and not when it is read
             self.gold.check_columns(names)
-        super().__init__(config, PRODUCTS, always=("report",), ours=OURS)
 
     def outcome(self, name: str) -> str:
         """A line on what a finished stage left."""
@@ -144,7 +142,8 @@ class Overoptimize(Stages):
         """Judges n responses of the policy to each held-out prompt by both rewards."""
         folder = self.output / "best_of_n"
         config = replace(self.of_held_out(), output=str(folder), resume=folder.exists(), overwrite=False)
-        rows = candidates(config, {"proxy": str(self.output / "proxy/model"), "gold": self.config.gold})
+        judges = {"proxy": str(self.output / "proxy/model"), "gold": self.config.gold}
+        rows = candidates(config, judges, OutputFolder(config, CANDIDATES))
         scores = {name: scores_of(rows, name) for name in ("proxy", "gold")}
         self.write("best_of_n.json", {"points": curve(scores["proxy"], scores), "moments": moments(rows)})
 

@@ -21,8 +21,8 @@ from fastrlhf.generation.engine import Sampling
 from fastrlhf.jobs import plots
 from fastrlhf.jobs.evaluate import Mean, answer, best_of_n, best_of_n_kl, kl_of_responses
 from fastrlhf.loops.ppo import PPO
-from fastrlhf.runs.checkpoint import check_output
 from fastrlhf.runs.options import read_further
+from fastrlhf.runs.output import OutputFolder, check_finished
 from fastrlhf.runs.whole import write_file, write_json
 from fastrlhf.scoring.combining import parse_reward
 from fastrlhf.scoring.scorer import Scorer
@@ -33,7 +33,7 @@ from fastrlhf.studies.best_of_n import candidates, moments, prompts_of, scores_o
 Row = dict[str, Any]
 NAMES = ("first", "second")
 TAKEN = ("model", "reward", "output", "resume", "overwrite", "temperature")  # settings of PPO that no file may change
-OURS = ("config.yaml", "candidates.jsonl", "ppo", "sweep.json", "sweep.csv", "sweep.svg")
+OURS = ("config.yaml", "inputs.json", "candidates.jsonl", "ppo", "sweep.json", "sweep.csv", "sweep.svg")
 COLUMNS = ("method", "weight", "kl", "first", "first_error", "second", "second_error")
 JUDGED = 1 << 24  # first seed of PPO's answers; best-of-n's start at 0
 
@@ -45,10 +45,10 @@ def sweep(config: SweepConfig) -> Iterator[str]:
         value = parse_reward(getattr(config, name))
         if len(value.parts) != 1 or value.numbers != (1.0,):
             raise ValueError(f"{name}: give one reward without a weight, got {getattr(config, name)!r}")
-    further = read_further(PPOConfig, config.ppo, taken=TAKEN)
+    further, folder = read_further(PPOConfig, config.ppo, taken=TAKEN), OutputFolder(config, OURS)
     for weight in config.shares() if config.ppo else ():
         ppo_config(config, weight, "x:y", further)  # refused now, and not after the responses are drawn
-    rows = candidates(config, {name: getattr(config, name) for name in NAMES}, ours=OURS, least=2)
+    rows = candidates(config, {name: getattr(config, name) for name in NAMES}, folder, least=2)
     units = moments(rows)
     texts = [standard(getattr(config, name), units[name]) for name in NAMES]
     first, second = (scores_of(rows, name) for name in NAMES)
@@ -64,6 +64,7 @@ def sweep(config: SweepConfig) -> Iterator[str]:
     if plots.available():
         write_file(output / "sweep.svg", svg(points))
     yield table(points)
+    folder.close()
     yield f"the rewards in deviations within a prompt, for fastrlhf ppo --reward: {texts[0]}=WEIGHT,{texts[1]}=WEIGHT"
 
 
@@ -108,7 +109,7 @@ def trained_point(config: SweepConfig, weight: float, reward: str, further: dict
     """Both rewards of what PPO makes of the policy, in the mean over an answer to each prompt; its KL."""
     path, settings = Path(config.output) / "ppo" / f"{weight:g}.json", ppo_config(config, weight, reward, further)
     if path.exists():
-        check_output(settings)  # a finished one, too, must be of these settings
+        check_finished(settings)
         row: Row = json.loads(path.read_text())
         return row
     trainer, tokenizer = PPO(settings), load_tokenizer(config.model)

@@ -27,6 +27,7 @@ from fastrlhf.models.policy import RewardModel
 from fastrlhf.models.shared_prompts import can_share_prompts
 from fastrlhf.packing import pack
 from fastrlhf.runs import ranks
+from fastrlhf.runs.lock import Lock
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.whole import write_file
 from fastrlhf.scoring.combining import parse_reward, sources_of
@@ -49,6 +50,7 @@ class EvaluateReward:
         if ranks.start() > 1:
             raise ValueError("evaluate reward: one process does it all; start it without torchrun")
         check_output(config)
+        self.lock = Lock(Path(config.output))
         for source in config.models:
             if [*sources_of(parse_reward(source))] != [source]:
                 raise ValueError(f"model: {source!r} is not one reward model or function; separate several by commas")
@@ -93,10 +95,10 @@ class EvaluateReward:
         summary = {"files": self.reports, **summarize(evidence, self.config, self.tokenizer)}
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in score_rows(evidence))
         output = Path(self.config.output)
-        output.mkdir(parents=True, exist_ok=True)
         write_file(output / "scores.jsonl", rows.encode())
         write_file(output / "summary.json", (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
         write_file(output / "report.html", page(summary, with_plots=self.config.plots).encode())
+        self.lock.release()
         yield verdict(summary)
 
     def read(self, load: Callable[..., Loaded[Any]], path: str | None, **options: Any) -> list[Any]:
