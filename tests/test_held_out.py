@@ -70,7 +70,7 @@ def test_scores_are_those_of_the_models_answers(folder, greedy):
 def test_another_reward_judges_and_its_best_model_is_kept(folder, capsys):
     options = {"batch_size": 32, "epochs": 4, "learning_rate": 1e-2, "kl_coef": 0.0, "schedule": "constant"}
     trainer = PPO(config(folder, **changes(folder, eval_reward=high_tokens, steps=12), **options))
-    kept = {}
+    kept = {0: {name: p.detach().clone() for name, p in trainer.policy.model.named_parameters()}}
     for number, metrics in enumerate(trainer, 1):
         if names(metrics):
             kept[number] = {name: p.detach().clone() for name, p in trainer.policy.model.named_parameters()}

@@ -67,7 +67,7 @@ class Iterate(Stages):
         for number in range(1, config.rounds + 1):
             loops = self.reward_config(number), self.ppo_config(number)  # refuse what they refuse now, not after labels
             for loop in loops if config.resume else ():
-                check_output(loop)  # a finished one, too, must be of these settings
+                check_output(loop, is_finished=True)  # a finished one, too, must be of these settings
         options = config.model_options()
         placing = {name: options[name] for name in ("device", "autocast")}
         self.tables = self.read()
@@ -204,7 +204,7 @@ class Iterate(Stages):
             paths.insert(0, self.output / "data/comparisons.jsonl")
         rows = [row for path in paths for row in read_jsonl(path)]
         write_file(self.folder(number) / "comparisons.jsonl", lines(rows))
-        list(RewardTrainer(self.reward_config(number)))
+        RewardTrainer(self.reward_config(number)).run()
 
     def reward_config(self, number: int) -> RewardConfig:
         """The settings of a round's reward model."""
@@ -225,7 +225,7 @@ class Iterate(Stages):
 
     def ppo(self, number: int) -> None:
         """Trains the policy on from where the last round left it; the KL penalty is to the SFT model."""
-        list(PPO(self.ppo_config(number)))
+        PPO(self.ppo_config(number)).run()
 
     def ppo_config(self, number: int) -> PPOConfig:
         """The settings of a round's PPO."""

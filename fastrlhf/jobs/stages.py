@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastrlhf.runs import signals
 from fastrlhf.runs.checkpoint import open_output
 from fastrlhf.runs.metrics import append
 
@@ -40,6 +41,7 @@ class Stages(ABC):
 
     def __next__(self) -> tuple[str, str]:
         """Does the next stage, unless its product is there already."""
+        signals.stop_if_asked()  # by a signal that came during the last step of a loop
         name = next(self.names)
         if name in self.always or not (self.output / self.products[name]).exists():
             print(f"\n== {name}", flush=True)

@@ -39,6 +39,7 @@ MAY_DIFFER = {
     "resume",
     "overwrite",
     "save_every",
+    "save_minutes",
     "keep_checkpoints",
     "samples_every",
     "max_slots",
@@ -61,14 +62,16 @@ MAY_DIFFER = {
 }
 
 
-def check_output(config: Any) -> Path | None:
+def check_output(config: Any, *, is_finished: bool = False) -> Path | None:
     """Returns the newest checkpoint to resume from, None to start afresh. Changes nothing, so call it before long work.
 
     A checkpoint whose files are no longer those that were written is named in a warning, and the one before it taken.
 
+    is_finished: the run is not gone on with, so that nothing of its configuration may have changed
+
     Raises: FileExistsError for a folder that is not empty without resume or overwrite, or that holds no run of ours;
     ValueError when a resumed run's configuration differs in what it computes, or no checkpoint of it is whole."""
-    if not _is_resumed(config):
+    if not _is_resumed(config, may_change=not is_finished):
         return None
     found = _checkpoints(Path(config.output) / "checkpoints")
     for folder in reversed(found):
@@ -81,7 +84,7 @@ def check_output(config: Any) -> Path | None:
     return None
 
 
-def _is_resumed(config: Any) -> bool:
+def _is_resumed(config: Any, *, may_change: bool = True) -> bool:
     """Whether the output folder holds a run that is to be continued. Raises: as check_output."""
     output = Path(config.output)
     if not output.exists():
@@ -99,7 +102,7 @@ def _is_resumed(config: Any) -> bool:
         raise FileExistsError(f"output: {output} holds no fastrlhf run (no config.yaml of one), so it is left alone")
     if config.overwrite:
         return False
-    _check_same(yaml.safe_load(marker.read_text(encoding="utf-8")), config)
+    _check_same(yaml.safe_load(marker.read_text(encoding="utf-8")), config, may_change=may_change)
     return True
 
 
@@ -215,10 +218,21 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
 
 
-def _check_same(saved: dict[str, Any], config: Any) -> None:
+def changes_of(config: Any) -> list[str]:
+    """What a run that is resumed changes of its plan: `may_change` of its configuration, as lines to print."""
+    marker = Path(config.output) / "config.yaml"
+    if not (config.resume and marker.is_file()):
+        return []
+    saved, now = (yaml.safe_load(text) for text in (marker.read_text(encoding="utf-8"), dump(config)))
+    pairs = ((name, saved.get(name, now[name]), now[name]) for name in config.may_change)
+    return [f"{name} was {then} and is {new}" for name, then, new in pairs if then != new]
+
+
+def _check_same(saved: dict[str, Any], config: Any, *, may_change: bool) -> None:
     now = yaml.safe_load(dump(config))
+    allowed = MAY_DIFFER | (set(getattr(config, "may_change", ())) if may_change else set())
     for name in {**now, **saved}:
-        if name not in MAY_DIFFER and saved.get(name) != now.get(name):
+        if name not in allowed and saved.get(name) != now.get(name):
             raise ValueError(
                 f"resume: {name} was {saved.get(name)!r} and is {now.get(name)!r}; "
                 "give the same, or --overwrite to start anew"

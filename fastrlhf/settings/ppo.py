@@ -39,6 +39,7 @@ KL_OF = {"grpo": ("loss", "k3"), "dr_grpo": ("loss", "k3"), "reinforce++_baselin
 class PPOConfig(LoopConfig):
     """PPO against a reward with a KL penalty."""
 
+    may_change = ("steps", *LoopConfig.may_change, "value_learning_rate", "value_schedule")
     reward: str | Callable[..., Any] = option(  # noqa: RUF009
         REQUIRED, "reward model folder, module:function, or several (docs/combining.md)"
     )

@@ -75,7 +75,7 @@ class Overoptimize(Stages):
         self.further = read_further(PPOConfig, config.ppo, taken=TAKEN)
         loop = self.ppo_config()  # refuses what it refuses now, and not after the proxy is trained
         if config.resume:
-            check_output(loop)  # a finished one, too, must be of these settings
+            check_output(loop, is_finished=True)  # a finished one, too, must be of these settings
         device, autocast = config.resolve_device(), config.autocast_dtype()
         columns = [{name for prompt in prompts for name in prompt.columns} for prompts in (self.data, self.held_out)]
         self.gold = Scorer(
@@ -138,7 +138,7 @@ class Overoptimize(Stages):
                 **self.shared("proxy"),
             )
         )
-        list(trainer)
+        trainer.run()
 
     def best_of_n(self) -> None:
         """Judges n responses of the policy to each held-out prompt by both rewards."""
@@ -153,14 +153,15 @@ class Overoptimize(Stages):
         trainer, path = PPO(self.ppo_config()), self.output / "ppo/points.json"
         points = json.loads(path.read_text())["points"] if path.exists() else []
         points = [point for point in points if point["step"] <= trainer.num_steps_done]
-        while True:
-            step = trainer.num_steps_done
-            due = step % self.config.eval_every == 0 or step == trainer.num_steps
-            if due and step not in [point["step"] for point in points]:
-                points.append({"step": step, **self.measure(trainer)})
-                self.write("ppo/points.json", {"points": points})
-            if next(trainer, None) is None:
-                break
+        with trainer:
+            while True:
+                step = trainer.num_steps_done
+                due = step % self.config.eval_every == 0 or step == trainer.num_steps
+                if due and step not in [point["step"] for point in points]:
+                    points.append({"step": step, **self.measure(trainer)})
+                    self.write("ppo/points.json", {"points": points})
+                if next(trainer, None) is None:
+                    break
         self.write("ppo.json", {"points": points})
 
     def measure(self, trainer: PPO) -> dict[str, float]:
