@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 from transformers.utils import logging
 
 import fastrlhf
-from fastrlhf.runs import ranks
+from fastrlhf.runs import ranks, signals
 from fastrlhf.runs.checkpoint import newest_checkpoint
 from fastrlhf.runs.options import help_text, parse
 from fastrlhf.settings.best_of_n import BestOfNConfig, OveroptimizeConfig, SweepConfig
@@ -121,7 +123,8 @@ fastrlhf COMMAND --help lists the options of a command. fastrlhf --version print
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, 1 for a run that failed, 2 for bad usage, 130 when interrupted."""
+    """Runs a command; returns the exit status: 0, 1 for a run that failed, 2 for bad usage, 130 or 143 when
+    SIGINT or SIGTERM stopped it."""
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if rest and f"{command} {rest[0]}" in COMMANDS:  # a command of two words
         command = f"{command} {rest.pop(0)}"
@@ -172,32 +175,66 @@ def _run(command: str, arguments: list[str]) -> int:
     if COMMANDS[command].products is not LOOP_PRODUCTS and ranks.start() > 1:
         return _fail(command, "one process does it all; give torchrun sft, reward and ppo, one after the other", 2)
     logging.disable_progress_bar()  # transformers' bar of loaded weights, for every one of four models
+    before = _settings_stamp(config)
     try:
-        for done in _made(COMMANDS[command].source)(config):
-            if isinstance(done, str):
-                print(done, flush=True)
-            elif isinstance(done, tuple):  # a stage and what came out of it
-                print("{}: {}".format(*done), flush=True)
-    except KeyboardInterrupt:
-        return _fail(command, f"interrupted; {_how_to_go_on(command, config)}", 130)
+        with signals.handled():
+            best = _do(command, config)
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, signals.Interrupted) else signal.SIGINT
+        return _fail(command, f"interrupted; {_how_to_go_on(command, config)}", 128 + number)
     except BrokenPipeError:  # whoever reads what is printed has enough, as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor can the rest be flushed
         return 1
     except Exception as error:
+        left = "" if _settings_stamp(config) == before else _how_to_go_on(command, config)
         if not (_raised_by_us(error) or _of_a_file(error)):
+            if left:
+                error.add_note(left)
             raise
-        return _fail(command, str(error), 1)
+        return _fail(command, "\n".join(filter(None, (str(error), left))), 1)
     for what, name in COMMANDS[command].products.items():
         ranks.say(f"{what}: {Path(config.output) / name}")
+    if best:
+        of = "of the start" if best["step"] == 0 else f"after step {best['step']}"
+        ranks.say(f"best: {Path(config.output) / 'best'} ({of}, held-out score {best['score']:.4g})")
     ranks.stop()
     return 0
 
 
+def _do(command: str, config: Any) -> Any:
+    """Does a command; prints what it yields. Returns step and score of the best model of a loop that keeps one."""
+    made = _made(COMMANDS[command].source)(config)
+    with ExitStack() as stack:
+        if hasattr(made, "close"):
+            stack.callback(made.close)
+        for done in made:
+            if isinstance(done, str):
+                print(done, flush=True)
+            elif isinstance(done, tuple):  # a stage and what came out of it
+                print("{}: {}".format(*done), flush=True)
+    return getattr(made, "best", None)
+
+
 def _how_to_go_on(command: str, config: Any) -> str:
+    """What a command that has ended early left in its output folder, and what to do next."""
+    if not (hasattr(config, "resume") and Path(config.output).exists()):
+        return "nothing was left: start again"
+    resume = "--resume, in place of --overwrite," if config.overwrite else "--resume"
     if COMMANDS[command].products is not LOOP_PRODUCTS:
-        return "--resume continues" if hasattr(config, "resume") else "start again"
-    newest = newest_checkpoint(config.output)
-    return f"--resume continues from {newest}" if newest else "there is no checkpoint yet"
+        return f"{resume} continues what is in {config.output}"
+    newest, metrics = newest_checkpoint(config.output), Path(config.output) / "metrics.jsonl"
+    if newest:
+        return f"{resume} continues from {newest}"
+    lines = metrics.read_bytes().splitlines() if metrics.is_file() else []
+    if any(not line.startswith(b'{"step": 0,') for line in lines):
+        return f"there is no checkpoint yet in {config.output}: --overwrite starts anew"
+    return f"{config.output} holds the settings of this run and no step yet: start again"
+
+
+def _settings_stamp(config: Any) -> int | None:
+    """When a command last made its output folder ready, by which it is known whether this one did."""
+    settings = Path(getattr(config, "output", "")) / "config.yaml"
+    return settings.stat().st_mtime_ns if settings.is_file() else None
 
 
 def _made(source: str) -> Callable[[Any], Iterable[Any]]:

@@ -96,6 +96,7 @@ SERVER = {"rollout_url": "http://a, http://b/", "weight_sync": "stale"}
         ({"kl_coef_end": 1e-3, "kl_coef": 0}, ValueError, "kl_coef, which must start above 0"),
         ({"kl_target": 6, "kl_coef_end": 1e-3}, ValueError, "not both"),
         ({"kl_in": "loss"}, ValueError, "the mean gradient of k1 is 0"),
+        ({"estimator": "grpo", "samples_per_prompt": 4, "kl_estimator": "k1"}, ValueError, "kl_in=loss: .* k1 is 0"),
         ({"max_update_kl": 0.1, "truncation": "sampler"}, ValueError, "max_update_kl: with truncation=sampler"),
         (
             {"min_response_tokens": 129, "missing_eos": "replace:0"},
@@ -175,3 +176,15 @@ def test_cuda_without_a_gpu_is_an_error(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="torch sees no GPU"):
         SFTConfig(**GIVEN, device="cuda").resolve_device()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [("gae", ("reward", "k1")), ("rloo", ("reward", "k1")), ("grpo", ("loss", "k3")), ("dr_grpo", ("loss", "k3"))],
+)
+def test_the_kl_is_where_the_paper_of_an_estimator_has_it(estimator, expected):
+    given = {"model": "m", "data": "d", "output": "o", "reward": "r", "estimator": estimator, "samples_per_prompt": 4}
+    config = PPOConfig(**given)
+    assert (config.kl_in, config.kl_estimator) == expected
+    asked = PPOConfig(**given, kl_in="reward")
+    assert (asked.kl_in, asked.kl_estimator) == ("reward", "k1")

@@ -1,5 +1,6 @@
 """Advantages and loss means against float64 loops over single tokens, written from the papers' formulas."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from statistics import mean, pstdev, pvariance, stdev
@@ -77,11 +78,16 @@ def expected_advantages(batch, settings):
         tokens = [g - b for x, b in zip(found, baselines, strict=True) for g in discounted(x.rewards, settings.gamma)]
     else:
         totals, tokens = [sum(response.rewards) for response in found], []
+        scores = SCORES.tolist()
         for n, length in enumerate(LENGTHS):
-            group = totals[n // 3 * 3 : n // 3 * 3 + 3]
+            first = n // 3 * 3
+            group, paid = (values[first : first + 3] for values in (totals, scores))
             others = [x for i, x in enumerate(group) if i != n % 3]
             advantage = totals[n] - (mean(others) if name == "rloo" else mean(group))
-            tokens += [advantage / (stdev(group) + 1e-6) if name == "grpo" else advantage] * length
+            if name == "grpo":  # the KL's part of the total is not divided
+                penalties = [total - score for total, score in zip(group, paid, strict=True)]
+                advantage = (scores[n] - mean(paid)) / (stdev(paid) + 1e-6) + penalties[n % 3] - mean(penalties)
+            tokens += [advantage] * length
     if settings.whiten and name in ("gae", "reinforce++", "reinforce++_baseline"):
         tokens = [(a - mean(tokens)) / pstdev(tokens) for a in tokens]
     return tokens
@@ -127,12 +133,50 @@ def test_statistics_of_gae_are_those_before_whitening(batch, whiten_rewards):
     assert {name: stats[name].item() for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("estimator", GROUPED)
-def test_equal_scores_give_no_advantage(batch, estimator):
-    found, _ = estimate_advantages(
-        batch, torch.ones(6), config(estimator=estimator, kl_in="loss", kl_estimator="k2"), kl_coef=0.3
-    )
-    assert found["advantages"].abs().max() < 1e-6
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "reinforce++_baseline"])
+@pytest.mark.parametrize("ulps", [0, 1, -2])
+def test_equal_scores_give_no_advantage_by_default(batch, estimator, ulps):
+    """Nor do scores that differ by rounding: GRPO and whitening would blow that up to the size of real differences."""
+    scores = torch.full((6,), 4.0)
+    scores[1] += ulps * (torch.nextafter(scores[1], scores.new_tensor(9.0)) - scores[1])
+    settings = config(estimator=estimator, whiten=True)
+    found, stats = estimate_advantages(batch, scores, settings, kl_coef=0.3)
+    assert found["advantages"].abs().max() == 0 and stats["equal_groups"] == 1
+
+
+def test_the_share_of_groups_with_equal_scores_is_told(batch):
+    scores = torch.tensor([1.0, 1.0, 1.0, 0.0, 1e-3, 0.0])
+    _, stats = estimate_advantages(batch, scores, config(estimator="grpo"), kl_coef=0.3)
+    assert stats["equal_groups"] == 0.5
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo"])
+def test_a_kl_in_the_reward_of_equal_scores_is_not_divided_by_its_deviation(batch, estimator):
+    settings = config(estimator=estimator, kl_in="reward")
+    found, _ = estimate_advantages(batch, torch.ones(6), settings, kl_coef=1e-3)
+    kl = [x.sum().item() for x in (batch["logprobs"] - batch["ref_logprobs"]).double().split(LENGTHS)]
+    means = [mean(kl[:3])] * 3 + [mean(kl[3:])] * 3
+    expected = [-1e-3 * (k - m) for k, m, length in zip(kl, means, LENGTHS, strict=True) for _ in range(length)]
+    torch.testing.assert_close(found["advantages"], torch.tensor(expected), rtol=1e-4, atol=1e-8)
+
+
+def test_rloo_at_equal_scores_has_kl_coef_times_the_gradient_of_the_kl():
+    """Exactly, in the mean over all groups of two one-token responses that a policy of four tokens can draw."""
+    logits, reference = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).double()
+    logits.requires_grad_()
+    logprobs, ref_logprobs = logits.log_softmax(0), reference.log_softmax(0)
+    settings = config(estimator="rloo", samples_per_prompt=2)
+    loss = torch.zeros((), dtype=torch.float64)
+    for pair in itertools.product(range(4), repeat=2):
+        drawn = logprobs[list(pair)]
+        packed = pack([[5, token] for token in pair], prompt_lengths=[1, 1])
+        fields = {"logprobs": drawn.detach(), "ref_logprobs": ref_logprobs[list(pair)]}
+        found, _ = estimate_advantages(packed.with_fields(**fields), torch.ones(2).double(), settings, kl_coef=0.3)
+        probability = drawn.detach().sum().exp()
+        loss = loss - probability * (found["advantages"] * drawn).mean()
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (of_kl,) = torch.autograd.grad((logprobs.exp() * (logprobs - ref_logprobs)).sum(), logits)
+    torch.testing.assert_close(gradient, 0.3 * of_kl)
 
 
 def test_weights_turn_the_mean_over_tokens_into_the_mean_asked_for(batch):

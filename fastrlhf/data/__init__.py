@@ -20,7 +20,7 @@ from fastrlhf.data.judged import (
     verdict_of,
 )
 from fastrlhf.data.loading import Demonstration, Loaded, Prompt, load_demonstrations, load_prompts
-from fastrlhf.data.order import batch_rows, shuffled
+from fastrlhf.data.order import batch_rows, shuffled, stream
 from fastrlhf.data.report import Reason, Rejected, Report
 
 __all__ = [
@@ -47,5 +47,6 @@ __all__ = [
     "load_ratings",
     "read_rows",
     "shuffled",
+    "stream",
     "verdict_of",
 ]

@@ -25,9 +25,12 @@ def batch_rows(num_rows: int, batch_size: int, step: int, *, seed: int, total: i
             "batch_rows: num_rows and batch_size must be at least 1 and step at least 0, got "
             f"{num_rows}, {batch_size} and {step}"
         )
-    start, stop = step * batch_size, (step + 1) * batch_size
-    if total is not None:
-        stop = min(stop, total)
+    stop = (step + 1) * batch_size
+    return stream(num_rows, step * batch_size, stop if total is None else min(stop, total), seed=seed)
+
+
+def stream(num_rows: int, start: int, stop: int, *, seed: int) -> list[int]:
+    """Returns a piece of the endless stream of shuffled epochs, from its place `start` to before `stop`."""
     rows: list[int] = []
     while start < stop:
         epoch, offset = divmod(start, num_rows)

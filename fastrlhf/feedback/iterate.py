@@ -202,7 +202,7 @@ class Iterate(Stages):
             paths.insert(0, self.output / "data/comparisons.jsonl")
         rows = [row for path in paths for row in read_jsonl(path)]
         write_file(self.round_folder(number) / "comparisons.jsonl", lines(rows))
-        list(RewardTrainer(self.reward_config(number)))
+        RewardTrainer(self.reward_config(number)).run()
 
     def reward_config(self, number: int) -> RewardConfig:
         """The settings of a round's reward model."""
@@ -223,7 +223,7 @@ class Iterate(Stages):
 
     def ppo(self, number: int) -> None:
         """Trains the policy on from where the last round left it; the KL penalty is to the SFT model."""
-        list(PPO(self.ppo_config(number)))
+        PPO(self.ppo_config(number)).run()
 
     def ppo_config(self, number: int) -> PPOConfig:
         """The settings of a round's PPO."""

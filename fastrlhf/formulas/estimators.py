@@ -12,7 +12,8 @@ from fastrlhf.ops import approx_kl, discounted_returns, gae, group_advantages, m
 from fastrlhf.packing import Packed
 from fastrlhf.settings.ppo import GROUPED, PPOConfig
 
-GROUP_KINDS = {"rloo": "rloo", "grpo": "grpo", "dr_grpo": "dr_grpo", "reinforce++_baseline": "dr_grpo"}
+ROUNDING = 1e-6  # of float32 scores, in units of the largest one: eight times its last bit
+GROUP_KINDS = {"rloo": "rloo", "dr_grpo": "dr_grpo", "reinforce++_baseline": "dr_grpo"}
 
 
 def estimate_advantages(
@@ -23,13 +24,16 @@ def estimate_advantages(
     gae: r_t = -kl_coef kl_t, plus the score at the last token; generalised advantage estimation, whitened.
     reinforce++: the discounted sum of r from each token on, whitened.
     remax: the discounted sum of r from each token on, less the score of the greedy response.
-    rloo, grpo, dr_grpo: S = score - kl_coef sum of kl, against the other responses to the prompt (`group_advantages`).
+    rloo, dr_grpo: S = score - kl_coef sum of kl, against the other responses to the prompt (`group_advantages`).
+    grpo: the score against those, less kl_coef sum of kl less its mean: the KL is not divided by the deviation of the
+    scores, which would blow it up where scores hardly differ.
     reinforce++_baseline: S less its mean over the responses to the prompt, whitened over all tokens.
 
     batch: fields logprobs, ref_logprobs and, for gae, values; the responses to one prompt are neighbours
     scores: (N,) what is paid for each response; baseline: (N,) that of the greedy response to its prompt, for remax
 
-    The statistics are those of `ppo_advantages` as far as the estimator has them.
+    The statistics are those of `ppo_advantages` as far as the estimator has them, and of groups `equal_groups`, the
+    share of prompts whose responses all have the same score.
     Source: Schulman et al., arXiv 1506.02438 (gae); Hu et al., arXiv 2501.03262 (reinforce++); Li et al., arXiv
     2310.10505, equation 3 (remax); those of `group_advantages`."""
     kl = approx_kl(batch["logprobs"], batch["ref_logprobs"], estimator=config.kl_estimator)
@@ -60,7 +64,7 @@ def estimate_advantages(
         stats |= {"values": batch["values"].mean(), "returns": returns.mean(), "explained_variance": 1 - missed}
         batch = batch.with_fields(returns=returns)
     elif config.estimator in GROUPED:
-        advantages = grouped(batch, rewards, config)
+        advantages, stats["equal_groups"] = grouped(batch, scores, -kl_coef * kl, config)
     else:
         advantages = discounted_returns(rewards, batch.cu_responses, gamma=config.gamma)
         if baseline is not None:
@@ -71,13 +75,29 @@ def estimate_advantages(
     return batch.with_fields(advantages=advantages), stats
 
 
-def grouped(batch: Packed, rewards: Tensor, config: PPOConfig) -> Tensor:
-    """The advantages (R,) of whole responses over the others to their prompt, given their tokens' rewards (R,)."""
+def grouped(batch: Packed, scores: Tensor, penalties: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """The advantages (R,) of whole responses over the others to their prompt, given their scores (N,) and the rewards
+    (R,) of their tokens for the KL; and the share of groups whose scores are equal."""
+    scores, equal = level(scores, config.samples_per_prompt)
     lengths = batch.cu_responses.diff().long()
-    totals = torch.segment_reduce(rewards.double(), "sum", lengths=lengths, unsafe=True).to(rewards.dtype)
-    bounds = torch.arange(0, batch.num_sequences + 1, config.samples_per_prompt, dtype=torch.int32)
-    kind = GROUP_KINDS[config.estimator]
-    return per_token(batch, group_advantages(totals, bounds.to(totals.device), kind=kind))
+    penalty = torch.segment_reduce(penalties.double(), "sum", lengths=lengths, unsafe=True)
+    bounds = torch.arange(0, batch.num_sequences + 1, config.samples_per_prompt, dtype=torch.int32).to(scores.device)
+    if config.estimator == "grpo":
+        advantages = group_advantages(scores, bounds, kind="grpo")
+        advantages = advantages + group_advantages(penalty.to(scores.dtype), bounds, kind="dr_grpo")
+    else:
+        totals = (scores.double() + penalty).to(scores.dtype)
+        advantages = group_advantages(totals, bounds, kind=GROUP_KINDS[config.estimator])
+    return per_token(batch, advantages), equal.double().mean()
+
+
+def level(scores: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor]:
+    """Returns scores (N,) that are equal where those of a group differ by rounding alone, which a deviation would
+    blow up to advantages; and whether they are equal in each group (G,)."""
+    groups = scores.view(-1, samples_per_prompt)
+    low, high = groups.aminmax(dim=1)
+    equal = high - low <= ROUNDING * groups.abs().amax(1).clamp(min=1)
+    return torch.where(equal[:, None], groups[:, :1], groups).reshape(-1), equal
 
 
 def per_token(batch: Packed, values: Tensor) -> Tensor:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from fastrlhf.settings.ppo import PPOConfig
 
 
-def next_kl_coef(config: PPOConfig, kl_coef: float, kl: float) -> float:
-    """Returns the coefficient of the next step.
+def next_kl_coef(config: PPOConfig, kl_coef: float, kl: float, step: int) -> float:
+    """Returns the coefficient of step 0, 1, ..., which is the next.
 
-    kl_coef: that of this step; kl: mean over its responses of the KL summed over a response, nats"""
+    kl_coef: that of the step before; kl: mean over its responses of the KL summed over a response, nats"""
     if config.kl_target is not None:
         return adapt_kl_coef(kl_coef, kl, target=config.kl_target, num_responses=config.batch_size)
     if config.kl_coef_end is not None:
-        return kl_coef * (config.kl_coef_end / config.kl_coef) ** (1 / max(config.steps - 1, 1))
+        # not from the last one: a run that is extended goes on where it would be, had it always been so long
+        return config.kl_coef * (config.kl_coef_end / config.kl_coef) ** (step / max(config.steps - 1, 1))
     return kl_coef
 
 

@@ -115,7 +115,7 @@ class Run(Stages):
             max_length=self.config.max_prompt_tokens + self.config.max_new_tokens,
             **self.loop_options("sft"),
         )
-        list(SFT(config))
+        SFT(config).run()
 
     def pairs(self) -> None:
         """Samples pairs of responses from the SFT policy and lets the gold reward say which is better."""
@@ -146,11 +146,11 @@ class Run(Stages):
             max_length=self.config.max_prompt_tokens + 2 * self.config.max_new_tokens,
             **self.loop_options("reward"),
         )
-        list(RewardTrainer(config))
+        RewardTrainer(config).run()
 
     def ppo(self) -> None:
         """Trains the SFT policy against the reward model."""
-        list(PPO(self.ppo_config()))
+        PPO(self.ppo_config()).run()
 
     def ppo_config(self) -> PPOConfig:
         """The settings of PPO, which answers to held-out prompts share."""

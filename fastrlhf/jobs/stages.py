@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastrlhf.runs import signals
 from fastrlhf.runs.metrics import append
 from fastrlhf.runs.output import OutputFolder
 
@@ -43,6 +44,7 @@ class Stages(ABC):
 
     def __next__(self) -> tuple[str, str]:
         """Does the next stage, unless its product is there already."""
+        signals.stop_if_asked()  # by a signal that came during the last step of a loop
         if self.names is None:
             self.folder.open()
             self.names = iter(self.products)

@@ -47,11 +47,14 @@ def describe(
         **diversity(samples),
         "num_tokens": batch.num_tokens_apart,
     }
-    for name, value in (("value/mean", "values"), ("returns/mean", "returns")):
+    for name, value in (
+        ("ppo/value/mean", "values"),
+        ("ppo/returns/mean", "returns"),
+        ("ppo/value/explained_variance", "explained_variance"),
+        ("objective/frac_reward_zero_std", "equal_groups"),
+    ):
         if value in shaped:
-            metrics[f"ppo/{name}"] = shaped[value]
-    if "explained_variance" in shaped:
-        metrics["ppo/value/explained_variance"] = shaped["explained_variance"]
+            metrics[name] = shaped[value]
     if "ppo/policy/ratio_max" in stats[0].values:  # before the first update
         metrics["ppo/policy/first_ratio_max"] = stats[0].values["ppo/policy/ratio_max"]
         metrics["ppo/policy/first_ratio_min"] = stats[0].values["ppo/policy/ratio_min"]

@@ -57,12 +57,20 @@ class Learner:
         for optimizer in self.optimizers:
             rest(optimizer, self.policy.model.device)
 
+    def announce_warmup(self, step: int) -> None:
+        """Says before step 0, 1, ... how long the value model's warm-up lasts, if it does."""
+        number = self.num_value_warmup_steps
+        if step < number:
+            ranks.say(f"steps {step + 1} to {number} train the value model alone, the policy from step {number + 1} on")
+
     def train(self, batch: Packed, *, step: int, kl_coef: float, done: Callable[[int], object]) -> list[Statistics]:
         """The updates of step 0, 1, ... Returns the statistics of each.
 
         batch: fields logprobs, old_logprobs, ref_logprobs, advantages, prompts; with a value model values and returns
         done: called with the tokens of each micro-batch"""
         self.step, self.kl_coef = step, kl_coef
+        if step == self.num_value_warmup_steps > 0:
+            ranks.say(f"the value model's warm-up is over: from step {step + 1} on the policy is trained, too")
         num_policy_steps = step - self.num_value_warmup_steps
         # wherever an earlier step ended
         self.policy_optimizer.num_steps_done = max(num_policy_steps, 0) * self.config.epochs * self.config.minibatches

@@ -1,66 +1,27 @@
-"""The life of a loop around its steps: begin or resume, log, checkpoint, write the final model.
-
-A loop is an object with a configuration, a number of steps and a method `step`, which loops on a file of rows inherit
-from training.py.
-"""
+"""How a loop is made ready: its output folder, begun or resumed, its models, its rows. base.py has what follows."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from fastrlhf.data import Loaded
 from fastrlhf.data.statistics import warnings
-from fastrlhf.loops.budget import Budget
-from fastrlhf.loops.memory_plan import Plan
+from fastrlhf.loops.base import Clock, Trainer
 from fastrlhf.models.policy import Role
-from fastrlhf.runs import ranks
-from fastrlhf.runs.checkpoint import fingerprint, load_state, newest_checkpoint, restore_lines, save_checkpoint
+from fastrlhf.runs import ranks, signals
+from fastrlhf.runs.checkpoint import fingerprint, load_state, restore_lines
 from fastrlhf.runs.metrics import MetricsLog
-from fastrlhf.runs.optim import NonFiniteError
 from fastrlhf.runs.output import OutputFolder
-from fastrlhf.runs.whole import write_whole
 from fastrlhf.settings.training import LoopConfig, TuningConfig
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Role)
-
-
-class Loop(Protocol):
-    """What `begin` and `advance` need of a loop; they set the last three attributes. folder: what prepare returned."""
-
-    @property
-    def config(self) -> LoopConfig: ...
-
-    @property
-    def num_steps(self) -> int: ...
-
-    budget: Budget
-    plan: Plan | None
-    folder: OutputFolder
-    num_steps_done: int
-    data_fingerprint: int
-    log: MetricsLog
-
-    def step(self) -> dict[str, float]:
-        """Does one step and returns its metrics, deterministic values only, among them num_tokens (for tokens/s)."""
-
-    def save(self, folder: Path) -> None:
-        """Writes the model that the loop makes, with its tokenizer; all processes call it, the first one writes."""
-
-    def save_models(self, folder: Path) -> None:
-        """Writes the models that a checkpoint needs, likewise."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Optimizers and whatever else changes from step to step."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what state_dict gave."""
 
 
 def prepare(config: LoopConfig) -> OutputFolder:
@@ -85,13 +46,13 @@ def prepare(config: LoopConfig) -> OutputFolder:
     return folder
 
 
-def begin(loop: Loop, data: Iterable[Sequence[int]]) -> None:
+def begin(loop: Trainer, data: Iterable[Sequence[int]]) -> None:
     """Opens the output folder of a loop that is otherwise ready, and takes up its checkpoint if there is one.
 
     data: the tokens of the rows, and what else they say, as sequences of numbers
 
-    Raises: ValueError when the data is not that of the checkpoint."""
-    config, checkpoint = loop.config, loop.folder.checkpoint
+    Raises: ValueError when the data is not that of the checkpoint, or more steps are done than there are to be."""
+    config, checkpoint, changes = loop.config, loop.folder.checkpoint, loop.folder.changes
     loop.data_fingerprint = fingerprint(data)
     loop.num_steps_done = 0
     if checkpoint is not None:
@@ -99,9 +60,19 @@ def begin(loop: Loop, data: Iterable[Sequence[int]]) -> None:
         if state["data_fingerprint"] != loop.data_fingerprint:
             what = f"rows of {config.data}, or of a file beside it,"
             raise ValueError(f"resume: {what} are no longer those of {checkpoint}")
+        loop.num_steps_done = state["step"]
         loop.load_state_dict(state["loop"])
         loop.budget.load_state_dict(state["budget"])
-        loop.num_steps_done = state["step"]
+        if loop.num_steps < loop.num_steps_done:
+            steps = f"{loop.num_steps} steps are asked for, but {loop.num_steps_done} are done"
+            raise ValueError(f"resume: {steps}; give as many at least, or --overwrite to start anew")
+        if loop.num_steps == loop.num_steps_done and changes and not changes[0].startswith(("steps ", "epochs ")):
+            raise ValueError(f"resume: {changes[0]}, but all {loop.num_steps} steps are done; give more, too")
+    elif changes and (Path(config.output) / "model").exists():
+        raise ValueError(
+            f"resume: {changes[0]}, but {config.output} has no checkpoint to go on from; start a run in another folder "
+            f"with model={config.output}/model, or --overwrite to start anew"
+        )
     if ranks.is_first():
         loop.folder.open()
         if checkpoint is not None:
@@ -111,48 +82,12 @@ def begin(loop: Loop, data: Iterable[Sequence[int]]) -> None:
     )
     if checkpoint is not None:
         loop.log.say(f"resuming from {checkpoint}")
+        for change in changes:
+            loop.log.say(f"resume: {change}")
     elif config.resume:
         loop.log.say(f"no checkpoint in {config.output} to resume from: starting from the first step")
-
-
-def advance(loop: Loop) -> dict[str, float]:
-    """Does the next step of a loop and returns its metrics; this is the `__next__` of every loop.
-
-    Logs the metrics, writes a checkpoint when one is due, the model that answered held-out prompts best so far, and the
-    final model after the last step.
-
-    Raises: StopIteration after the last step; NonFiniteError, naming the newest checkpoint."""
-    try:
-        return _next_step(loop)
-    except NonFiniteError as error:
-        good = newest_checkpoint(loop.config.output)
-        advice = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
-        raise NonFiniteError(f"{error}; {advice}") from error
-
-
-def _next_step(loop: Loop) -> dict[str, float]:
-    output = Path(loop.config.output)
-    if loop.num_steps_done >= loop.num_steps:
-        if ranks.gather((output / "model").exists())[0] is False:  # killed after the last checkpoint
-            write_whole(output / "model", loop.save)
-        loop.folder.close()
-        raise StopIteration
-    loop.folder.check()
-    metrics = loop.step()
-    loop.num_steps_done += 1
-    loop.log.add(loop.num_steps_done, metrics)
-    if metrics.get("eval/best_step") == loop.num_steps_done:
-        write_whole(output / "best", loop.save)
-    last, every = loop.num_steps_done == loop.num_steps, loop.config.save_every
-    if every and (last or loop.num_steps_done % every == 0):
-        state = {"loop": loop.state_dict(), "data_fingerprint": loop.data_fingerprint}
-        state["budget"] = loop.budget.state_dict()
-        save_checkpoint(output, loop.num_steps_done, loop.save_models, keep=loop.config.keep_checkpoints, **state)
-    if last:
-        write_whole(output / "model", loop.save)
-        if loop.plan is not None:
-            loop.log.say(loop.plan.outcome())
-    return metrics
+    loop.clock = Clock(config.save_minutes)
+    signals.running(loop)
 
 
 def load_trained(role: type[R], config: LoopConfig, checkpoint: Path | None, **options: Any) -> R:
@@ -202,8 +137,3 @@ def check_fits(model: Any, tokenizer: Any, **lengths: int) -> None:
     if context is not None and sum(lengths.values()) > context:
         sizes = " + ".join(f"{name} ({value})" for name, value in lengths.items())
         raise ValueError(f"{sizes} must not exceed the model's context of {context} tokens ({name})")
-
-
-def ends_epoch(step: int, batch_size: int, num_rows: int, num_steps: int) -> bool:
-    """Whether step 0, 1, ... is the last of the run or takes the last row of an epoch."""
-    return step + 1 == num_steps or (step + 1) * batch_size // num_rows > step * batch_size // num_rows

@@ -9,7 +9,7 @@ Source: Ziegler et al., arXiv 1909.08593; Stiennon et al., arXiv 2009.01325; Ouy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,13 @@ from fastrlhf.formulas.kl import next_kl_coef
 from fastrlhf.formulas.rewards import RunningMoments, shape_scores
 from fastrlhf.generation.sampling import RolloutBackend, Sample, Sampling
 from fastrlhf.loops.backend import make_backend, make_engine
+from fastrlhf.loops.base import Trainer
 from fastrlhf.loops.budget import Budget
 from fastrlhf.loops.first_step import check_first_step, have_same_weights
 from fastrlhf.loops.held_out import HeldOut
 from fastrlhf.loops.instruments import Health, describe, sample_rows
 from fastrlhf.loops.learner import Learner
-from fastrlhf.loops.loop import advance, begin, check_fits, prepare
+from fastrlhf.loops.loop import begin, check_fits, prepare
 from fastrlhf.loops.memory_plan import plan_ppo, tell
 from fastrlhf.loops.ppo_data import load_ptx
 from fastrlhf.loops.roles import Roles, load_base
@@ -39,7 +40,7 @@ from fastrlhf.models.policy import Policy, autocasting
 from fastrlhf.models.shared_prompts import can_share_prompts, pack_responses
 from fastrlhf.packing import Packed
 from fastrlhf.runs import ranks
-from fastrlhf.runs.metrics import MetricsLog, Statistics
+from fastrlhf.runs.metrics import Statistics
 from fastrlhf.runs.shards import twin, unsharded
 from fastrlhf.scoring.scorer import Scorer, check_reward
 from fastrlhf.settings.ppo import PPOConfig
@@ -47,16 +48,14 @@ from fastrlhf.settings.ppo import PPOConfig
 NUM_SAMPLES = 4  # of a step that are left in samples.jsonl
 
 
-class PPO:
+class PPO(Trainer):
     """Iterates over PPO steps; each yields its metrics. The final policy is left in `<output>/model`.
 
     backend: makes of the policy what draws the responses; default: what the settings ask for
 
     Raises: what loading raises, before any work is done; NonFiniteError when a gradient is not finite."""
 
-    num_steps_done: int
-    data_fingerprint: int
-    log: MetricsLog
+    config: PPOConfig
 
     def __init__(self, config: PPOConfig, *, backend: Callable[[Policy], RolloutBackend] | None = None) -> None:
         self.config = config
@@ -109,12 +108,7 @@ class PPO:
             check_fits(model.model, self.tokenizer, longest_prompt=longest, max_new_tokens=config.max_new_tokens)
         begin(self, (prompt.tokens for prompt in self.prompts))
         self.log.say(str(loaded.report))
-
-    def __iter__(self) -> Iterator[dict[str, float]]:
-        return self
-
-    def __next__(self) -> dict[str, float]:
-        return advance(self)
+        self.learner.announce_warmup(self.num_steps_done)
 
     def step(self) -> dict[str, float]:
         """Runs one PPO step: sample, score, shape, estimate advantages, update. Returns its metrics."""
@@ -138,7 +132,7 @@ class PPO:
             stats = self.learner.train(batch, step=self.num_steps_done, kl_coef=self.kl_coef, done=done)
             self.log.timer.count(config.epochs * batch.num_tokens_apart)
         metrics = self.describe(batch, samples, scores, terms, shaped, stats)
-        self.kl_coef = next_kl_coef(config, self.kl_coef, metrics["objective/kl"])
+        self.kl_coef = next_kl_coef(config, self.kl_coef, metrics["objective/kl"], self.num_steps_done + 1)
         self.roles.end_step(self.num_steps_done + 1)
         return self.examined(metrics)
 
@@ -265,17 +259,25 @@ class PPO:
 
     def examined(self, metrics: dict[str, float]) -> dict[str, float]:
         """The metrics, with those of answers to held-out prompts when they are due; says what looks ill."""
-        step, held_out = self.num_steps_done + 1, self.held_out
-        if held_out.due(step):
-            with self.log.timer("evaluate"):
-                samples = self.generate(held_out.prompts, greedy=self.config.eval_greedy, held_out=True)
-                metrics |= held_out.judge(step, samples, self.pack(samples))
+        metrics |= self.held_out_metrics(self.num_steps_done + 1)
         for warning in self.health.check(metrics):
             self.log.say(warning)
         return metrics
 
+    def held_out_metrics(self, step: int) -> dict[str, float]:
+        """Those of the answers to held-out prompts after a step, 0 being the start; none when they are not due."""
+        if not self.held_out.due(step):
+            return {}
+        with self.log.timer("evaluate"):
+            samples = self.generate(self.held_out.prompts, greedy=self.config.eval_greedy, held_out=True)
+            return self.held_out.judge(step, samples, self.pack(samples))
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """Step and score of the model in best/, if there is one."""
+        return self.held_out.best
+
     def save_models(self, folder: Path) -> None:
-        """Writes the models that a checkpoint needs."""
         self.roles.save(folder)
 
     def state_dict(self) -> dict[str, Any]:
@@ -285,13 +287,12 @@ class PPO:
         return {**self.learner.state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what state_dict gave."""
         self.learner.load_state_dict(state)
         self.kl_coef, self.moments = state["kl_coef"], RunningMoments(**state["moments"])
         self.health.state = state["health"]
         self.held_out.load_state_dict(state["held_out"])
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Writes the policy, or its moving average, and the tokenizer as a folder that transformers loads."""
         self.roles.final.save_pretrained(folder)
         if ranks.is_first():

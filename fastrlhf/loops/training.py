@@ -5,20 +5,21 @@ Each of these says how a row is read and packed, what its loss is, and how held-
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from fastrlhf.data import Loaded, batch_rows, verdict_of
+from fastrlhf.data import Loaded, stream, verdict_of
 from fastrlhf.data.template import load_tokenizer
+from fastrlhf.loops.base import Trainer
 from fastrlhf.loops.budget import Budget
-from fastrlhf.loops.loop import advance, begin, check_fits, ends_epoch, load_with_held_out, prepare
+from fastrlhf.loops.loop import begin, check_fits, load_with_held_out, prepare
 from fastrlhf.loops.memory_plan import plan_training, tell
 from fastrlhf.models.policy import Role
 from fastrlhf.runs import ranks
-from fastrlhf.runs.metrics import MetricsLog, Statistics
+from fastrlhf.runs.metrics import Statistics
 from fastrlhf.runs.optim import Optimizer, check_finite
 from fastrlhf.runs.shards import shard
 from fastrlhf.settings.training import TuningConfig
@@ -28,14 +29,14 @@ T = TypeVar("T")
 M = TypeVar("M", bound=Role)
 
 
-class Training(ABC, Generic[C, T, M]):
+class Training(Trainer, Generic[C, T, M]):
     """A loop that goes over rows of a file; iterate over it to train. rows and held_out are those to train on and not.
+
+    num_rows: to be trained on in all epochs; num_rows_done: so far
 
     Raises: what the configuration, the data, the model or the output folder are refused for, before training begins."""
 
-    num_steps_done: int
-    data_fingerprint: int
-    log: MetricsLog
+    config: C
 
     def __init__(self, config: C) -> None:
         self.config = config
@@ -45,7 +46,7 @@ class Training(ABC, Generic[C, T, M]):
         self.tokenizer = load_tokenizer(config.model)
         self.rows, self.held_out = load_with_held_out(self.read, config, self.tokenizer)
         self.num_rows = config.epochs * len(self.rows)
-        self.num_steps = -(-self.num_rows // config.batch_size)
+        self.num_rows_done, self.num_steps = 0, -(-self.num_rows // config.batch_size)
         longest = sorted(map(self.num_tokens, self.rows), reverse=True)[: config.batch_size]
         reference = self.passing_model(resumed=checkpoint is not None)
         plan = partial(plan_training, num_heads=self.num_heads, reference=reference)
@@ -107,19 +108,14 @@ class Training(ABC, Generic[C, T, M]):
         """The tokens that the model is run on for a row."""
         return self.num_tokens(row)
 
-    def __iter__(self) -> Iterator[dict[str, float]]:
-        return self
-
-    def __next__(self) -> dict[str, float]:
-        return advance(self)
-
     def step(self) -> dict[str, float]:
         """Does one optimizer step. Returns its metrics: of the rows of the step, before the update."""
         config, size = self.config, len(self.rows)
-        rows = batch_rows(size, config.batch_size, self.num_steps_done, seed=config.seed, total=self.num_rows)
+        done = min(self.num_rows_done + config.batch_size, self.num_rows)
+        rows = stream(size, self.num_rows_done, done, seed=config.seed)
         lengths = [self.num_computed(self.rows[row]) for row in rows]
-        with self.log.progress(f"step {self.num_steps_done + 1}", sum(lengths)) as done:
-            work = partial(self.add_gradients, rows, done)
+        with self.log.progress(f"step {self.num_steps_done + 1}", sum(lengths)) as count:
+            work = partial(self.add_gradients, rows, count)
             stats = self.budget.run(work, lengths=lengths, optimizers=[self.optimizer])
         where = f"step {self.num_steps_done + 1}, rows {rows} of the rows used"
         values = stats.joined().values
@@ -129,8 +125,10 @@ class Training(ABC, Generic[C, T, M]):
         metrics["grad_norm"] = self.optimizer.step(where).item()
         metrics["num_tokens"] = sum(self.num_tokens(self.rows[row]) for row in rows)
         due = config.eval_every and (self.num_steps_done + 1) % config.eval_every == 0
-        if self.held_out and (due or ends_epoch(self.num_steps_done, config.batch_size, size, self.num_steps)):
+        ends_epoch = done == self.num_rows or done // size > self.num_rows_done // size
+        if self.held_out and (due or ends_epoch):
             metrics |= self.evaluate()
+        self.num_rows_done = done
         return metrics
 
     def save(self, folder: str | Path) -> None:
@@ -145,8 +143,15 @@ class Training(ABC, Generic[C, T, M]):
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step besides the model."""
-        return {"optimizer": self.optimizer.state_dict()}
+        return {"optimizer": self.optimizer.state_dict(), "num_rows_done": self.num_rows_done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what state_dict gave."""
         self.optimizer.load_state_dict(state["optimizer"])
+        size = self.config.batch_size
+        # the last step of a run that is extended may have been smaller
+        self.num_rows_done = state.get("num_rows_done", min(self.num_steps_done * size, self.num_rows))
+        if self.num_rows_done > self.num_rows:
+            raise ValueError(f"resume: epochs is {self.config.epochs}, but more than that is done already")
+        self.num_steps = self.num_steps_done - (self.num_rows_done - self.num_rows) // size
+        self.optimizer.plan(self.num_steps)

@@ -55,7 +55,7 @@ class MetricsLog:
         self.writer = None
         if ranks.is_first():
             for name in LINES:
-                cut_back(self.output / name, step)
+                cut_back(self.output / name, step or -1)  # a run that starts anew scores its start anew
             self.writer = tensorboard_writer(self.output / "tensorboard", step) if tensorboard else None
         self.columns: list[str] = []
         self.num_rows = 0
@@ -64,18 +64,28 @@ class MetricsLog:
     def add(self, step: int, metrics: dict[str, float]) -> None:
         """Writes the metrics of a step, its times since the last one, and a row of the table.
 
-        metrics: values that do not depend on the clock, among them num_tokens, the tokens of the step"""
+        metrics: values that do not depend on the clock, among them num_tokens, the tokens of the step. Those of step 0,
+        the start of the run, are of held-out data alone"""
         if not ranks.is_first():
             return
         timing = self.timer.lap()
-        timing["tokens_per_second"] = metrics["num_tokens"] / timing["seconds"]
+        if step:
+            timing["tokens_per_second"] = metrics["num_tokens"] / timing["seconds"]
         append(self.output / "metrics.jsonl", {"step": step, **metrics})
         append(self.output / "timing.jsonl", {"step": step, **timing, "peak_memory_gib": peak_memory_gib()})
         if self.writer is not None:
             for name, value in {**metrics, **{f"time/{k}": v for k, v in timing.items()}}.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
-        self._show(step, metrics, timing)
+        if step:
+            self._show(step, metrics, timing)
+        else:
+            self._show_held_out("before the first step, held out: ", metrics)
+
+    def close(self) -> None:
+        """Closes what is open."""
+        if self.writer is not None:
+            self.writer.close()
 
     def samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Adds rows of a step to samples.jsonl."""
@@ -100,9 +110,12 @@ class MetricsLog:
         phases = phase_texts(timing)
         if phases and (self.num_rows % ROWS_A_TIMING == 0 or step == self.num_steps):
             self.say("  time: " + ", ".join(phases))
+        self._show_held_out("  held out: ", metrics)
+
+    def _show_held_out(self, what: str, metrics: dict[str, float]) -> None:
         held_out = [f"{name[5:]} {short(value)}" for name, value in metrics.items() if name.startswith("eval/")]
         if held_out:
-            self.say("  held out: " + ", ".join(held_out))
+            self.say(what + ", ".join(held_out))
 
     @staticmethod
     @contextmanager
@@ -285,4 +298,4 @@ def tensorboard_writer(folder: Path, step: int = 0) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ModuleNotFoundError("tensorboard is not installed: pip install 'fastrlhf[tensorboard]'") from None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else 0)

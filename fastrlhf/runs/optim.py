@@ -79,13 +79,14 @@ class Optimizer:
         else:
             self.adam = torch.optim.AdamW(groups, **options, fused=True)
         self.max_grad_norm = max_grad_norm
-        self.schedule: dict[str, Any] = {
-            "peak": learning_rate,
-            "num_steps": num_steps,
-            "num_warmup_steps": round(warmup_ratio * num_steps),
-            "schedule": schedule,
-        }
+        self.schedule: dict[str, Any] = {"peak": learning_rate, "schedule": schedule}
+        self.warmup_ratio = warmup_ratio
+        self.plan(num_steps)
         self.num_steps_done = 0
+
+    def plan(self, num_steps: int) -> None:
+        """Sets the steps of the whole run; the schedule goes on where it would be, had there always been so many."""
+        self.schedule |= {"num_steps": num_steps, "num_warmup_steps": round(self.warmup_ratio * num_steps)}
 
     @classmethod
     def of(

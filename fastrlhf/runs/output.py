@@ -11,7 +11,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ MAY_DIFFER = {
     "resume",
     "overwrite",
     "save_every",
+    "save_minutes",
     "keep_checkpoints",
     "samples_every",
     "max_slots",
@@ -65,7 +66,8 @@ class OutputFolder:
     ours: names of what the run writes; only these are deleted, other files stay
     cheap: those of them that hold no work, since a run makes them in no time
     hold: False in the other processes of a run, of which the first holds the folder
-    is_resumed: whether an earlier run goes on; checkpoint: its newest one that is whole, None if there is none
+    is_resumed: whether an earlier run goes on; checkpoint: its newest one that is whole, None if there is none;
+    changes: what it changes of its plan (`may_change` of its settings), as lines to print
 
     Raises: FolderInUseError, naming the process that holds the folder; FileExistsError for a folder that is not empty
     without resume or overwrite, or that holds no run of ours; ValueError when a resumed run's settings, models, files
@@ -79,6 +81,7 @@ class OutputFolder:
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"output: {self.path} is a file, expected a folder")
         self.lock = Lock(self.path) if hold else None
+        self.changes: list[str] = []
         try:
             if hold and (self.path / DELETING).exists():
                 self._delete()
@@ -134,7 +137,8 @@ class OutputFolder:
         if config.overwrite:
             self._check_reads_nothing_deleted()
             return False
-        check_same(config, _settings(text) or self._settings_of_checkpoint())
+        saved = _settings(text) or self._settings_of_checkpoint()
+        self.changes = check_same(config, saved, may_change=getattr(config, "may_change", ()))
         return True
 
     def _work(self) -> list[str]:
@@ -187,16 +191,20 @@ class OutputFolder:
         return inputs_of(self.config, leave_out=MAY_DIFFER)
 
 
-def check_same(config: Any, saved: dict[str, Any]) -> None:
+def check_same(config: Any, saved: dict[str, Any], *, may_change: Collection[str] = ()) -> list[str]:
     """Raises ValueError when settings, or the models and files that they name, are not those of the run in their output
-    folder; warns when the source of a function is not. A folder may have moved, with what the run reads or alone."""
+    folder; warns when the source of a function is not. A folder may have moved, with what the run reads or alone.
+    Returns lines on those of may_change that differ."""
+    changes = []
     now, output = yaml.safe_load(dump(config)), Path(config.output)
     defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
     then_inputs, inputs = _saved_inputs(output), inputs_of(config, leave_out=MAY_DIFFER)
     for name in {**now, **saved}:
         before, after = saved.get(name, defaults.get(name)), now.get(name)
         same = name in MAY_DIFFER or before == after or (isinstance(before, tuple) and list(before) == after)
-        if not same and not _moved(before, after, saved.get("output"), output):
+        if not same and name in may_change:
+            changes.append(f"{name} was {before} and is {after}")
+        elif not same and not _moved(before, after, saved.get("output"), output):
             pieces = then_inputs.get(name, {}), inputs.get(name, {})
             if not (_without(before, pieces[0]) == _without(after, pieces[1]) and pieces[0] and pieces[1]):
                 raise ValueError(
@@ -213,6 +221,7 @@ def check_same(config: Any, saved: dict[str, Any]) -> None:
             raise ValueError(
                 f"resume: {name}: {where} has changed since the run began; restore it, or --overwrite to start anew"
             )
+    return changes
 
 
 def check_finished(config: Any) -> None:

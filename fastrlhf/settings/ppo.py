@@ -31,12 +31,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 ESTIMATORS = ("gae", "rloo", "grpo", "dr_grpo", "reinforce++", "reinforce++_baseline", "remax")
 STALE = "stale"  # weight_sync: the servers keep the weights that they have
 GROUPED = ("rloo", "grpo", "dr_grpo", "reinforce++_baseline")  # compare the responses to one prompt
+# kl_in and kl_estimator as these were published; the others: reward, k1
+KL_OF = {"grpo": ("loss", "k3"), "dr_grpo": ("loss", "k3"), "reinforce++_baseline": ("loss", "k2")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(LoopConfig):
     """PPO against a reward with a KL penalty."""
 
+    may_change = ("steps", *LoopConfig.may_change, "value_learning_rate", "value_schedule")
     reward: str | Callable[..., Any] = option(  # noqa: RUF009
         REQUIRED, "reward model folder, module:function, or several (docs/combining.md)"
     )
@@ -60,8 +63,8 @@ class PPOConfig(LoopConfig):
     share_prompts: bool = rare(True, "train on the responses to a prompt with one copy of it, where models allow it")
     # the KL to the reference
     kl_coef: float = option(None, "weight of the KL penalty")
-    kl_estimator: str = rare("k1", "of the KL at a token: k1, k2 or k3 (docs/ops.md, approx_kl)")
-    kl_in: str = rare("reward", "where the penalty is: reward or loss (of k2 or k3)")
+    kl_estimator: str = rare(None, "of the KL at a token: k1, k2 or k3; default: k1, or the published one (kl_in)")
+    kl_in: str = rare(None, "reward or loss; default: loss for (dr_)grpo (k3), reinforce++_baseline (k2)")
     kl_target: float | None = option(None, "adapt kl_coef to reach this KL (nats a response); default: fixed")
     kl_coef_end: float | None = rare(None, "kl_coef goes to this by the last step, its logarithm linearly")
     reference_every: int = rare(0, "steps after which the reference becomes the policy; 0: never")
@@ -144,7 +147,9 @@ class PPOConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         choose(self, "preset", tuple(PRESETS))
-        for name, value in PRESETS[self.preset].items():
+        kl_in, kl_estimator = KL_OF.get(str(self.estimator), ("reward", "k1"))
+        kl = {"kl_in": kl_in, "kl_estimator": kl_estimator if self.kl_in in (None, kl_in) else "k1"}
+        for name, value in {**PRESETS[self.preset], **kl}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         super().__post_init__()

@@ -11,7 +11,7 @@ import difflib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -69,8 +69,11 @@ class JobConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig(JobConfig):
-    """What every loop needs."""
+    """What every loop needs.
 
+    may_change: of a run that is resumed; what else decides what it computes must stay"""
+
+    may_change: ClassVar[tuple[str, ...]] = ("learning_rate", "schedule", "warmup_ratio")
     model: str = option(REQUIRED, "folder or hub id of the model to start from")
     data: str = option(REQUIRED, "JSONL, JSONL.gz or Parquet file (layouts: docs/data.md)")
     output: str = option(REQUIRED, "folder for checkpoints, metrics and the final model")
@@ -83,7 +86,8 @@ class LoopConfig(JobConfig):
     adam_eps: float = rare(1e-5, "epsilon of AdamW")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     limit: int | None = option(None, "use only so many rows of the data")
-    save_every: int = option(100, "steps between checkpoints; 0: none")
+    save_every: int = option(100, "steps between checkpoints; 0: by save_minutes alone")
+    save_minutes: float = option(15.0, "minutes between checkpoints, of at most 5 % of the time; 0: off", rare=True)
     keep_checkpoints: int = option(2, "how many of them stay, the newest", rare=True)
     parallel: str = option("ddp", "under torchrun: ddp (a copy of each model a process) or fsdp (shards)", rare=True)
     gradient_checkpointing: bool = option(False, "recompute activations in backward to save memory")
@@ -101,7 +105,7 @@ class LoopConfig(JobConfig):
         choose(self, "optimizer", ("adamw", "adamw8bit"))
         above(self, 0, "learning_rate", "adam_eps", "max_grad_norm", "lora_alpha")
         at_least(self, 1, "batch_size", "limit", "keep_checkpoints")
-        at_least(self, 0, "weight_decay", "save_every", "lora_rank")
+        at_least(self, 0, "weight_decay", "save_every", "save_minutes", "lora_rank")
         within(self, 0, 1, "warmup_ratio")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
@@ -125,6 +129,7 @@ class LoopConfig(JobConfig):
 class TuningConfig(LoopConfig):
     """What the loops on a file of rows need besides."""
 
+    may_change = ("epochs", *LoopConfig.may_change)
     epochs: int = option(1, "passes over the data")
     max_length: int = option(1024, "rows with a longer sequence are rejected")
     eval_data: str | None = option(None, "held-out file; metrics on it are reported after each epoch")

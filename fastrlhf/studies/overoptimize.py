@@ -136,7 +136,7 @@ class Overoptimize(Stages):
                 **self.shared("proxy"),
             )
         )
-        list(trainer)
+        trainer.run()
 
     def best_of_n(self) -> None:
         """Judges n responses of the policy to each held-out prompt by both rewards."""
@@ -152,14 +152,15 @@ class Overoptimize(Stages):
         trainer, path = PPO(self.ppo_config()), self.output / "ppo/points.json"
         points = json.loads(path.read_text())["points"] if path.exists() else []
         points = [point for point in points if point["step"] <= trainer.num_steps_done]
-        while True:
-            step = trainer.num_steps_done
-            due = step % self.config.eval_every == 0 or step == trainer.num_steps
-            if due and step not in [point["step"] for point in points]:
-                points.append({"step": step, **self.measure(trainer)})
-                self.write("ppo/points.json", {"points": points})
-            if next(trainer, None) is None:
-                break
+        with trainer:
+            while True:
+                step = trainer.num_steps_done
+                due = step % self.config.eval_every == 0 or step == trainer.num_steps
+                if due and step not in [point["step"] for point in points]:
+                    points.append({"step": step, **self.measure(trainer)})
+                    self.write("ppo/points.json", {"points": points})
+                if next(trainer, None) is None:
+                    break
         self.write("ppo.json", {"points": points})
 
     def measure(self, trainer: PPO) -> dict[str, float]:

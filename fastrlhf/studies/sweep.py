@@ -108,12 +108,12 @@ def ppo_config(config: SweepConfig, weight: float, reward: str, further: dict[st
 def trained_point(config: SweepConfig, weight: float, reward: str, further: dict[str, Any]) -> Row:
     """Both rewards of what PPO makes of the policy, in the mean over an answer to each prompt; its KL."""
     path, settings = Path(config.output) / "ppo" / f"{weight:g}.json", ppo_config(config, weight, reward, further)
+    check_finished(settings)
     if path.exists():
-        check_finished(settings)
         row: Row = json.loads(path.read_text())
         return row
     trainer, tokenizer = PPO(settings), load_tokenizer(config.model)
-    list(trainer)
+    trainer.run()
     prompts = prompts_of(config, tokenizer)
     options: dict[str, Any] = {"device": trainer.device, "autocast": trainer.config.autocast_dtype()}
     judges = {name: Scorer(getattr(config, name), tokenizer, max_tokens=config.max_tokens, **options) for name in NAMES}

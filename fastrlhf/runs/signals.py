@@ -1,0 +1,87 @@
+"""SIGINT and SIGTERM: a loop that runs ends its step and leaves a checkpoint, and everything else stops at once.
+
+Only the command line handles signals. In a program or a notebook they do what they do there, and nothing here acts.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from fastrlhf.runs import ranks
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REPEATED = 3.0  # seconds in which torchrun passes on to each process a signal that the terminal has sent it already
+MESSAGE = "interrupted: finishing the step, then a checkpoint; again to stop at once\n"
+
+_loops: weakref.WeakSet[Any] = weakref.WeakSet()  # those that run
+_pending: tuple[int, float] | None = None  # the signal that waits for the end of a step, and when it came
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the command to stop. number: of the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """Handles SIGINT and SIGTERM as this module says, until it is left. One that is ignored, as under nohup, stays so;
+    outside the main thread, where Python allows no handlers, nothing is done."""
+    global _pending
+    _pending, before = None, {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, _handle)
+    try:
+        yield
+    finally:
+        _pending = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def running(loop: Any) -> None:
+    """From now on signals wait for the end of a step of this loop."""
+    _loops.add(loop)
+
+
+def ended(loop: Any) -> None:
+    """No longer do they."""
+    _loops.discard(loop)
+
+
+def pending() -> int:
+    """The signal that waits for the end of a step, 0 if there is none."""
+    return 0 if _pending is None else _pending[0]
+
+
+def stop_if_asked() -> None:
+    """Raises Interrupted if a signal came while a loop ran that has ended since."""
+    if _pending is not None:
+        raise Interrupted(_pending[0])
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    global _pending
+    first, _pending = _pending, _pending or (number, time.monotonic())
+    if _loops and first is None:
+        if ranks.is_first():
+            os.write(2, MESSAGE.encode())  # print could be what was interrupted
+        return
+    if _loops and first is not None and ranks.place()[1] > 1 and time.monotonic() - first[1] < REPEATED:
+        return
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_DFL)  # whatever hangs while the command ends, the next one ends the process
+    raise Interrupted(number)

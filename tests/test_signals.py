@@ -1,0 +1,117 @@
+"""SIGINT and SIGTERM during a command: a whole step, a checkpoint, a line on how to go on; the second one ends it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from loops import ROOT, demonstrations, model_folder
+
+from fastrlhf.__main__ import main
+from fastrlhf.runs import signals
+from fastrlhf.runs.checkpoint import newest_checkpoint
+
+NAMES = ("metrics.jsonl", "model/model.safetensors")
+
+
+def start(arguments):
+    """The command in another process, and what it prints up to its first step."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-u", "-m", "fastrlhf", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    for line in process.stdout:
+        if re.match(r" *1/\d+ ", line):
+            return process
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The options of a run, and the folder of one that ran to its end."""
+    folder = tmp_path_factory.mktemp("signals")
+    data = demonstrations(folder / "data.jsonl")
+    arguments = ["sft", f"--model={model_folder(folder / 'm')}", f"--data={data}", "--batch-size=4", "--epochs=20"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert main([*arguments, f"--output={folder / 'whole'}"]) == 0
+    torch.set_num_threads(threads)
+    return arguments, folder / "whole"
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_and_resumes_bit_for_bit(undisturbed, tmp_path, capsys, number):
+    arguments, whole = undisturbed
+    arguments = [*arguments, f"--output={tmp_path / 'out'}"]
+    process = start(arguments)
+    process.send_signal(number)
+    _, error = process.communicate()
+    assert process.returncode == 128 + number, error
+    newest = newest_checkpoint(tmp_path / "out")
+    assert error.splitlines()[-2:] == [
+        signals.MESSAGE.strip(),
+        f"fastrlhf sft: error: interrupted; --resume continues from {newest}",
+    ]
+    assert main([*arguments, "--resume"]) == 0
+    assert f"resuming from {newest}" in capsys.readouterr().out
+    for name in NAMES:
+        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.fixture
+def loop():
+    loop = Loop()
+    signals.running(loop)
+    yield loop
+    signals.ended(loop)
+
+
+class Loop:
+    """Stands for one that runs."""
+
+
+def test_a_signal_waits_for_the_step_and_a_second_one_does_not(loop, capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    with signals.handled():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.pending() == signal.SIGTERM and capfd.readouterr().err == signals.MESSAGE
+        with pytest.raises(signals.Interrupted) as stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stopped.value.number == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a third one ends the process, whatever hangs
+    assert signal.getsignal(signal.SIGTERM) == before and not signals.pending()
+
+
+def test_a_signal_that_torchrun_repeats_is_one(loop, monkeypatch):
+    monkeypatch.setattr(signals.ranks, "place", lambda: (0, 2))
+    with signals.handled():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signals.pending() == signal.SIGINT
+
+
+def test_a_signal_stops_at_once_where_no_loop_runs():
+    with signals.handled(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_during_the_last_step_of_a_loop_stops_the_job_before_its_next_stage(loop):
+    with signals.handled():
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.ended(loop)
+        with pytest.raises(signals.Interrupted):
+            signals.stop_if_asked()
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.handled():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
