@@ -78,8 +78,9 @@ class OutputFolder:
         self, config: Any, ours: Sequence[str] = OURS, *, cheap: Iterable[str] = (), hold: bool = True
     ) -> None:
         self.config, self.path, self.ours, self.cheap = config, Path(config.output), ours, set(cheap)
-        if self.path.exists() and not self.path.is_dir():
-            raise FileExistsError(f"output: {self.path} is a file, expected a folder")
+        for folder in (self.path, self.path / "checkpoints"):
+            if folder.exists() and not folder.is_dir():
+                raise FileExistsError(f"output: {folder} is a file, expected a folder")
         self.lock = Lock(self.path) if hold else None
         self.changes: list[str] = []
         try:

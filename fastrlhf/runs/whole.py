@@ -134,7 +134,8 @@ def checksums(folder: Path) -> dict[str, str]:
 def find_damage(folder: Path) -> str | None:
     """In what the files of a checkpoint are no longer those that were written; None if they are."""
     try:
-        expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        text = (folder / CHECKSUMS).read_text(encoding="utf-8") if (folder / CHECKSUMS).is_file() else ""
+        expected = json.loads(text)
     except (OSError, ValueError, RecursionError):
         expected = None
     if not isinstance(expected, dict):
