@@ -125,6 +125,19 @@ fastrlhf COMMAND --help lists the options of a command. fastrlhf --version print
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 1 for a run that failed, 2 for bad usage, 130 or 143 when
     SIGINT or SIGTERM stopped it."""
+    try:
+        status = _main(arguments)
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()  # here, where an error can be met
+    except BrokenPipeError:  # whoever reads what is printed has enough, as `| head`
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # nor can the rest be flushed
+        return 1
+    return status
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if rest and f"{command} {rest[0]}" in COMMANDS:  # a command of two words
         command = f"{command} {rest.pop(0)}"
@@ -182,9 +195,8 @@ def _run(command: str, arguments: list[str]) -> int:
     except KeyboardInterrupt as error:
         number = error.number if isinstance(error, signals.Interrupted) else signal.SIGINT
         return _fail(command, f"interrupted; {_how_to_go_on(command, config)}", 128 + number)
-    except BrokenPipeError:  # whoever reads what is printed has enough, as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor can the rest be flushed
-        return 1
+    except BrokenPipeError:
+        raise
     except Exception as error:
         left = "" if _settings_stamp(config) == before else _how_to_go_on(command, config)
         if not (_raised_by_us(error) or _of_a_file(error)):

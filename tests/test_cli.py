@@ -106,12 +106,18 @@ def test_an_output_that_cannot_be_made_is_a_line(arguments, tmp_path, capsys):
         assert str(tmp_path / "file") in capsys.readouterr().err
 
 
-def test_a_reader_that_has_enough_is_no_traceback(tmp_path):
+@pytest.mark.parametrize(
+    ("command", "joined"), [(["--help"], False), (["data", "check", "DATA"], False), (["nonsense"], True)], ids=str
+)
+def test_a_reader_that_has_enough_is_no_traceback(tmp_path, command, joined):
+    """joined: both streams into one pipe, as by 2>&1 | head"""
     data = write_rows(tmp_path / "data.jsonl", [{"prompt": "a"}])
-    command = [sys.executable, "-m", "fastrlhf", "data", "check", data]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    command = [sys.executable, "-m", "fastrlhf", *(data if part == "DATA" else part for part in command)]
+    errors = subprocess.STDOUT if joined else subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True) as run:
         run.stdout.close()
-        assert run.stderr.read() == ""
+        told = "" if joined else run.stderr.read()
+    assert (run.returncode, told) == (1, "")  # 120: the interpreter could not flush
 
 
 def test_an_error_that_is_not_ours_keeps_its_traceback(arguments, monkeypatch):

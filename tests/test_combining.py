@@ -207,3 +207,34 @@ def test_the_value_model_starts_as_one_head_and_not_as_two(two_heads, tmp_path, 
     assert bool(trainer.value_model.model.score.weight.any()) == copied
     metrics = list(trainer)
     assert len(metrics) == 3 and all(("objective/scores/reward#helpful" in row) != copied for row in metrics)
+
+
+PROMPTS = [Prompt([5], "q", {"finished": False, "responses": "x", "kind": "k"})]
+SAMPLES = [Sample([5], [100, 101], [0.0] * 2, [0.0] * 2, True)]
+
+
+def asks(prompts, responses, *, finished, **columns):
+    return [1.0]
+
+
+def is_told(prompts, responses, **columns):
+    assert set(columns) == {"kind", "response_ids", "finished"} and columns["finished"] == [True]
+    return [2.0]
+
+
+def asks_nothing(prompts, responses):
+    assert responses == ["x"] or len(responses) == 1
+    return [3.0]
+
+
+def test_a_column_named_as_an_argument_is_left_out_unless_a_function_asks_for_it_by_name():
+    columns, tokenizer = set(PROMPTS[0].columns), tiny_tokenizer()
+    for function, score in ((is_told, 2.0), (asks_nothing, 3.0)):
+        for names in (columns, None):
+            scorer = Scorer(function, tokenizer, max_tokens=9, columns=names)
+            assert scorer(PROMPTS, SAMPLES, pack([[5, 100, 101]])).tolist() == [score]
+    with pytest.raises(ValueError, match=r"reward: asks takes 'finished', .*rename the column, or leave it out"):
+        Scorer(asks, tokenizer, max_tokens=9, columns=columns)
+    with pytest.raises(ValueError, match="reward: asks takes 'finished'"):
+        Scorer(asks, tokenizer, max_tokens=9).check_columns(columns)
+    assert Scorer(asks, tokenizer, max_tokens=9, columns={"kind"}).functions

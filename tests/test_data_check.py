@@ -196,7 +196,7 @@ def test_characters_tell_apart_who_says_a_text():
 def test_rankings_labels_and_ratings_are_told_apart(write):
     ranking = {"prompt": "Name a colour.", "responses": ["Seven.", "Blue.", "Red."], "ranks": [2, 0, 0]}
     lines = report(write(ranking))
-    assert lines[0] == "rankings, for fastrlhf reward"
+    assert lines[0] == "rankings, for fastrlhf reward, ppo"
     assert "the better response is the longer one: 0.0% of pairs (as long: 0.0%)" in lines
     row = {"prompt": "Name a colour.", "completion": "Blue."}
     lines = report(write({**row, "label": True}, {**row, "label": False}))

@@ -16,7 +16,6 @@ from fastrlhf.data.judged import load_labelled, load_pairs, load_rankings, load_
 from fastrlhf.data.loading import (
     DEMONSTRATION_COLUMNS,
     PROMPT_COLUMNS,
-    REWARD_ARGUMENTS,
     Columns,
     Loaded,
     load_demonstrations,
@@ -106,8 +105,7 @@ def _hint(path: str) -> list[str]:
 
 def _readers(path: str) -> list[str]:
     columns = _columns(path)
-    found = [name for name, layouts in READERS.items() if any(columns >= set(needed) for needed in layouts)]
-    return [name for name in found if name != "ppo" or not columns & REWARD_ARGUMENTS]  # as load_prompts refuses them
+    return [name for name, layouts in READERS.items() if any(columns >= set(needed) for needed in layouts)]
 
 
 def _columns(path: str) -> set[str]:

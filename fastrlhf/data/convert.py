@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.data.conversations import conversation, prompt_of, text_of
-from fastrlhf.data.files import DataError, read_rows
+from fastrlhf.data.files import DataError, data_files, read_rows
 from fastrlhf.data.importers import IMPORTERS, Format
 from fastrlhf.data.judged import check_ranks
 from fastrlhf.data.report import LEFT_OUT, Reason, Rejected, Report
@@ -25,6 +25,8 @@ def convert(config: DataConvertConfig) -> Iterator[str]:
     Raises: DataError for a file of another format, one of which nothing or too little can be used, and an output that
     is there."""
     out = Path(config.out)
+    if out.resolve() in [file.resolve() for file in data_files(config.file)]:
+        raise DataError(f"data: {out} is one of the files that are read; give another")
     if out.exists() and not config.overwrite:
         raise DataError(f"data: {out} is there already; --overwrite replaces it")
     report = Report(config.file)

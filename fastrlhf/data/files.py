@@ -1,86 +1,124 @@
-"""Rows of JSON and Parquet files."""
+"""Rows of JSON and Parquet files: of one, of all in a folder, or of those that a glob names."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
+import glob
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastrlhf.data.json_rows import DataError, json_rows
+from fastrlhf.data.parquet_rows import parquet_rows
 
-class DataError(ValueError):
-    """A file that cannot be used: missing, malformed, of unknown layout, or with too many rejected rows."""
+__all__ = ["DataError", "Place", "data_files", "read_rows"]
+
+JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+PARQUET = ".parquet"
+# what `datasets` and models keep beside rows
+NO_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
+HELD_OUT = {"test", "testing", "validation", "valid", "val", "dev", "eval", "heldout"}  # parts of the names of files
+WRITE = "pandas.read_{}({!r}{}).to_json('{}.jsonl', orient='records', lines=True) writes it as .jsonl"
+UNPACK = "unpack it first: {} {}"
+
+
+class Place(int):
+    """The number of a row, from 1, which as text says its file too."""
+
+    file: Path
+
+    def __new__(cls, number: int, file: Path) -> Place:
+        place = super().__new__(cls, number)
+        place.file = file
+        return place
+
+    def __str__(self) -> str:
+        return f"{int(self)} of {self.file}"
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (number, row) of a .jsonl, .json or .parquet file (the first two also as .gz): the number of its line, or
-    of its row, from 1.
+    of its row, from 1. Of several files (see `data_files`) it is a `Place`.
 
-    Blank lines are no rows. A .json file holds an array of objects, or lines as .jsonl does.
+    Blank lines are no rows. A file of JSON holds an array of objects, or an object a line; in UTF-8, or in UTF-16 or
+    UTF-32 as its first bytes say.
 
-    Raises: DataError for a file that is missing or of another kind, and for a line that is no JSON object."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"data: no file {str(path)!r}" + (" (it is a folder)" if path.is_dir() else ""))
-    if path.name.endswith(".parquet"):
-        yield from _parquet(path)
-    elif path.name.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")):
-        yield from _json(path)
-    else:
-        raise DataError(f"data: {path} must be .jsonl (one JSON object a line), .json, either .gz, or .parquet")
+    Raises: DataError for a file that is missing, damaged or of another kind, and for a line that is no JSON object."""
+    files = data_files(path)
+    for file in files:
+        for number, row in _rows(file):
+            yield (Place(number, file) if len(files) > 1 else number), row
 
 
-def _json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if path.name.endswith((".json", ".json.gz")) and line.lstrip().startswith(b"["):
-                    yield from _array(path, line + file.read())
-                    return
-                if line.strip():
-                    yield number, _object(path, number, line)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"data: {path}, after line {number}: not a whole gzip file ({error})") from None
+def data_files(path: str | Path) -> list[Path]:
+    """Returns the files that a path names, in sorted order: itself, those in a folder, or those that match a glob.
+
+    Raises: DataError where there is none, and for a folder that holds files of several splits."""
+    path = Path(os.path.expanduser(path))
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _in_folder(path)
+    if not glob.has_magic(str(path)):
+        raise DataError(f"data: no file {str(path)!r}" + (" (it is no regular file)" if path.exists() else ""))
+    found = sorted(name for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+    if not found:
+        raise DataError(f"data: no file matches {str(path)!r}")
+    return [Path(name) for name in found]
 
 
-def _array(path: Path, text: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"data: {path}: not JSON ({error})") from None
-    for number, row in enumerate(rows, 1):
-        yield number, _checked(path, f"row {number}", row)
+def _in_folder(folder: Path) -> list[Path]:
+    inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "_"))]
+    files = [path for path in inside if path.is_file() and _is_data(path)]
+    if not files:
+        kinds = "holds no .jsonl, .json or .parquet files"
+        deeper = sorted({file.parent for file in folder.rglob("*") if file.is_file() and _is_data(file)})
+        if any(path.suffix == ".arrow" for path in inside):
+            hint = f"; datasets.load_from_disk({str(folder)!r}).to_parquet(FILE) writes its .arrow files as one"
+        else:
+            hint = f"; there are some in {', '.join(map(str, deeper[:5]))}" if deeper else ""
+        raise DataError(f"data: {folder} is a folder, and {kinds}{hint}")
+    held_out = [path for path in files if HELD_OUT & set(re.split("[^a-z]+", path.name.lower()))]
+    if held_out and len(held_out) < len(files):
+        other = next(path for path in files if path not in held_out)
+        raise DataError(
+            f"data: the folder {folder} holds files of several splits, such as {other.name} and {held_out[0].name}; "
+            f"give a file, or a glob as '{folder}/train*'"
+        )
+    return files
 
 
-def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number or a nesting too long
-        raise DataError(f"data: {path}, line {number}: not JSON ({error})") from None
-    return _checked(path, f"line {number}", row)
+def _is_data(path: Path) -> bool:
+    return path.name.lower().endswith((*JSON, PARQUET)) and path.name not in NO_ROWS
 
 
-def _checked(path: Path, place: str, row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(f"data: {path}, {place}: expected an object {{...}}, got {type(row).__name__}")
-    return row
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    name = path.name.lower()
+    if name.endswith(PARQUET):
+        return parquet_rows(path)
+    if name.endswith(JSON):
+        return json_rows(path)
+    kinds = ".jsonl (one JSON object a line), .json, either .gz, or .parquet"
+    raise DataError(f"data: {path} must be {kinds}{_how_to_make_it(path)}")
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError:
-        raise DataError(f"data: reading {path} needs pyarrow: pip install 'fastrlhf[parquet]'") from None
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"data: {path}, after row {number}: not a whole Parquet file ({error})") from None
+def _how_to_make_it(path: Path) -> str:
+    suffix, file, stem = path.suffix.lower(), str(path), path.with_suffix("")
+    hints = {
+        ".csv": WRITE.format("csv", file, "", stem),
+        ".tsv": WRITE.format("csv", file, r", sep='\t'", stem),
+        ".xlsx": WRITE.format("excel", file, "", stem),
+        ".xls": WRITE.format("excel", file, "", stem),
+        ".feather": WRITE.format("feather", file, "", stem),
+        ".arrow": f"datasets.Dataset.from_file({file!r}).to_parquet('{stem}.parquet') writes it as .parquet",
+        ".txt": 'a line of text would be a row {"text": ...}',
+        ".ndjson": "rename it to .jsonl",
+        ".zst": UNPACK.format("zstd -d", file),
+        ".bz2": UNPACK.format("bzip2 -d", file),
+        ".xz": UNPACK.format("xz -d", file),
+        ".zip": UNPACK.format("unzip", file),
+        ".tar": UNPACK.format("tar -xf", file),
+        ".tgz": UNPACK.format("tar -xf", file),
+    }
+    return f"; {hints[suffix]}" if suffix in hints else ""

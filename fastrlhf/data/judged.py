@@ -11,6 +11,7 @@ from typing import Any
 
 from fastrlhf.data.conversations import preference_of, prompt_of, response_of
 from fastrlhf.data.files import DataError, read_rows
+from fastrlhf.data.lengths import measured
 from fastrlhf.data.loading import Columns, Loaded, Row, _load, _response
 from fastrlhf.data.report import Reason, Rejected
 from fastrlhf.data.template import Renderer
@@ -143,7 +144,9 @@ def load_pairs(
             head=_head(row),
         )
 
-    return _load(path, "preference pairs", LAYOUTS["pairs"], make, known=PAIR_OPTIONS, **options)
+    return _load(
+        path, "preference pairs", LAYOUTS["pairs"], measured(make, tokenizer, max_tokens), known=PAIR_OPTIONS, **options
+    )
 
 
 def load_rankings(
@@ -169,7 +172,9 @@ def load_rankings(
         places = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
         return Ranking(start, responses, [places[ranks[n]] for n in order], _head(row), _others(row, used, ("head",)))
 
-    return _load(path, "rankings", LAYOUTS["rankings"], make, known=("head",), **options)
+    return _load(
+        path, "rankings", LAYOUTS["rankings"], measured(make, tokenizer, max_tokens), known=("head",), **options
+    )
 
 
 def check_ranks(responses: Sequence[Hashable], ranks: Sequence[int]) -> None:
@@ -195,7 +200,9 @@ def load_labelled(
         label, others = _probability(row["label"], "label"), _others(row, used, known)
         return Labelled(start, response, label, _weight(row), _head(row), others)
 
-    return _load(path, "labelled responses", LAYOUTS["labelled"], make, known=known, **options)
+    return _load(
+        path, "labelled responses", LAYOUTS["labelled"], measured(make, tokenizer, max_tokens), known=known, **options
+    )
 
 
 def load_ratings(
@@ -217,7 +224,14 @@ def load_ratings(
         start, response = _one_response(renderer, row, max_tokens)
         return Rated(start, response, ratings, _others(row, used, ("finished",)))
 
-    return _load(path, "rated responses", LAYOUTS["ratings"], make, known=("finished",), **options)
+    return _load(
+        path,
+        "rated responses",
+        LAYOUTS["ratings"],
+        measured(make, tokenizer, max_tokens),
+        known=("finished",),
+        **options,
+    )
 
 
 def _one_response(renderer: Renderer, row: Row, max_tokens: int) -> tuple[list[int], list[int]]:

@@ -10,7 +10,8 @@ from typing import Any, Generic, TypeVar
 import jinja2
 
 from fastrlhf.data.conversations import Conversation, conversation, preference_of, prompt_of, response_of, text_of
-from fastrlhf.data.files import DataError, read_rows
+from fastrlhf.data.files import DataError, data_files, read_rows
+from fastrlhf.data.lengths import check_characters, measured
 from fastrlhf.data.report import Reason, Rejected, Report
 from fastrlhf.data.template import Renderer
 
@@ -77,6 +78,7 @@ def load_prompts(
             prompt = prompt_of(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
         else:
             prompt, _, _ = preference_of(row, chat=renderer.chat)
+        check_characters(prompt, tokenizer, max_prompt_tokens, Reason.PROMPT_TOO_LONG)
         tokens = renderer.prompt(prompt)
         if len(tokens) > max_prompt_tokens:
             raise Rejected(Reason.PROMPT_TOO_LONG, f"{len(tokens)}, more than max_prompt_tokens = {max_prompt_tokens}")
@@ -84,9 +86,11 @@ def load_prompts(
         return Prompt(tokens, _as_text(prompt), columns, prompt)
 
     loaded = _load(path, "prompts", PROMPT_COLUMNS, make, **options)
-    clash = REWARD_ARGUMENTS & {name for row in loaded.rows for name in row.columns}
-    if clash:
-        raise DataError(f"data: {path}: rename column {min(clash)!r}; reward functions have an argument of that name")
+    own = REWARD_ARGUMENTS & {name for row in loaded.rows for name in row.columns}
+    if own:  # a function that asks for one of them by name is refused (scorer.py)
+        loaded.report.notes.append(
+            f"columns not used, as reward functions have arguments so named: {', '.join(sorted(own))}"
+        )
     return loaded
 
 
@@ -120,7 +124,7 @@ def load_demonstrations(
             raise Rejected(Reason.NO_RESPONSE_TOKEN)
         return demonstration
 
-    return _load(path, "demonstrations", DEMONSTRATION_COLUMNS, make, **options)
+    return _load(path, "demonstrations", DEMONSTRATION_COLUMNS, measured(make, tokenizer, max_tokens), **options)
 
 
 def _load(
@@ -146,6 +150,9 @@ def _load(
             f"{max_rejected}, {offset} and {limit}"
         )
     report, rows, used = Report(str(path)), [], None
+    files = data_files(path)
+    if len(files) > 1:
+        report.notes.append(f"{len(files)} files: {', '.join(file.name for file in files)}")
     for place, (number, row) in enumerate(read_rows(path)):
         if place < offset:
             continue

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.data import Reason, Rejected
+from fastrlhf.data.lengths import NO_LIMIT, check_characters
 from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.feedback.judge import PLACEHOLDERS, Both, Judge, Question, Reply
 from fastrlhf.feedback.rows import read_text
@@ -80,18 +81,25 @@ class LocalJudge:
 
     def ask(self, questions: Sequence[tuple[str, str]], progress: Callable[[int], object]) -> list[Both | Rejected]:
         """See `Judge`. A question that leaves no room for a token in the model's context is rejected."""
-        tokens = [tuple(map(self.renderer.prompt, both)) for both in questions]
-        longest = [max(map(len, both)) for both in tokens]
-        fits = [n for n, length in enumerate(longest) if self.context is None or length < self.context]
+        tokens = [self._tokens(both) for both in questions]
+        fits = [both for both in tokens if not isinstance(both, Rejected)]
         progress(len(tokens) - len(fits))
-        logprobs = self.logprobs([row for n in fits for row in tokens[n]], progress).view(-1, 2, 2).tolist()
-        replies = {n: (Reply(*first), Reply(*second)) for n, (first, second) in zip(fits, logprobs, strict=True)}
-        return [
-            replies[n]
-            if n in replies
-            else Rejected(Reason.TOO_LONG, f"{length} tokens, the judge reads {self.context}")
-            for n, length in enumerate(longest)
-        ]
+        logprobs = self.logprobs([row for both in fits for row in both], progress).view(-1, 2, 2).tolist()
+        replies = iter([(Reply(*first), Reply(*second)) for first, second in logprobs])
+        return [both if isinstance(both, Rejected) else next(replies) for both in tokens]
+
+    def _tokens(self, questions: tuple[str, str]) -> list[list[int]] | Rejected:
+        """Those of the two questions about a pair, if the judge can read both."""
+        try:
+            for question in questions:
+                check_characters(question, self.renderer.tokenizer, self.context or NO_LIMIT)
+        except Rejected as rejected:
+            return rejected
+        tokens = list(map(self.renderer.prompt, questions))
+        longest = max(map(len, tokens))
+        if self.context is not None and longest >= self.context:
+            return Rejected(Reason.TOO_LONG, f"{longest} tokens, the judge reads {self.context}")
+        return tokens
 
     @torch.no_grad()
     def logprobs(self, prompts: Sequence[list[int]], progress: Callable[[int], object]) -> Tensor:

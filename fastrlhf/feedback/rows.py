@@ -11,6 +11,7 @@ from typing import Any
 
 from fastrlhf.data import DataError, Prompt, Reason, Rejected, Report, read_rows
 from fastrlhf.data.conversations import Conversation, preference_of, prompt_of, response_of
+from fastrlhf.data.lengths import NO_LIMIT, check_characters
 from fastrlhf.data.template import Renderer
 from fastrlhf.runs.whole import write_file
 
@@ -83,6 +84,8 @@ def _item(number: int, row: Row, bare: bool, chat: bool) -> Item:
                 raise Rejected(Reason.MISSING_COLUMN, "responses")
             texts = tuple(map(response_of, given if isinstance(given, list) else [given]))
         finished = (row.get("finished") is not False,) * len(texts)
+    for text in (prompt, *texts):
+        check_characters(text, None, NO_LIMIT)
     used = {"prompt", "responses", "completion", "chosen", "rejected", *LABELS, *ENDS}
     columns = {name: value for name, value in row.items() if name not in used}
     if bare:
@@ -121,6 +124,7 @@ def check_share(report: Report, max_rejected: float) -> None:
 
 def as_prompt(item: Item, renderer: Renderer, max_tokens: int) -> Prompt:
     """What an engine answers and a function scores. Raises: Rejected for more than so many tokens."""
+    check_characters(item.prompt, renderer.tokenizer, max_tokens, Reason.PROMPT_TOO_LONG)
     tokens = renderer.prompt(item.prompt)
     if len(tokens) > max_tokens:
         raise Rejected(Reason.PROMPT_TOO_LONG, f"{len(tokens)}, more than {max_tokens}")

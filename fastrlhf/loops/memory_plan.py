@@ -254,7 +254,7 @@ class _Model:
             storage = tensor.untyped_storage()
             if storage._cdata not in own:
                 kept[storage._cdata] = storage
-            return tensor
+            return tensor.detach()  # the tensor itself would keep the graph that keeps it
 
         batch = pack([[1] * num_tokens])
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)

@@ -12,7 +12,7 @@ import yaml
 from fastrlhf.settings.ppo import PRESETS, PPOConfig
 from fastrlhf.settings.run import RUN_PRESETS, RunConfig
 from fastrlhf.settings.training import REQUIRED, LoopConfig, did_you_mean
-from fastrlhf.settings.values import field_types
+from fastrlhf.settings.values import expand, field_types
 
 T = TypeVar("T")
 KINDS: dict[Any, str] = {int: "INT", float: "NUM", str: "TEXT"}
@@ -76,6 +76,7 @@ def positional(config_class: type) -> list[dataclasses.Field[Any]]:
 
 def read_yaml(config_class: type, path: str) -> dict[str, Any]:
     """The settings in a YAML file, by field name."""
+    path = expand("config", path)
     if not Path(path).is_file():
         raise UsageError(f"config: no file {path!r}")
     try:

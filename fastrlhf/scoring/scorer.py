@@ -25,6 +25,7 @@ from fastrlhf.packing import Packed
 from fastrlhf.runs import ranks
 from fastrlhf.scoring.combining import Combined, combine, parse_reward, sources_of
 
+OURS = ("response_ids", "finished")  # keywords that tell of responses, never columns of prompts
 RewardFunction = Callable[..., Sequence[float] | Tensor]
 
 
@@ -56,7 +57,8 @@ class Scorer:
     A function is called as f(prompts, responses, *, response_ids, finished, **columns) and returns N numbers: prompts
     and responses are texts (special tokens left out), response_ids the token ids of each response, finished whether it
     ended by itself; every other column of the prompt file arrives by name, None where a row lacks it. A function
-    without **columns gets those of the keywords that it names.
+    without **columns gets those of the keywords that it names. No column takes the place of these four arguments; a
+    function that names response_ids or finished where the prompts have such a column is refused.
 
     columns: the names of the other columns of the prompt file; None: those of the prompts at hand
     models: each with its sources, which are several heads or the folder; functions: each with its source
@@ -89,7 +91,7 @@ class Scorer:
             if callable(reward) or is_function(source):
                 function = reward if callable(reward) else load_function(source)
                 if columns is not None:
-                    keywords_of(function, [*columns, "response_ids", "finished"])
+                    check_keywords(function, columns)
                 self.functions.append((function, source))
             else:
                 folders.setdefault(split_head(source)[0], []).append(source)
@@ -102,9 +104,10 @@ class Scorer:
         self.names = short_names(self.sources)
 
     def check_columns(self, columns: Collection[str]) -> None:
-        """Raises TypeError for a function that needs another column of the prompts than these."""
+        """Raises TypeError for a function that needs another column of the prompts than these; ValueError for one that
+        names an argument which is also a column."""
         for function, _ in self.functions:
-            keywords_of(function, [*columns, "response_ids", "finished"])
+            check_keywords(function, columns)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sample], batch: Packed) -> Tensor:
@@ -238,15 +241,30 @@ def is_on(base: Policy, adapter: Path) -> bool:
     return adapter.is_dir() and metadata_of(adapter).get("base_hash") == hash_of(base.model)
 
 
+def check_keywords(function: RewardFunction, columns: Collection[str]) -> None:
+    """Raises TypeError for a function that needs another column of the prompts than these; ValueError for one that asks
+    by name for what is both an argument of ours and a column."""
+    taken = keywords_of(function, [*columns, *OURS])
+    for name in set(OURS) & set(columns) & set(taken):
+        if name in inspect.signature(function).parameters:
+            told = getattr(function, "__qualname__", repr(function))
+            raise ValueError(
+                f"reward: {told} takes {name!r}, by which functions are told of the response, and the prompts have a "
+                "column of that name: rename the column, or leave it out"
+            )
+
+
 def keywords_of(function: RewardFunction, available: Collection[str]) -> list[str]:
     """Returns which of the available keywords the function takes: all of them if it has **columns.
 
     Raises: TypeError when it cannot be called with two positional arguments and these."""
     name = getattr(function, "__qualname__", repr(function))
+    # prompts and responses come first, without their names
+    available = [keyword for keyword in dict.fromkeys(available) if keyword not in ("prompts", "responses")]
     try:
         signature = inspect.signature(function)
     except ValueError:  # of a builtin
-        return list(available)
+        return available
     kinds = {parameter.kind for parameter in signature.parameters.values()}
     every = inspect.Parameter.VAR_KEYWORD in kinds
     taken = [keyword for keyword in available if every or keyword in signature.parameters]

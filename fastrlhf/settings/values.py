@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Callable
 from typing import Any
 
 import yaml
+
+# the options that are folders, files, or what is made of several, wherever they are; a hub id or an URL has no ~
+PATHS = {
+    *("config", "model", "data", "output", "file", "out", "against", "tokenizer", "eval_data", "center_data"),
+    *("ptx_data", "reference", "reward", "eval_reward", "gold", "proxy", "policy", "judge", "judge_key_file"),
+    *("rubric", "principles", "comparisons", "prompts", "demonstrations", "benchmark", "sycophancy"),
+    *("reference_data", "first", "second", "ppo"),
+}
+HOME = re.compile(r"(?<![^,|(=\s])~[\w.-]*(?=[/,|)=#;]|$)")  # where a path begins, in a reward of several too
+
+
+def expand(name: str, value: Any) -> Any:
+    """Returns the value of an option; of a path with the home folder in place of ~, and a Path as text."""
+    if name not in PATHS:
+        return value
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, str) or "~" not in value:
+        return value
+    return HOME.sub(lambda found: os.path.expanduser(found[0]), value)
 
 
 def convert(name: str, value: Any, kind: Any) -> Any:
@@ -62,7 +83,7 @@ def field_types(config_class: type) -> dict[str, Any]:
 def convert_all(config: Any) -> None:
     """Gives every field of a configuration that is being made the type that it says. Raises: as `convert`."""
     for name, kind in field_types(type(config)).items():
-        object.__setattr__(config, name, convert(name, getattr(config, name), kind))
+        object.__setattr__(config, name, convert(name, expand(name, getattr(config, name)), kind))
 
 
 def dump(config: Any) -> str:
