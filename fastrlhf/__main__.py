@@ -205,7 +205,9 @@ def _run(command: str, arguments: list[str]) -> int:
             raise
         return _fail(command, "\n".join(filter(None, (str(error), left))), 1)
     for what, name in COMMANDS[command].products.items():
-        ranks.say(f"{what}: {Path(config.output) / name}")
+        path = Path(config.output) / name
+        is_empty = path.is_file() and path.stat().st_size == 0
+        ranks.say(f"{what}: none, {path} is empty" if is_empty else f"{what}: {path}")
     if best:
         of = "of the start" if best["step"] == 0 else f"after step {best['step']}"
         ranks.say(f"best: {Path(config.output) / 'best'} ({of}, held-out score {best['score']:.4g})")

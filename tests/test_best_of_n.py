@@ -169,6 +169,13 @@ def test_responses_that_were_cut_off_are_no_demonstrations_unless_asked_for(sett
     rows = read_jsonl(tmp_path / "best/candidates.jsonl")
     finished = [row["finished"][np.argmax(row["scores"]["reward"])] for row in rows]
     assert f"{sum(finished)} of 2 best responses kept; left out: {2 - sum(finished)} cut off" in capsys.readouterr().out
+    short = {**settings, "keep_unfinished": "false", "limit": 2, "max_new_tokens": 1, "overwrite": "true"}
+    assert main(["best-of-n", *arguments(short)]) == 0
+    told = capsys.readouterr().out
+    assert "0 of 2 best responses kept" in told and "raise max_new_tokens" in told
+    assert f"best responses: none, {tmp_path / 'best/best.jsonl'} is empty" in told
+    assert main(["best-of-n", *arguments({**short, "keep_unfinished": "true"})]) == 0
+    assert f"best responses: {tmp_path / 'best/best.jsonl'}\n" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("one_thread")

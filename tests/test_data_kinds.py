@@ -188,6 +188,12 @@ def test_a_folder_and_a_glob_are_read_in_sorted_order_and_a_bad_row_is_told_with
         assert [prompt.text for prompt in loaded.rows] == ["1", "2", "3"]
         assert loaded.report.notes == ["2 files: a.jsonl, b.jsonl"]
         assert f"(row 2 of {tmp_path / 'b.jsonl'})" in str(loaded.report)
+        assert [number for number, _ in read_rows(path)] == [
+            1,
+            2,
+            3,
+            4,
+        ]  # one of its own for each row: revise seeds by it
     assert data_files(tmp_path) == [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
 
 

@@ -127,7 +127,7 @@ def test_labels_of_labels_keep_nothing_of_the_old_ones(settings, tmp_path):
 
 def test_a_resumed_run_may_reject_more_but_not_read_other_rows(settings, server):
     server.change = lambda body, answer: (400, "no") if "q3" in str(body) else answer
-    with pytest.raises(DataError, match="raise it to go on without them"):
+    with pytest.raises(DataError, match="mend them, or raise it to go on without them"):
         run(settings)
     asked = len(server.requests)
     run(settings, max_rejected=0.1, resume=True)
@@ -188,6 +188,13 @@ def test_rows_without_an_answer_are_rejected_by_reason(settings, server, tmp_pat
     reasons = (Reason.MISSING_COLUMN, Reason.NOT_TWO, Reason.SAME, Reason.REFUSED)
     assert summary["rejected"] == dict.fromkeys(reasons, 1)
     assert summary["pairs"] == 3
+
+
+def test_where_the_judge_says_something_else_the_advice_is_min_mass_and_following_it_helps(settings):
+    with pytest.raises(DataError, match=r"4 of 10 rows rejected, .*; lower min_mass \(0 takes .*without them\n"):
+        run(settings, min_mass=0.95)
+    run(settings, min_mass=0, overwrite=True)
+    assert read_jsonl(Path(settings["output"]) / "pairs.jsonl")
 
 
 def test_a_judge_that_rejects_too_much_is_not_asked_on(settings, server):

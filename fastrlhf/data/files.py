@@ -24,17 +24,17 @@ UNPACK = "unpack it first: {} {}"
 
 
 class Place(int):
-    """The number of a row, from 1, which as text says its file too."""
+    """The number of a row among those of several files; as text, that in its own file, and which it is."""
 
-    file: Path
+    text: str
 
-    def __new__(cls, number: int, file: Path) -> Place:
+    def __new__(cls, number: int, text: str) -> Place:
         place = super().__new__(cls, number)
-        place.file = file
+        place.text = text
         return place
 
     def __str__(self) -> str:
-        return f"{int(self)} of {self.file}"
+        return self.text
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -46,9 +46,15 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     Raises: DataError for a file that is missing, damaged or of another kind, and for a line that is no JSON object."""
     files = data_files(path)
+    if len(files) == 1:
+        yield from _rows(files[0])
+        return
+    last = before = 0  # the last number so far, and that before this file: each row has a number of its own
     for file in files:
         for number, row in _rows(file):
-            yield (Place(number, file) if len(files) > 1 else number), row
+            last = before + number
+            yield Place(last, f"{number} of {file}"), row
+        before = last
 
 
 def data_files(path: str | Path) -> list[Path]:

@@ -181,7 +181,8 @@ def _check(report: Report, max_rejected: float, offset: int) -> None:
     if report.num_used == 0:
         raise DataError(f"data: no row can be used\n{report}")
     if report.num_rejected > max_rejected * report.num_rows:
-        longer = ", raise max_length to take the long ones" if Reason.TOO_LONG in report.rejected else ""
+        knobs = {Reason.TOO_LONG: "max_length", Reason.PROMPT_TOO_LONG: "max_prompt_tokens"}
+        longer = "".join(f", raise {knobs[why]} to take the long ones" for why in knobs if why in report.rejected)
         raise DataError(
             f"data: {report.num_rejected} of {report.num_rows} rows rejected, more than max_rejected = "
             f"{max_rejected:g} allows; mend the rows{longer}, or raise max_rejected to go on without them\n{report}"

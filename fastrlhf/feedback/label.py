@@ -136,9 +136,9 @@ class Label:
             if num_rejected > config.max_rejected * self.report.num_rows:
                 break
             yield f"{len(rows)} of {len(pairs)} pairs judged"
-        for row in rows:
+        for item, row in zip(pairs, rows, strict=False):  # not all are asked about where too many are rejected
             if "reason" in row:
-                self.report.reject(row["row"], Reason(row["reason"]), row["detail"])
+                self.report.reject(item.number, Reason(row["reason"]), row["detail"])
         check_share(self.report, config.max_rejected)
         if self.report.num_used == 0:
             raise DataError(f"label: no pair has a label\n{self.report}")

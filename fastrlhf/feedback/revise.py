@@ -110,8 +110,7 @@ class Revise:
         """Goes on with the rows that have no reason not to."""
         for number, row in rows.items():
             if "reason" in row:
-                self.report.reject(number, Reason(row["reason"]), row["detail"])
-                del self.items[number]
+                self.report.reject(self.items.pop(number).number, Reason(row["reason"]), row["detail"])
         self.check()
 
     def first_responses(self) -> dict[int, tuple[str, bool]]:

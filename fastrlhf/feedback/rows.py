@@ -19,6 +19,14 @@ Row = dict[str, Any]
 # columns that say which response is better, by how much and by whom: an earlier label, so not kept beside a new one
 LABELS = {"preference", "margin", "weight", "rater", "orders", "agrees", "gold_chosen", "gold_rejected"}
 LABELS |= {"ranks", "label", "rating", "ratings"}
+# what takes rows that are rejected for a reason, where a setting does
+ADVICE = {
+    Reason.LOW_MASS: "lower min_mass (0 takes whatever the judge says), or mend how it is asked (answers, rubric)",
+    Reason.UNSEEN: "raise judge_top",
+    Reason.PROMPT_TOO_LONG: "raise max_prompt_tokens",
+    Reason.CUT_OFF: "raise max_new_tokens",
+    Reason.TOO_LONG: "take a judge that reads more, or shorter rows",
+}
 ENDS = {"finished", "chosen_finished", "rejected_finished"}
 
 
@@ -115,11 +123,14 @@ def check_two(item: Item) -> None:
 
 
 def check_share(report: Report, max_rejected: float) -> None:
-    """Raises DataError when more than this share of all rows has been rejected."""
+    """Raises DataError when more than this share of all rows has been rejected, with what would take them."""
     if report.num_rejected > max_rejected * report.num_rows:
         counts = f"{report.num_rejected} of {report.num_rows} rows rejected"
-        allowed = f"more than max_rejected = {max_rejected:g} allows; raise it to go on without them"
-        raise DataError(f"data: {counts}, {allowed}\n{report}")
+        most = max(report.rejected, key=lambda reason: len(report.rejected[reason]))
+        allowed = (
+            f"more than max_rejected = {max_rejected:g} allows; {ADVICE.get(most, 'mend them')}, or raise it to go on"
+        )
+        raise DataError(f"data: {counts}, {allowed} without them\n{report}")
 
 
 def as_prompt(item: Item, renderer: Renderer, max_tokens: int) -> Prompt:

@@ -224,6 +224,8 @@ def best_of_n(config: BestOfNConfig) -> Iterator[str]:
     folder.close()
     yield table(points, list(judges))
     yield "{kept} of {prompts} best responses kept; left out: {unfinished} cut off, {empty} empty".format(**counts)
+    if counts["unfinished"] > counts["kept"]:
+        yield "raise max_new_tokens, so that more of them end, or keep those cut off too (keep_unfinished)"
 
 
 def table(points: Sequence[Row], names: Sequence[str]) -> str:
