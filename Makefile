@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 IN_TWO = -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 test: export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test fuzz sanitize lint bench gpu-dry-run build clean
+.PHONY: demo test fuzz faults sanitize lint bench gpu-dry-run build clean
 
 demo: $(VENV)/demo
 	$(BIN)/fastrlhf run --output demo --resume
@@ -38,6 +38,10 @@ lint: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks --save
+
+# Two processes on one output folder, and kills while a run is overwritten: about a quarter of an hour.
+faults: $(VENV)/dev
+	$(BIN)/python tests/faults
 
 gpu-dry-run: $(VENV)/dev
 	PYTHON=$(BIN)/python benchmarks/gpu.sh all --dry-run
