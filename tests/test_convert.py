@@ -3,11 +3,14 @@
 import dataclasses
 import gzip
 import json
+import resource
 from pathlib import Path
 
 import pytest
+from loops import write_rows
 from test_importers import FIXTURES, made
 
+from fastrlhf.__main__ import main
 from fastrlhf.data import DataError, Reason, read_rows
 from fastrlhf.data.convert import convert
 from fastrlhf.settings.data import FORMATS, DataConvertConfig
@@ -80,3 +83,19 @@ def test_a_ranking_that_gives_one_response_two_ranks_is_rejected(tmp_path):
 def test_settings_that_cannot_be_are_refused(options, text):
     with pytest.raises(ValueError, match=text):
         DataConvertConfig(**{"file": "in.jsonl", "out": "out.jsonl", "format": "oasst", **options})
+
+
+def test_a_full_disk_is_named_in_a_line_and_the_old_file_stays(tmp_path, capsys):
+    rows = [{"question": "q" * 4000, "answer": f"a #### {n}"} for n in range(60)]
+    data, out = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    out.write_text("old\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as a quota would
+    try:
+        assert main(["data", "convert", data, str(out), "--format=gsm8k", "--overwrite"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = capsys.readouterr().err
+    assert told.startswith(f"fastrlhf data convert: error: no space left for {out}: ") and told.count("\n") == 1
+    assert "--resume" not in told  # which this command has not
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"] and out.read_text() == "old\n"

@@ -21,7 +21,7 @@ import yaml
 from fastrlhf.runs.checkpoint import LINES, newest_whole, settings_of_checkpoints
 from fastrlhf.runs.inputs import changed, inputs_of, is_function, pieces_of
 from fastrlhf.runs.lock import LOCK, Lock, check_free_below
-from fastrlhf.runs.whole import remove, write_file, write_json
+from fastrlhf.runs.whole import discard, remove, write_file, write_json
 from fastrlhf.settings.values import dump
 
 MARK = "# settings of a fastrlhf run\n"
@@ -96,6 +96,7 @@ class OutputFolder:
         """Makes the folder ready: deletes an earlier run, unless it is resumed, and writes config.yaml. From one moment
         to the next the earlier run counts as deleted: a kill leaves all of it or nothing."""
         self.check()
+        discard(self.path / f"{DELETING}.partial")  # of an overwriting run that was killed before it began
         if not self.is_resumed:
             there = [name for name in self.ours if name != CONFIG and os.path.lexists(self.path / name)]
             if there:

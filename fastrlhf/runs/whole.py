@@ -94,7 +94,7 @@ def _naming_full_disk(path: Path) -> Iterator[None]:
         quota = ": a quota, or a limit of file sizes" if free >= 2**20 else ""
         raise DiskFullError(
             f"no space left for {path}: {free / 2**20:,.1f} of {total / 2**20:,.1f} MiB of its disk are free{quota}; "
-            "make room, then --resume"
+            "make room, then go on"
         ) from error
 
 

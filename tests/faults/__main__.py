@@ -57,10 +57,9 @@ def main() -> int:
     begun, tallies = time.monotonic(), []
     print(Tally.HEAD, flush=True)
     with forks.Pool(options.jobs, maxtasksperchild=1) as pool:
-        waiting = [pool.apply_async(_tried, (task, work, options.seed)) for task in tasks]
-        for each in waiting:
-            tallies.append(each.get())
-            print(tallies[-1], flush=True)
+        for tally in pool.imap_unordered(_tried, [(*task, work, options.seed) for task in tasks]):
+            tallies.append(tally)
+            print(tally, flush=True)
     print(f"{time.monotonic() - begun:.0f} seconds")
     if any(tally.faults for tally in tallies):
         print(f"what was left: {work}")
@@ -69,9 +68,9 @@ def main() -> int:
     return 0
 
 
-def _tried(task: tuple, work: Path, seed: int) -> Tally:
-    tries, name, number = task
-    return tries(name, number, work, seed)
+def _tried(task: tuple) -> Tally:
+    tries, *values = task
+    return tries(*values)
 
 
 def preload() -> None:
