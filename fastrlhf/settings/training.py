@@ -75,7 +75,7 @@ class LoopConfig(JobConfig):
 
     may_change: ClassVar[tuple[str, ...]] = ("learning_rate", "schedule", "warmup_ratio")
     model: str = option(REQUIRED, "folder or hub id of the model to start from")
-    data: str = option(REQUIRED, "JSONL, JSONL.gz or Parquet file (layouts: docs/data.md)")
+    data: str = option(REQUIRED, "JSONL, JSON or Parquet file, or a folder or glob of such (docs/data.md)")
     output: str = option(REQUIRED, "folder for checkpoints, metrics and the final model")
     batch_size: int = option(32, "sequences (reward: pairs; ppo: responses) a step")
     learning_rate: float = option(1e-5, "peak learning rate of AdamW")
