@@ -72,12 +72,16 @@ def test_checkpoints_by_the_clock_come_in_time_and_take_at_most_5_percent(
     assert not Clock(0).is_due()
 
 
+def test_checkpoints_are_every_15_minutes_unless_there_are_to_be_none(sft):
+    assert [sft(save_every=n, overwrite=True).config.save_minutes for n in (100, 0)] == [15, 0]
+
+
 def test_checkpoints_by_the_clock_change_nothing_else(sft, tmp_path, monkeypatch):
     sft(output=str(tmp_path / "whole")).run()
     time = FakeTime()
     monkeypatch.setattr(base, "time", time)
     steps = []
-    with sft(save_minutes=1, keep_checkpoints=9) as loop:
+    with sft(save_every=0, save_minutes=1, keep_checkpoints=9) as loop:
         for _ in loop:
             time.now += 31  # due after every other step
             steps.append(loop.num_steps_done)
@@ -176,9 +180,9 @@ def test_what_cannot_be_extended_is_refused_by_name(sft, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"resume: {text}"):
             sft(**changes, resume=True)
-    sft(epochs=1, save_every=0, save_minutes=0, output=str(tmp_path / "bare")).run()
+    sft(epochs=1, save_every=0, output=str(tmp_path / "bare")).run()
     with pytest.raises(ValueError, match="has no checkpoint to go on from; start a run in another folder with"):
-        sft(epochs=2, save_every=0, save_minutes=0, output=str(tmp_path / "bare"), resume=True)
+        sft(epochs=2, save_every=0, output=str(tmp_path / "bare"), resume=True)
 
 
 def test_fewer_steps_than_planned_end_a_stopped_run(ppo, tmp_path):
