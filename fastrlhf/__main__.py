@@ -181,7 +181,9 @@ def _run(command: str, arguments: list[str]) -> int:
             best = _do(command, config)
     except KeyboardInterrupt as error:
         number = error.number if isinstance(error, signals.Interrupted) else signal.SIGINT
-        return _fail(command, f"interrupted; {_how_to_go_on(command, config)}", 128 + number)
+        if ranks.is_first():
+            _fail(command, f"interrupted; {_how_to_go_on(command, config)}", 1)
+        return 128 + number
     except BrokenPipeError:  # whoever reads what is printed has enough, as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor can the rest be flushed
         return 1

@@ -114,6 +114,7 @@ class Trainer(ABC):
             if self.plan is not None:
                 self.log.say(self.plan.outcome())
         elif stop:
+            ranks.gather(None)  # or torchrun would end the first process, which writes, when another one is gone
             raise signals.Interrupted(stop)
         return metrics
 
