@@ -46,6 +46,7 @@ class Trainer(ABC):
     data_fingerprint: int
     log: MetricsLog
     clock: Clock
+    scores_start = True  # whether held-out data is scored before the first step, too
     is_closed = False
     is_in_step = False  # after an exception, too, that came in the middle of a step
 
@@ -97,7 +98,7 @@ class Trainer(ABC):
             raise NonFiniteError(f"{error}; {advice}") from error
 
     def _next(self) -> dict[str, float]:
-        if self.num_steps_done == 0 and not self.is_in_step:
+        if self.scores_start and self.num_steps_done == 0 and not self.is_in_step:
             self._record(self.held_out_metrics(0))
         self.is_in_step = True
         metrics = self.step()
