@@ -194,7 +194,9 @@ def _run(command: str, arguments: list[str]) -> int:
             best = _do(command, config)
     except KeyboardInterrupt as error:
         number = error.number if isinstance(error, signals.Interrupted) else signal.SIGINT
-        return _fail(command, f"interrupted; {_how_to_go_on(command, config)}", 128 + number)
+        if ranks.is_first():
+            _fail(command, f"interrupted; {_how_to_go_on(command, config)}", 1)
+        return 128 + number
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 import fastrlhf
 from fastrlhf.__main__ import main
 from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.optim import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -144,6 +145,33 @@ def test_interrupting_says_how_to_go_on(arguments, monkeypatch, capsys, tmp_path
     assert "is not empty: --resume (resume=True) continues" in capsys.readouterr().err
     assert main(["sft", *arguments, "--batch-size=4", "--resume"]) == 0
     assert "resuming from" in capsys.readouterr().out
+
+
+def test_an_error_says_what_it_left(arguments, monkeypatch, capsys, tmp_path):
+    from fastrlhf.loops.sft import SFT
+
+    step = SFT.step
+
+    def fails_at(number):
+        def failing(self):
+            if self.num_steps_done + 1 == number:
+                raise NonFiniteError("the loss is nan")
+            return step(self)
+
+        monkeypatch.setattr(SFT, "step", failing)
+
+    out, endings = tmp_path / "out", {}
+    for number in (1, 2, 3):
+        fails_at(number)
+        assert main(["sft", *arguments, "--batch-size=4", "--save-every=2", "--overwrite"]) == 1
+        endings[number] = capsys.readouterr().err.splitlines()[-1]
+    assert endings == {
+        1: f"{out} holds the settings of this run and no step yet: start again",
+        2: f"there is no checkpoint yet in {out}: --overwrite starts anew",
+        3: f"--resume, in place of --overwrite, continues from {out / 'checkpoints/step-000002'}",
+    }
+    assert main(["sft", *arguments, "--batch-size=4"]) == 1  # refused before anything was written
+    assert capsys.readouterr().err.splitlines()[-1].startswith("fastrlhf sft: error: output: ")
 
 
 def test_python_m_runs_it():

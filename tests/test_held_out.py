@@ -1,17 +1,21 @@
 """Held-out prompts during PPO: answered when due, judged by another reward, the best model kept, resumed exactly."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from loops import assert_resumes_bit_for_bit, write_rows
+from safetensors.torch import load_file
 from test_ppo import config, make_folder, settings, share_of_low_tokens
 from transformers import AutoModelForCausalLM
 
 from fastrlhf import PPO, PPOConfig
+from fastrlhf.__main__ import main
 from fastrlhf.generation.engine import Engine, Sampling
 from fastrlhf.loops.held_out import HeldOut, mean_and_error
 from fastrlhf.loops.instruments import Health
+from fastrlhf.runs.whole import write_whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,6 +46,53 @@ def test_held_out_prompts_are_answered_every_k_steps_and_at_the_end(folder):
     assert [bool(names(metrics)) for metrics in steps] == [False, True, False, True, True]
     best = max((m for m in steps if names(m)), key=lambda m: m["eval/score"])
     assert steps[-1]["eval/best_score"] == best["eval/score"] == steps[steps[-1]["eval/best_step"] - 1]["eval/score"]
+
+
+REWARDS = """
+from test_ppo import share_of_low_tokens as low
+
+
+def high(prompts, responses, **columns):
+    return [1 - score for score in low(prompts, responses, **columns)]
+"""
+
+
+@pytest.mark.parametrize("is_best", [True, False])
+def test_the_start_is_scored_and_counts_for_the_best_model(folder, capsys, is_best):
+    """Against a reward that falls by training it stays the best; the last line of the command names the best one."""
+    (folder / "rewards_of_held_out.py").write_text(REWARDS)
+    options = {"batch_size": 32, "epochs": 4, "learning_rate": 1e-2, "kl_coef": 0.0, "schedule": "constant"}
+    given = settings(folder, **changes(folder, eval_every=4, steps=4), **options)
+    given |= {"reward": "rewards_of_held_out:low", "eval_reward": f"rewards_of_held_out:{'high' if is_best else 'low'}"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        assert main(["ppo", *(f"--{name}={value}" for name, value in given.items())]) == 0
+    first, *_, last = map(json.loads, (folder / "out/metrics.jsonl").read_text().splitlines())
+    assert first["step"] == first["eval/best_step"] == 0 and names(first) == names(last)
+    assert (last["eval/score"] < first["eval/score"]) == is_best
+    best = max(first, last, key=lambda metrics: metrics["eval/score"])
+    model = {"of the start": "model", "after step 4": "out/model"}
+    which = "of the start" if is_best else "after step 4"
+    told = f"best: {folder / 'out/best'} ({which}, held-out score {best['eval/score']:.4g})"
+    assert capsys.readouterr().out.splitlines()[-1] == told
+    weights = [load_file(folder / name / "model.safetensors") for name in ("out/best", model[which])]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_the_best_of_what_is_done_again_with_another_learning_rate_is_forgotten(folder, capsys):
+    """It would be of a step that this run never made."""
+    options = {**changes(folder, steps=4), "save_every": 1, "keep_checkpoints": 9, "learning_rate": 1e-2}
+    with PPO(config(folder, **options)) as trainer:
+        for _ in trainer:
+            pass
+    write_whole(folder / "out/best", trainer.save)  # as if the last step had been the best
+    for step in (3, 4):
+        shutil.rmtree(folder / f"out/checkpoints/step-{step:06d}")
+    resumed = PPO(config(folder, **{**options, "learning_rate": 1e-6}, resume=True))
+    assert "best is of a later step, and is replaced" in capsys.readouterr().out
+    assert not (folder / "out/best").exists() and resumed.best == {}
+    *_, last = resumed
+    assert last["eval/best_step"] == 4 and (folder / "out/best/model.safetensors").exists()
 
 
 def test_asking_changes_nothing_of_the_training(folder):

@@ -37,9 +37,9 @@ def test_a_planned_kl_coefficient_goes_to_its_end_in_equal_ratios():
     settings = config(kl_coef=0.1, kl_coef_end=0.0001, steps=4)
     found = [0.1]
     for _ in range(3):
-        found.append(next_kl_coef(settings, found[-1], kl=123.0))
+        found.append(next_kl_coef(settings, found[-1], kl=123.0, step=len(found)))
     assert found == pytest.approx([0.1, 0.01, 0.001, 0.0001])
-    assert next_kl_coef(config(kl_coef=0.1), 0.1, kl=123.0) == 0.1
+    assert next_kl_coef(config(kl_coef=0.1), 0.1, kl=123.0, step=1) == 0.1
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_a_run_killed_before_its_model_was_written_writes_it_on_resume(settings,
 
 
 def test_without_checkpoints_a_run_leaves_only_its_model(settings, tmp_path):
-    run(settings, save_every=0, save_minutes=0)
+    run(settings, save_every=0)
     assert not (tmp_path / "out" / "checkpoints").exists()
     assert (tmp_path / "out" / "model").is_dir()
 

@@ -94,6 +94,18 @@ def test_a_signal_that_torchrun_repeats_is_one(loop, monkeypatch):
         assert signals.pending() == signal.SIGINT
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_of_a_run_ends_as_ever(loop):
+    """As the workers of a pool that a reward function keeps."""
+    with signals.handled():
+        child = os.fork()
+        if not child:
+            signal.pause()
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
 def test_a_signal_stops_at_once_where_no_loop_runs():
     with signals.handled(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -16,7 +16,7 @@ from fastrlhf.runs.checkpoint import newest_checkpoint, save_checkpoint
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.optim import NonFiniteError
 from fastrlhf.runs.output import OutputFolder
-from fastrlhf.runs.whole import write_whole
+from fastrlhf.runs.whole import remove, write_whole
 from fastrlhf.settings.training import LoopConfig
 
 MAX_SHARE = 0.05  # of a run's time that is spent on checkpoints, before another one is due by the clock
@@ -33,6 +33,7 @@ class Trainer(ABC):
                     ppo.save_checkpoint()  # for resume=True; or ppo.save(folder): the model
                     break
 
+    best: step and score of the model in best/, empty if there is none
     `begin` sets num_steps_done, data_fingerprint, log and clock."""
 
     config: LoopConfig
@@ -40,10 +41,12 @@ class Trainer(ABC):
     budget: Budget
     plan: Plan | None
     folder: OutputFolder
+    best: dict[str, Any]
     num_steps_done: int
     data_fingerprint: int
     log: MetricsLog
     clock: Clock
+    scores_start = True  # whether held-out data is scored before the first step, too
     is_closed = False
     is_in_step = False  # after an exception, too, that came in the middle of a step
 
@@ -72,11 +75,6 @@ class Trainer(ABC):
         may be the best one."""
         return {}
 
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """Step and score of the model in best/, if there is one."""
-        return None
-
     def __iter__(self) -> Iterator[dict[str, float]]:
         return self
 
@@ -100,7 +98,7 @@ class Trainer(ABC):
             raise NonFiniteError(f"{error}; {advice}") from error
 
     def _next(self) -> dict[str, float]:
-        if self.num_steps_done == 0 and not self.is_in_step:
+        if self.scores_start and self.num_steps_done == 0 and not self.is_in_step:
             self._record(self.held_out_metrics(0))
         self.is_in_step = True
         metrics = self.step()
@@ -117,6 +115,7 @@ class Trainer(ABC):
             if self.plan is not None:
                 self.log.say(self.plan.outcome())
         elif stop:
+            ranks.gather(None)  # or torchrun would end the first process, which writes, when another one is gone
             raise signals.Interrupted(stop)
         return metrics
 
@@ -155,6 +154,13 @@ class Trainer(ABC):
         folder = save_checkpoint(output, self.num_steps_done, self.save_models, keep=keep, **state)
         self.clock.saved(time.monotonic() - begun)
         return folder
+
+    def forget_best(self) -> None:
+        """Deletes the best model so far, of a step that is done again, and otherwise, by a run whose plan changed."""
+        self.best.clear()
+        self.save_checkpoint()  # first, or a kill would bring back the score of what is deleted
+        if ranks.is_first():
+            remove(Path(self.config.output) / "best")
 
     def close(self) -> None:
         """Lets go of what the loop holds, the output folder among it. Its models can still be used and saved, but there
@@ -205,6 +211,9 @@ def _is_outdated(output: Path) -> bool:
     """Whether the final model is missing, or that of a run that has been extended since: one killed after its last
     checkpoint, before the model was replaced."""
     newest, model = newest_checkpoint(output), output / "model"
-    if not model.exists():
-        return True
-    return newest is not None and model.stat().st_mtime_ns < newest.stat().st_mtime_ns
+    return not model.exists() or (newest is not None and is_newer(newest, model))
+
+
+def is_newer(folder: Path, other: Path) -> bool:
+    """Whether files were last added to a folder after they were to the other."""
+    return folder.stat().st_mtime_ns > other.stat().st_mtime_ns

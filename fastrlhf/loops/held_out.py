@@ -20,16 +20,16 @@ FIRST = 2**31  # number of the first held-out answer, above that of any answer t
 
 
 class HeldOut:
-    """Held-out prompts and what judges the answers to them, after every eval_every-th step and the last.
+    """Held-out prompts and what judges the answers to them, at the start, after every eval_every-th step and the last.
 
     prompts: none without eval_data; seeds: of the answers, the same each time, so that policies differ and not draws
     scorer: of eval_reward, or else `trained`, the one whose reward is trained on
-    best: step and score of the best answers so far, None before the first"""
+    best: step and score of the best answers so far, empty before the first"""
 
     def __init__(self, config: PPOConfig, tokenizer: Any, trained: Scorer, prompts: Sequence[Prompt], **options: Any):
         self.config, self.trained, self.scorer = config, trained, trained
         self.prompts: list[Prompt] = []
-        self.best: dict[str, Any] | None = None
+        self.best: dict[str, Any] = {}
         if config.eval_data is None:
             return
         loaded = load_prompts(
@@ -57,7 +57,7 @@ class HeldOut:
         return range(first, first + len(self.prompts))
 
     def due(self, step: int) -> bool:
-        """Whether the policy answers after step 1, 2, ..."""
+        """Whether the policy answers after step 1, 2, ..., or 0, before the first."""
         return bool(self.prompts) and (step % self.config.eval_every == 0 or step == self.config.steps)
 
     def judge(self, step: int, samples: Sequence[Sample], batch: Packed) -> dict[str, float]:
@@ -65,8 +65,8 @@ class HeldOut:
 
         eval/score_error is the standard error of the mean eval/score."""
         score, error = mean_and_error(self.scorer(self.prompts, samples, batch))
-        if self.best is None or score > self.best["score"]:
-            self.best = {"step": step, "score": score}
+        if not self.best or score > self.best["score"]:
+            self.best.update(step=step, score=score)
         metrics = {
             "eval/score": score,
             "eval/score_error": error,
@@ -81,13 +81,13 @@ class HeldOut:
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far, and a checksum of the prompts."""
-        return {"best": self.best, "prompts": fingerprint(prompt.tokens for prompt in self.prompts)}
+        return {"best": dict(self.best), "prompts": fingerprint(prompt.tokens for prompt in self.prompts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what state_dict gave; raises ValueError when the prompts are others."""
         if state["prompts"] != self.state_dict()["prompts"]:
             raise ValueError(f"resume: the tokens of {self.config.eval_data} are no longer those of the checkpoint")
-        self.best = state["best"]
+        self.best.update(state["best"] or {})
 
 
 def mean_and_error(scores: Tensor) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import torch
 
 from fastrlhf.data import Loaded
 from fastrlhf.data.statistics import warnings
-from fastrlhf.loops.base import Clock, Trainer
+from fastrlhf.loops.base import Clock, Trainer, is_newer
 from fastrlhf.models.policy import Role
 from fastrlhf.runs import ranks, signals
 from fastrlhf.runs.checkpoint import fingerprint, load_state, restore_lines
@@ -80,13 +80,17 @@ def begin(loop: Trainer, data: Iterable[Sequence[int]]) -> None:
     loop.log = MetricsLog(
         config.output, num_steps=loop.num_steps, step=loop.num_steps_done, tensorboard=config.tensorboard
     )
+    loop.clock = Clock(config.save_minutes)
     if checkpoint is not None:
         loop.log.say(f"resuming from {checkpoint}")
         for change in changes:
             loop.log.say(f"resume: {change}")
+        best = Path(config.output) / "best"
+        if ranks.gather(bool(changes) and best.exists() and is_newer(best, checkpoint))[0]:
+            loop.log.say(f"resume: {best} is of a later step, and is replaced by the next model that is scored")
+            loop.forget_best()
     elif config.resume:
         loop.log.say(f"no checkpoint in {config.output} to resume from: starting from the first step")
-    loop.clock = Clock(config.save_minutes)
     signals.running(loop)
 
 

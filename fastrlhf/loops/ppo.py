@@ -76,6 +76,7 @@ class PPO(Trainer):
         columns = {name for prompt in self.prompts for name in prompt.columns}
         self.scorer = Scorer(config.reward, self.tokenizer, max_tokens=config.max_tokens, columns=columns, **options)
         self.held_out = HeldOut(config, self.tokenizer, self.scorer, self.prompts, **options)
+        self.best = self.held_out.best
         reward_models = [model for model, _ in self.scorer.models]
         if config.reference:
             check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
@@ -271,11 +272,6 @@ class PPO(Trainer):
         with self.log.timer("evaluate"):
             samples = self.generate(self.held_out.prompts, greedy=self.config.eval_greedy, held_out=True)
             return self.held_out.judge(step, samples, self.pack(samples))
-
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """Step and score of the model in best/, if there is one."""
-        return self.held_out.best
 
     def save_models(self, folder: Path) -> None:
         self.roles.save(folder)

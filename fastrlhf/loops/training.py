@@ -39,7 +39,7 @@ class Training(Trainer, Generic[C, T, M]):
     config: C
 
     def __init__(self, config: C) -> None:
-        self.config = config
+        self.config, self.best = config, {}
         self.folder = prepare(config)
         checkpoint = self.folder.checkpoint
         self.device = config.resolve_device()

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -21,6 +21,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REPEATED = 3.0  # seconds in which torchrun passes on to each process a signal that the terminal has sent it already
 MESSAGE = "interrupted: finishing the step, then a checkpoint; again to stop at once\n"
 
+_owner = 0  # the process whose signals are handled; forks of it inherit the handlers
 _loops: weakref.WeakSet[Any] = weakref.WeakSet()  # those that run
 _pending: tuple[int, float] | None = None  # the signal that waits for the end of a step, and when it came
 
@@ -37,8 +38,8 @@ class Interrupted(KeyboardInterrupt):
 def handled() -> Iterator[None]:
     """Handles SIGINT and SIGTERM as this module says, until it is left. One that is ignored, as under nohup, stays so;
     outside the main thread, where Python allows no handlers, nothing is done."""
-    global _pending
-    _pending, before = None, {}
+    global _owner, _pending
+    _owner, _pending, before = os.getpid(), None, {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in SIGNALS}
         for number, handler in before.items():
@@ -75,10 +76,15 @@ def stop_if_asked() -> None:
 
 def _handle(number: int, frame: FrameType | None) -> None:
     global _pending
+    if os.getpid() != _owner:  # a worker of a reward function, which a pool ends by SIGTERM
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        return
     first, _pending = _pending, _pending or (number, time.monotonic())
     if _loops and first is None:
         if ranks.is_first():
-            os.write(2, MESSAGE.encode())  # print could be what was interrupted
+            with suppress(OSError):  # nobody may be there to read it
+                os.write(2, MESSAGE.encode())  # print could be what was interrupted
         return
     if _loops and first is not None and ranks.place()[1] > 1 and time.monotonic() - first[1] < REPEATED:
         return

@@ -86,8 +86,8 @@ class LoopConfig(JobConfig):
     adam_eps: float = rare(1e-5, "epsilon of AdamW")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     limit: int | None = option(None, "use only so many rows of the data")
-    save_every: int = option(100, "steps between checkpoints; 0: by save_minutes alone")
-    save_minutes: float = option(15.0, "minutes between checkpoints, of at most 5 % of the time; 0: off", rare=True)
+    save_every: int = option(100, "steps between checkpoints; 0: none")
+    save_minutes: float = rare(None, "most minutes between them, 0: any; default: 15, or 0 if save_every is 0")
     keep_checkpoints: int = option(2, "how many of them stay, the newest", rare=True)
     parallel: str = option("ddp", "under torchrun: ddp (a copy of each model a process) or fsdp (shards)", rare=True)
     gradient_checkpointing: bool = option(False, "recompute activations in backward to save memory")
@@ -99,6 +99,8 @@ class LoopConfig(JobConfig):
     overwrite: bool = option(False, "delete an earlier run in the output folder")
 
     def __post_init__(self) -> None:
+        if self.save_minutes is None:
+            object.__setattr__(self, "save_minutes", 15.0 if str(self.save_every) != "0" else 0.0)
         super().__post_init__()
         choose(self, "schedule", SCHEDULES)
         choose(self, "parallel", ("ddp", "fsdp"))
