@@ -120,7 +120,8 @@ def _columns(path: str) -> set[str]:
 
 def _load(config: DataCheckConfig, path: str, layout: Layout, tokenizer: Any) -> Loaded[Any]:
     longest = config.max_length or 2**62
-    return layout.load(path, tokenizer, max_tokens=longest, template=config.template, max_rejected=1)
+    options = {"template": config.template, "template_kwargs": config.template_kwargs, "max_rejected": 1}
+    return layout.load(path, tokenizer, max_tokens=longest, **options)
 
 
 def _lengths(items: Sequence[Item], count: Callable[[Tokens], int], unit: str) -> list[str]:

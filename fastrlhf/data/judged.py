@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.data.conversations import preference_of, prompt_of, response_of
+from fastrlhf.data.conversations import preference_of, prompt_of, response_of, tools_of
 from fastrlhf.data.files import DataError, read_rows
-from fastrlhf.data.loading import Columns, Loaded, Row, _load, _response
+from fastrlhf.data.loading import Columns, Loaded, Row, _load, answers_of, tools_column
 from fastrlhf.data.report import Reason, Rejected
 from fastrlhf.data.template import Renderer
 
@@ -115,20 +115,26 @@ def layout_of(path: str | Path) -> str:
 
 
 def load_pairs(
-    path: str | Path, tokenizer: Any, *, max_tokens: int, template: str = "auto", **options: Any
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    template: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Loaded[Pair]:
     """Returns the preference pairs of a file.
 
-    max_tokens: pairs with a longer side are rejected; template: see `Renderer`; options: max_rejected, limit, offset
+    max_tokens: pairs with a longer side are rejected; template, template_kwargs: see `Renderer`; options: max_rejected,
+    limit, offset
 
     Raises: DataError."""
-    renderer = Renderer(tokenizer, template)
+    renderer = Renderer(tokenizer, template, template_kwargs)
 
     def make(row: Row, used: Columns) -> Pair:
         prompt, good, bad = preference_of(row, chat=renderer.chat)
-        start = renderer.prompt(prompt)
-        chosen = _response(renderer, good, finished=_finished(row, "chosen_finished"))
-        rejected = _response(renderer, bad, finished=_finished(row, "rejected_finished"))
+        ends = [_finished(row, "chosen_finished"), _finished(row, "rejected_finished")]
+        start, (chosen, rejected) = answers_of(renderer, prompt, [good, bad], finished=ends, tools=tools_of(row))
         if chosen == rejected:
             raise Rejected(Reason.SAME)
         _check_length(start, [chosen, rejected], max_tokens)
@@ -143,16 +149,24 @@ def load_pairs(
             head=_head(row),
         )
 
-    return _load(path, "preference pairs", LAYOUTS["pairs"], make, known=PAIR_OPTIONS, **options)
+    return _load(
+        path, "preference pairs", LAYOUTS["pairs"], make, known=(*PAIR_OPTIONS, *tools_column(renderer)), **options
+    )
 
 
 def load_rankings(
-    path: str | Path, tokenizer: Any, *, max_tokens: int, template: str = "auto", **options: Any
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    template: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Loaded[Ranking]:
     """Returns the rankings of a file; the options are those of load_pairs.
 
     Raises: DataError."""
-    renderer = Renderer(tokenizer, template)
+    renderer = Renderer(tokenizer, template, template_kwargs)
 
     def make(row: Row, used: Columns) -> Ranking:
         texts, ranks = row["responses"], row["ranks"]
@@ -162,14 +176,14 @@ def load_rankings(
         if not whole or len(ranks) != len(texts):
             raise Rejected(Reason.BAD_RANKS, repr(ranks))
         order = sorted(range(len(texts)), key=lambda n: ranks[n])
-        start = renderer.prompt(prompt_of(row["prompt"]))
-        responses = [_response(renderer, response_of(texts[n])) for n in order]
+        answers = [response_of(texts[n]) for n in order]
+        start, responses = answers_of(renderer, prompt_of(row["prompt"]), answers, tools=tools_of(row))
         check_ranks([tuple(response) for response in responses], [ranks[n] for n in order])
         _check_length(start, responses, max_tokens)
         places = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
         return Ranking(start, responses, [places[ranks[n]] for n in order], _head(row), _others(row, used, ("head",)))
 
-    return _load(path, "rankings", LAYOUTS["rankings"], make, known=("head",), **options)
+    return _load(path, "rankings", LAYOUTS["rankings"], make, known=("head", *tools_column(renderer)), **options)
 
 
 def check_ranks(responses: Sequence[Hashable], ranks: Sequence[int]) -> None:
@@ -182,13 +196,19 @@ def check_ranks(responses: Sequence[Hashable], ranks: Sequence[int]) -> None:
 
 
 def load_labelled(
-    path: str | Path, tokenizer: Any, *, max_tokens: int, template: str = "auto", **options: Any
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    template: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Loaded[Labelled]:
     """Returns the labelled responses of a file; the options are those of load_pairs.
 
     Raises: DataError."""
-    renderer = Renderer(tokenizer, template)
-    known = ("weight", "head", "finished")
+    renderer = Renderer(tokenizer, template, template_kwargs)
+    known = ("weight", "head", "finished", *tools_column(renderer))
 
     def make(row: Row, used: Columns) -> Labelled:
         start, response = _one_response(renderer, row, max_tokens)
@@ -199,13 +219,19 @@ def load_labelled(
 
 
 def load_ratings(
-    path: str | Path, tokenizer: Any, *, max_tokens: int, template: str = "auto", **options: Any
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    template: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Loaded[Rated]:
     """Returns the rated responses of a file, the rating of a column `rating` under that name; an attribute that is null
     is as if it were not there. The options are those of load_pairs.
 
     Raises: DataError."""
-    renderer = Renderer(tokenizer, template)
+    renderer = Renderer(tokenizer, template, template_kwargs)
 
     def make(row: Row, used: Columns) -> Rated:
         given = row["ratings"] if "ratings" in used else {RATING: row["rating"]}
@@ -217,12 +243,16 @@ def load_ratings(
         start, response = _one_response(renderer, row, max_tokens)
         return Rated(start, response, ratings, _others(row, used, ("finished",)))
 
-    return _load(path, "rated responses", LAYOUTS["ratings"], make, known=("finished",), **options)
+    return _load(
+        path, "rated responses", LAYOUTS["ratings"], make, known=("finished", *tools_column(renderer)), **options
+    )
 
 
 def _one_response(renderer: Renderer, row: Row, max_tokens: int) -> tuple[list[int], list[int]]:
-    start = renderer.prompt(prompt_of(row["prompt"]))
-    response = _response(renderer, response_of(row["completion"]), finished=_finished(row, "finished"))
+    prompt, answer = prompt_of(row["prompt"]), response_of(row["completion"])
+    start, (response,) = answers_of(
+        renderer, prompt, [answer], finished=[_finished(row, "finished")], tools=tools_of(row)
+    )
     _check_length(start, [response], max_tokens)
     return start, response
 

@@ -15,7 +15,7 @@ from fastrlhf.settings.training import REQUIRED, LoopConfig, did_you_mean
 from fastrlhf.settings.values import field_types
 
 T = TypeVar("T")
-KINDS: dict[Any, str] = {int: "INT", float: "NUM", str: "TEXT"}
+KINDS: dict[Any, str] = {int: "INT", float: "NUM", str: "TEXT", dict[str, Any]: "YAML"}
 
 
 class UsageError(ValueError):

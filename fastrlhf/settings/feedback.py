@@ -47,6 +47,7 @@ class JudgeConfig(FeedbackConfig):
     judge_template: str = rare(
         "auto", "how it is asked: as template; with a server chat, or none for plain completions"
     )
+    judge_template_kwargs: dict[str, Any] | None = rare(None, "what its template gets besides, as template_kwargs")
     judge_top: int = rare(20, "how many of the likeliest tokens the server is to list")
     judge_requests: int = rare(16, "requests under way at once")
     judge_timeout: float = rare(600.0, "seconds for one request")
