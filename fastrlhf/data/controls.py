@@ -105,7 +105,8 @@ class Quoted(str):
     @classmethod
     def of(cls, *parts: tuple[str, bool]) -> Quoted:
         """The text of parts (text, whether others wrote it)."""
-        spans, length = [], 0
+        spans: list[Span] = []
+        length = 0
         for text, quoted in parts:
             inner = getattr(text, "spans", ())
             spans += [(length, length + len(text))] if quoted else [(length + a, length + b) for a, b in inner]

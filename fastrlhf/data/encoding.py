@@ -28,6 +28,12 @@ class Encoded:
         return bisect_left(self.starts, place)
 
 
+def common_start(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items two sequences have in common before they part."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
 class Encoder:
     """Encodes texts with a tokenizer, and adds nothing to them."""
 
@@ -83,7 +89,7 @@ class Encoder:
         raise Rejected(Reason.SPELLS_CONTROL, repr(text.strip()))
 
     def _ways(self, text: str) -> Any:
-        """Ways to encode a text as text, the best first: the tokenizer's own without its added tokens, then by parts."""
+        """Ways to encode a text as text: by the tokenizer's own model without added tokens, then letter by letter."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
             normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
@@ -105,8 +111,7 @@ class Encoder:
         starts, ends = [0] * len(ids), [len(text)] * len(ids)
         for border in borders:
             before = self._joined(text[:border], [(a, min(b, border)) for a, b in spans if a < border])
-            same = (n for n, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b)
-            num = next(same, min(len(before), len(ids)))
+            num = common_start(before, ids)
             starts[num:] = [border] * (len(ids) - num)
             ends[:num] = [min(end, border) for end in ends[:num]]
         return Encoded(ids, starts, ends)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from fastrlhf.data.controls import Controls, Span, added_tokens, unmarked
-from fastrlhf.data.encoding import Encoded, Encoder
+from fastrlhf.data.encoding import Encoded, Encoder, common_start
 from fastrlhf.data.pretrained import read_pretrained
 from fastrlhf.data.rendering import ChatTemplate, Message
 from fastrlhf.data.report import Reason, Rejected
@@ -72,7 +71,8 @@ class Renderer:
 
     A response ends with the token that ends the turn. What the template writes behind the last one, such as a line
     feed, is part of a demonstration, where it is not learned, and no part of a response that is judged: a reward model
-    reads its score at the end of the turn, where a sampled response ends too. Nothing is decoded and encoded again.
+    reads its score at the end of the turn, where a sampled response ends too. Behind the text of a template that ends
+    its turns with no token comes EOS. Nothing is decoded and encoded again.
 
     Plain texts keep their control tokens, which people wrote who rendered them, but those within a `Quoted` span.
 
@@ -104,11 +104,10 @@ class Renderer:
         if not self.chat:
             return []
         prompt, whole = (self.encode(text).ids for text in (self.turns.asked, self.turns.answered))
-        if whole[: len(prompt)] == prompt:
+        header = self.turns.header
+        if whole[: len(prompt)] == prompt and header.count("<think>") == header.count("</think>"):
             return []
-        shown = (
-            f"the generation prompt ends with {self.turns.header!r}, and no answer that the template renders goes on so"
-        )
+        shown = f"the generation prompt ends with {header!r}, and a plain answer is not rendered so"
         return [f"{shown}: responses are sampled from there (template_kwargs may change it: docs/data.md)"]
 
     def prompt(self, prompt: Conversation, tools: Any = None) -> list[int]:
@@ -129,8 +128,10 @@ class Renderer:
 
         Raises: Rejected where the template refuses or rewrites them."""
         found = [self._answer(prompt, answer, ended, tools) for answer, ended in zip(answers, finished, strict=True)]
-        shared = commonprefix([ids[:border] for ids, border in found])
-        return list(shared), [ids[len(shared) :] for ids, _ in found]
+        first, shared = found[0]
+        for ids, border in found[1:]:
+            shared = min(shared, border, common_start(first, ids))
+        return first[:shared], [ids[shared:] for ids, _ in found]
 
     def response(self, text: str) -> list[int]:
         """The tokens of a response, with its end, as they follow a plain prompt."""
@@ -157,14 +158,14 @@ class Renderer:
             raise Rejected(Reason.TEMPLATE_REWRITES, "its last turn is not the assistant's")
         text, spans, place = unmarked(rendering.text, marks)
         borders = [(turn.number, place(turn.start), place(turn.stop)) for turn in turns]
-        if not finished:
-            said = place(turns[-1].said)
-            text, spans = text[:said], [(a, min(b, said)) for a, b in spans if a < said]
-            borders[-1] = (borders[-1][0], borders[-1][1], said)
+        if not finished or not turns[-1].ended:
+            cut = place(turns[-1].stop if finished else turns[-1].said)
+            text, spans = text[:cut], [(a, min(b, cut)) for a, b in spans if a < cut]
+            borders[-1] = (*borders[-1][:2], cut)
         encoded = self.encode(text, spans, [border for turn in borders for border in turn[1:]])
         ids, found = encoded.ids, [(n, encoded.from_(start), encoded.until(stop)) for n, start, stop in borders]
         if finished and not turns[-1].ended:  # the template writes no end
-            ids = [*ids[: found[-1][2]], self.end]
+            ids = [*ids, self.end]
             found[-1] = (*found[-1][:2], len(ids))
         return Tokens(ids, found)
 

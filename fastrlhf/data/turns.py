@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 from fastrlhf.data.controls import Controls
+from fastrlhf.data.encoding import common_start
 from fastrlhf.data.rendering import ChatTemplate, Message, Rendering, Skeleton, skeleton_of, word
 from fastrlhf.data.report import Rejected
 
@@ -49,20 +49,23 @@ class Turns:
         answer = answered.slots.index((1, "content"))
         prompt, before, after = asked.fixed[-1], answered.fixed[answer], answered.fixed[answer + 1]
         bare = self._tried(_talk(1))
-        closing = commonprefix([bare.fixed[-1], prompt]) if bare and asked.slots else ""
+        closing = common_start(bare.fixed[-1], prompt) if bare and asked.slots else 0
         known = asked.slots and answered.slots[:answer]  # otherwise the question is not in them, and nothing to go by
         befores, afters = [before], [after]
         if twice and (1, "content") in twice.slots:
             place = twice.slots.index((1, "content"))
             befores.append(twice.fixed[place])
             afters.append(twice.fixed[place + 1])
-        starts = [commonprefix([prompt, each]) for each in befores] if known else []
-        self.headers = sorted({each[len(closing) :] for each in starts} - {""}, key=len, reverse=True)
-        self.added = before[len(starts[0]) :] if starts else ""
+        starts = [common_start(prompt, each) for each in befores] if known else []
+        self.headers = [prompt[closing:start] for start in sorted({*starts}, reverse=True) if start > closing]
+        self.added = before[starts[0] :] if starts else ""
         found = [controls.first_in(each) for each in afters]
         self.end = found[0]
-        self.ends = {each for each in found if each}
-        self.header = prompt[len(closing) :]
+        if self.end is None:  # such as GLM's: what comes first behind an answer may begin the next question
+            header = common_start(asked.fixed[0][::-1], afters[-1][::-1])
+            found = [controls.first_in(afters[-1][: len(afters[-1]) - header])]
+        self.ends, self.tokens = {each for each in found if each}, tuple(controls.ids)
+        self.header = prompt[closing:]
         self.written = prompt + before + after
 
     def _probe(self) -> tuple[str, str]:
@@ -89,13 +92,15 @@ class Turns:
 
         marks: the two that stand around texts that look like tokens and are none"""
         spans: dict[int, tuple[int, int, int]] = {}  # of each turn: behind the text before it, its first, its last
-        before = 0
+        before, seen = 0, set()
         for place in rendering.places:
             number = place.slot[0]
-            if number >= 0 and messages[number]["role"] == "assistant":
+            # what a tool answers may be headed by the call's own name
+            if number >= 0 and messages[number]["role"] == "assistant" and place.slot not in seen:
                 gap, start, _ = spans.get(number, (before, place.start, 0))
                 spans[number] = (gap, start, place.stop)
             before = place.stop
+            seen.add(place.slot)
         stops = {place.start for place in rendering.places}
         turns = []
         for number, (gap, first, said) in spans.items():
@@ -104,7 +109,7 @@ class Turns:
             stop = self._stop(rendering.text, said, limit, marks)
             if stop is None:
                 stop = self._stop_by_rendering(messages[: number + 1], rendering.text, said, tools)
-            turns.append(Turn(number, start, said, said if stop is None else stop, stop is not None))
+            turns.append(Turn(number, start, said, stop, rendering.text.endswith(self.tokens, said, stop)))
         return sorted(turns, key=lambda turn: turn.start)
 
     def _start(self, gap: str) -> int:
@@ -126,15 +131,14 @@ class Turns:
                 found.append(place + len(end))
         return min(found, default=None)
 
-    def _stop_by_rendering(self, messages: Sequence[Message], text: str, said: int, tools: Any) -> int | None:
-        """Where the rendering of a conversation up to a turn ends: calls of tools often end with another token."""
-        if not self.ends:
-            return None
+    def _stop_by_rendering(self, messages: Sequence[Message], text: str, said: int, tools: Any) -> int:
+        """Where the rendering of a conversation up to a turn ends, but for white space: calls of tools often end with
+        another token, and a template may write none."""
         try:
             rendered = self.template.render(messages, tools).rstrip()
         except Rejected:
-            return None
-        return len(rendered) if len(rendered) > said and text.startswith(rendered) else None
+            return said
+        return len(rendered) if len(rendered) > said and text.startswith(rendered) else said
 
 
 def _talk(num: int) -> list[Mapping[str, Any]]:

@@ -7,7 +7,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
@@ -25,7 +25,7 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     kind = next(k for k in options if k is not type(None))
     if typing.get_origin(kind) is tuple:
         return _texts(name, value)
-    if typing.get_origin(kind) is dict:
+    if typing.get_origin(kind) is Mapping:
         return _mapping(name, value)
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
