@@ -31,8 +31,8 @@ def make_judge(config: JudgeConfig) -> Judge:
     Raises: FileNotFoundError, ValueError or ServerError for one that cannot be asked."""
     assert config.judge is not None
     if not config.is_server():
-        options = {"template": config.judge_template, "template_kwargs": config.judge_template_kwargs}
-        options |= {"max_tokens": config.max_tokens, **config.model_options()}
+        options: dict[str, Any] = {"template": config.judge_template, "max_tokens": config.max_tokens}
+        options |= {"template_kwargs": config.judge_template_kwargs, **config.model_options()}
         return LocalJudge(config.judge, config.answers, **options)
     assert config.judge_model is not None
     key = read_text(config.judge_key_file, "judge_key_file") if config.judge_key_file else None
@@ -65,7 +65,8 @@ class LocalJudge:
     """A causal language model that is asked in this process, in packed forward passes.
 
     path: its folder or hub id; answers: the two texts that count as answers
-    template, template_kwargs: see `Renderer`; max_tokens: tokens a forward pass; options: those of `Policy.from_pretrained`
+    template, template_kwargs: see `Renderer`; max_tokens: tokens a forward pass
+    options: those of `Policy.from_pretrained`
 
     Raises: ValueError for an answer for which the vocabulary has no token."""
 

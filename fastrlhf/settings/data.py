@@ -57,9 +57,7 @@ class DataCheckConfig:
     max_length: int | None = option(None, "longer rows are rejected, as by the loops")
     against: str | None = option(None, "another file: the prompts that both hold, say of training and held-out rows")
     template: str = option("auto", "chat template: auto (if the tokenizer has one), chat or none (plain text)")
-    template_kwargs: Mapping[str, Any] | None = option(
-        None, "what the template gets besides: '{enable_thinking: false}'"
-    )
+    template_kwargs: Mapping[str, Any] | None = option(None, "what the template gets: '{enable_thinking: false}'")
     max_rejected: float = option(0.01, "fail, with status 1, if a larger share of the rows is rejected")
 
     def __post_init__(self) -> None:

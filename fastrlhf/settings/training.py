@@ -45,9 +45,7 @@ class JobConfig:
     max_tokens: int = option(4096, "tokens a micro-batch: memory and speed, not results")
     max_rejected: float = rare(0.01, "stop if a larger share of the rows is rejected")
     template: str = option("auto", "chat template: auto (if the tokenizer has one), chat or none")
-    template_kwargs: Mapping[str, Any] | None = option(
-        None, "what the template gets besides: '{enable_thinking: false}'"
-    )
+    template_kwargs: Mapping[str, Any] | None = rare(None, "what the template gets: '{enable_thinking: false}'")
     seed: int = option(0, "seed of everything that is drawn")
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "of the forward: auto (bfloat16 on cuda), float32 or bfloat16")
