@@ -6,7 +6,7 @@ A control token is a special token of the tokenizer, or another added one that i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from fastrlhf.data.report import Reason, Rejected
@@ -59,11 +59,11 @@ def texts_in(value: Any) -> Iterator[str]:
     """Every text in a value of JSON."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, dict):
         for key, item in value.items():
             yield from texts_in(key)
             yield from texts_in(item)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, (list, tuple)):
         for item in value:
             yield from texts_in(item)
 
@@ -72,7 +72,7 @@ def changed(value: Any, change: Callable[[str], str]) -> Any:
     """A value of JSON with every text in it changed."""
     if isinstance(value, str):
         return change(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {changed(key, change): changed(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [changed(item, change) for item in value]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastrlhf.data.controls import Controls, Span
+from fastrlhf.data.controls import Controls, Span, added_tokens
 from fastrlhf.data.report import Reason, Rejected
 
 
@@ -35,10 +35,16 @@ def common_start(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 
 class Encoder:
-    """Encodes texts with a tokenizer, and adds nothing to them."""
+    """Encodes texts with a tokenizer, and adds nothing to them.
+
+    Texts that come one after the other often begin alike, as those of the responses to one prompt do. A special token
+    cuts a text into two that are encoded apart, so the tokens before one that both texts have are taken over."""
 
     def __init__(self, tokenizer: Any, controls: Controls) -> None:
         self.tokenizer, self.controls = tokenizer, controls
+        special = added_tokens(tokenizer, special=True)
+        self.special, self.longest = {*special.values()}, max(map(len, special), default=0)
+        self.last: tuple[str, Encoded] = ("", Encoded([], (), ()))
         self.newline = self._piece("\n").ids
 
     def __call__(self, text: str, spans: Sequence[Span] = (), borders: Sequence[int] = ()) -> Encoded:
@@ -48,7 +54,7 @@ class Encoder:
         if not self.tokenizer.is_fast:
             return self._by_prefixes(text, spans, borders)
         if not spans:
-            return self._piece(text)
+            return self._like_the_last(text)
         ids: list[int] = []
         starts: list[int] = []
         ends: list[int] = []
@@ -58,6 +64,26 @@ class Encoder:
             starts += [start + place for place in piece.starts]
             ends += [start + place for place in piece.ends]
         return Encoded(ids, starts, ends)
+
+    def _like_the_last(self, text: str) -> Encoded:
+        before, known = self.last
+        same = _num_same(before, text) - self.longest
+        cut = bisect_right(known.starts, same) - 1 if same >= 0 else 0
+        while cut > 0 and known.ids[cut] not in self.special:
+            cut -= 1
+        if cut > 0:
+            start, rest = known.starts[cut], self._piece(text[known.starts[cut] :])
+            starts = [*known.starts[:cut], *(start + place for place in rest.starts)]
+            ends = [*known.ends[:cut], *(start + place for place in rest.ends)]
+            encoded = Encoded(known.ids[:cut] + rest.ids, starts, ends)
+        else:
+            encoded = self._piece(text)
+        self.last = text, encoded
+        return encoded
+
+    def ids(self, text: str, spans: Sequence[Span] = ()) -> list[int]:
+        """The tokens of a text whose places are of no interest."""
+        return self(text, spans).ids if spans else list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def behind(self, text: str) -> list[int]:
         """The tokens of a text that goes on from another: without the space that some tokenizers begin a text with."""
@@ -122,6 +148,18 @@ class Encoder:
             part = text[start:stop]
             ids += (self._behind(part, plain=plain) if start else self._first(part, plain=plain)).ids
         return ids
+
+
+def _num_same(first: str, second: str) -> int:
+    """How many letters two texts have in common before they part."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _pieces(text: str, spans: Sequence[Span]) -> list[tuple[int, int, bool]]:

@@ -71,8 +71,8 @@ class Renderer:
 
     A response ends with the token that ends the turn. What the template writes behind the last one, such as a line
     feed, is part of a demonstration, where it is not learned, and no part of a response that is judged: a reward model
-    reads its score at the end of the turn, where a sampled response ends too. Behind the text of a template that ends
-    its turns with no token comes EOS. Nothing is decoded and encoded again.
+    reads its score at the end of the turn, where a sampled response ends too. Where the template writes no end behind
+    the last turn, that of turns before it is put there, or EOS. Nothing is decoded and encoded again.
 
     Plain texts keep their control tokens, which people wrote who rendered them, but those within a `Quoted` span.
 
@@ -103,7 +103,7 @@ class Renderer:
         """What is to be said of prompts to which responses are sampled: where they end as no rendered answer begins."""
         if not self.chat:
             return []
-        prompt, whole = (self.encode(text).ids for text in (self.turns.asked, self.turns.answered))
+        prompt, whole = (self.encode.ids(text) for text in (self.turns.asked, self.turns.answered))
         header = self.turns.header
         if whole[: len(prompt)] == prompt and header.count("<think>") == header.count("</think>"):
             return []
@@ -117,7 +117,7 @@ class Renderer:
         (messages, tools), marks = self.controls.mark((_stripped(_messages(prompt)), tools))
         self.template.check_all(messages, tools, generation=True)
         text, spans, _ = unmarked(self.template.render(messages, tools, generation=True), marks)
-        return self.encode(text, spans).ids
+        return self.encode.ids(text, spans)
 
     def answers(
         self, prompt: Conversation, answers: Sequence[Answer], finished: Sequence[bool], tools: Any = None

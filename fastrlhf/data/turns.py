@@ -35,7 +35,7 @@ class Turn:
 class Turns:
     """Finds the assistant's turns in what a chat template writes.
 
-    end: the token that ends the last turn, None: the template writes none; header: the generation prompt itself
+    end: the token that ends a turn, None: the template writes none; header: the generation prompt itself
     asked, answered: a question with its generation prompt, and an answered one, as the template renders them
 
     Raises: ValueError for a template that fails, or that does not write an answer as it is."""
@@ -60,10 +60,8 @@ class Turns:
         self.headers = [prompt[closing:start] for start in sorted({*starts}, reverse=True) if start > closing]
         self.added = before[starts[0] :] if starts else ""
         found = [controls.first_in(each) for each in afters]
-        self.end = found[0]
-        if self.end is None:  # such as GLM's: what comes first behind an answer may begin the next question
-            header = common_start(asked.fixed[0][::-1], afters[-1][::-1])
-            found = [controls.first_in(afters[-1][: len(afters[-1]) - header])]
+        # GLM's template writes none behind the last answer: a turn ends where the user's token begins the next
+        self.end = found[0] or found[-1]
         self.ends, self.tokens = {each for each in found if each}, tuple(controls.ids)
         self.header = prompt[closing:]
         self.written = prompt + before + after
