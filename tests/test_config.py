@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import yaml
 
+from fastrlhf.runs.options import parse
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.training import DPOConfig, RewardConfig, SFTConfig
 from fastrlhf.settings.values import dump
@@ -188,3 +189,23 @@ def test_the_kl_is_where_the_paper_of_an_estimator_has_it(estimator, expected):
     assert (config.kl_in, config.kl_estimator) == expected
     asked = PPOConfig(**given, kl_in="reward")
     assert (asked.kl_in, asked.kl_estimator) == ("reward", "k1")
+
+
+def test_keywords_of_the_template_are_a_mapping_of_yaml_python_or_a_command_line(tmp_path):
+    keywords = {"enable_thinking": False, "effort": {"level": 3}}
+    written = (
+        "{enable_thinking: false, effort: {level: 3}}",
+        '{"enable_thinking": false, "effort": {"level": 3}}',
+        keywords,
+    )
+    for value in written:
+        config = SFTConfig(model="m", data="d", output="o", template_kwargs=value)
+        assert config.template_kwargs == keywords
+        assert SFTConfig(**yaml.safe_load(dump(config))) == config
+    assert parse(SFTConfig, ["--model=m", "--data=d", "--output=o", "--template-kwargs", written[0]]) == config
+    assert SFTConfig(model="m", data="d", output="o", template_kwargs="none").template_kwargs is None
+    for wrong, text in (("fast", "must be a mapping"), ("{a", "is no mapping"), ({1: 2}, "must be a mapping")):
+        with pytest.raises(TypeError, match=f"template_kwargs.*{text}"):
+            SFTConfig(model="m", data="d", output="o", template_kwargs=wrong)
+    with pytest.raises(ValueError, match="template_kwargs are the chat template's, but template is none"):
+        SFTConfig(model="m", data="d", output="o", template="none", template_kwargs=keywords)

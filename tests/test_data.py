@@ -146,6 +146,7 @@ def test_template_none_leaves_strings_as_they_are(write):
     assert CHAT.decode(loaded.rows[0].tokens) == "q"
 
 
+CALL = {"function": {"name": "f", "arguments": {}}}
 WORD = {"prompt": "q", "chosen": "a", "rejected": "b"}
 GOOD = {
     load_prompts: {"prompt": "q"},
@@ -174,8 +175,6 @@ BAD_ROWS = [
     (load_demonstrations, {"text": "<eos>"}, Reason.NO_RESPONSE_TOKEN),
     (load_demonstrations, {"text": "a" * 100}, Reason.TOO_LONG),
     (load_demonstrations, {"prompt": "q", "completion": ""}, Reason.EMPTY_RESPONSE),
-    (load_demonstrations, {"prompt": "q", "completion": "<eos>"}, Reason.NO_RESPONSE_TOKEN),
-    (load_demonstrations, {"prompt": "q", "completion": "a<eos>b"}, Reason.END_INSIDE),
     (load_demonstrations, {"prompt": "q", "completion": "a" * 99}, Reason.TOO_LONG),
     (load_demonstrations, {"prompt": "q", "completion": ["a"]}, Reason.NOT_A_MESSAGE),
     (load_demonstrations, {"prompt": "q", "completion": ANSWERED}, Reason.NOT_ONE_ANSWER),
@@ -186,6 +185,10 @@ BAD_ROWS = [
     (load_demonstrations, {"messages": [user("q"), assistant("a", weight=0)]}, Reason.NO_RESPONSE_TOKEN),
     (load_demonstrations, {"messages": [user("q"), assistant("a", weight=0.5)]}, Reason.BAD_WEIGHT),
     (load_demonstrations, {"messages": [user("q"), assistant("a", tool_calls=[{}])]}, Reason.TOOL_CALL),
+    (load_demonstrations, {"messages": [user("q"), assistant("a", function_call={"name": "f"})]}, Reason.TOOL_CALL),
+    (load_demonstrations, {"messages": [user("q"), assistant("a", tool_calls=[CALL])]}, Reason.NOT_RENDERED),
+    (load_demonstrations, {"messages": [user("q"), assistant("a", reasoning=3)]}, Reason.NOT_A_MESSAGE),
+    (load_demonstrations, {"messages": [user("q"), assistant("a", thinking="t")]}, Reason.NOT_RENDERED),
     (load_pairs, {**WORD, "rejected": None}, Reason.MISSING_COLUMN),
     (load_pairs, {**WORD, "rejected": "a"}, Reason.SAME),
     (load_pairs, {**WORD, "rejected": " "}, Reason.EMPTY_RESPONSE),
@@ -228,12 +231,23 @@ def test_a_bad_row_is_rejected_with_its_reason(write, loader, row, reason):
     assert f"1 rejected: {reason} (row 2" in str(report)
 
 
+@pytest.mark.parametrize(
+    ("completion", "reason"), [("<eos>", Reason.NO_RESPONSE_TOKEN), ("a<eos>b", Reason.END_INSIDE)]
+)
+def test_an_end_inside_a_plain_response_rejects_it_and_in_a_chat_it_is_text(write, completion, reason):
+    path = write(WORD | {"completion": "a"}, WORD | {"completion": completion})
+    assert load(load_demonstrations, path, PLAIN, max_rejected=0.5).report.rejected == {reason: [2]}
+    row = load(load_demonstrations, path, CHAT).rows[1]
+    assert row.tokens.count(CHAT.eos_token_id) == 2 and learned(CHAT, row).endswith(f"[{completion}<eos>]")
+
+
 def test_every_reason_is_tested():
     """Here, or in a file of tests that names it."""
     here = Path(__file__)
     others = "".join(path.read_text() for path in here.parent.rglob("test_*.py") if path != here)
     named = {reason for reason in Reason if f"Reason.{reason.name}" in others}
-    tested = {reason for *_, reason in BAD_ROWS} | named | {Reason.TEMPLATE_REFUSES, Reason.TEMPLATE_REWRITES}
+    below = {Reason.TEMPLATE_REFUSES, Reason.TEMPLATE_REWRITES, Reason.END_INSIDE}
+    tested = {reason for *_, reason in BAD_ROWS} | named | below
     assert tested == set(Reason)
 
 

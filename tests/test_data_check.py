@@ -92,6 +92,20 @@ def test_lengths_are_in_tokens_where_there_is_a_tokenizer(write, tmp_path):
         DataCheckConfig(file="rows.jsonl", max_length=23)
 
 
+def test_texts_that_look_like_control_tokens_are_counted(write, tmp_path):
+    good = {"prompt": "q", "completion": "a"}
+    rows = [{"prompt": "q<eos><|assistant|>", "completion": "a"}, {"prompt": "q", "completion": "<eos>a"}, good]
+    path = write(*rows)
+    (line,) = [line for line in report(path) if "control tokens" in line]
+    counted = "texts that look like control tokens: 3 in 2 rows (<eos>: 2, <|assistant|>: 1)"
+    assert line == f"{counted}, read as text with a chat template"
+    tiny_tokenizer().save_pretrained(tmp_path / "chat")
+    assert line in report(path, tokenizer=str(tmp_path / "chat"))
+    (plain,) = [line for line in report(write(rows[0]), template="none") if "control tokens" in line]
+    assert plain.endswith("2 in 1 rows (<eos>: 1, <|assistant|>: 1), read as control tokens, without a chat template")
+    assert not any("control tokens" in line for line in report(write(good)))
+
+
 def test_a_file_with_too_many_rejected_rows_fails_after_its_report(write, capsys):
     assert main(["data", "check", str(write(*PAIRS))]) == 1
     captured = capsys.readouterr()

@@ -16,11 +16,14 @@ class Characters:
     name_or_path = "characters"
     chat_template = "a message after the other"
     eos_token_id = ord(END)
+    all_special_tokens = (END, SYSTEM_END)
     all_special_ids = (ord(END), ord(SYSTEM_END))
-    added_tokens_decoder: dict[int, str] = {}  # noqa: RUF012 (a transformers' tokenizer has it as a property)
+    added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012 (a transformers' tokenizer has it as a property)
+    is_fast = True
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+    def __call__(self, text: str, **options: Any) -> SimpleNamespace:
+        places = [(n, n + 1) for n in range(len(text))]
+        return SimpleNamespace(input_ids=[ord(letter) for letter in text], offset_mapping=places)
 
     def apply_chat_template(self, messages: Sequence[Any], *, tokenize: bool = True, **options: Any) -> Any:
         ends = {"system": SYSTEM_END}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastrlhf.data.characters import Characters
+from fastrlhf.data.controls import LOOKS, texts_in
 from fastrlhf.data.files import DataError, read_rows
 from fastrlhf.data.importers import IMPORTERS
 from fastrlhf.data.items import Item, Tokens, item_of
@@ -28,9 +30,10 @@ from fastrlhf.data.statistics import (
     repetitions,
     shared_prompts,
 )
-from fastrlhf.data.template import load_tokenizer
+from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.settings.data import DataCheckConfig
 
+TEXTS = ("prompt", "completion", "messages", "chosen", "rejected", "responses", "text", "tools")  # columns of texts
 SHARES = (0, 50, 90, 99, 100)
 
 
@@ -76,7 +79,7 @@ def check(config: DataCheckConfig) -> Iterator[str]:
     items = [item_of(row) for row in loaded.rows]
     yield f"{layout.name}, for fastrlhf {', '.join(_readers(config.file))}\n{loaded.report}"
     yield "\n".join(_lengths(items, count, "characters" if isinstance(tokenizer, Characters) else "tokens"))
-    yield "\n".join(_contents(items, count))
+    yield "\n".join([*_contents(items, count), *_spelled(config, tokenizer)])
     if config.against:
         yield _overlap(items, config, tokenizer)
     rejected, rows = loaded.report.num_rejected, loaded.report.num_rows
@@ -118,7 +121,8 @@ def _columns(path: str) -> set[str]:
 
 def _load(config: DataCheckConfig, path: str, layout: Layout, tokenizer: Any) -> Loaded[Any]:
     longest = config.max_length or 2**62
-    return layout.load(path, tokenizer, max_tokens=longest, template=config.template, max_rejected=1)
+    options = {"template": config.template, "template_kwargs": config.template_kwargs, "max_rejected": 1}
+    return layout.load(path, tokenizer, max_tokens=longest, **options)
 
 
 def _lengths(items: Sequence[Item], count: Callable[[Tokens], int], unit: str) -> list[str]:
@@ -161,6 +165,26 @@ def _contents(items: Sequence[Item], count: Callable[[Tokens], int]) -> list[str
         if values:
             lines.append(_counts(name, values))
     return lines
+
+
+def _spelled(config: DataCheckConfig, tokenizer: Any) -> list[str]:
+    """A line on what looks like control tokens in the texts of the file, if anything does."""
+    found: Counter[str] = Counter()
+    rows = 0
+    pattern, plain = re.compile(LOOKS), config.template == "none"
+    if not isinstance(tokenizer, Characters):
+        renderer = Renderer(tokenizer, config.template, config.template_kwargs)
+        pattern, plain = renderer.controls.pattern, not renderer.chat
+    for _, row in read_rows(config.file):
+        texts = [text for name in TEXTS if name in row for text in texts_in(row[name])]
+        spelled = [match for text in texts for match in pattern.findall(text)]
+        found.update(spelled)
+        rows += bool(spelled)
+    if not found:
+        return []
+    most = ", ".join(f"{text}: {number}" for text, number in found.most_common(5))
+    what = "read as control tokens, without a chat template" if plain else "read as text with a chat template"
+    return [f"texts that look like control tokens: {found.total()} in {rows} rows ({most}), {what}"]
 
 
 def _labels(items: Sequence[Item]) -> list[str]:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from fastrlhf.data.controls import texts_in
+from fastrlhf.data.rendering import REASONING, Message
 from fastrlhf.data.report import Reason, Rejected
-from fastrlhf.data.template import Message
 
 Conversation = str | list[Message]
+Answer = str | Message  # a message where there is more to it than a text
+# which roles may come after each
+FOLLOWERS = {"system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def conversation(value: Any) -> list[Message]:
-    """The messages of [system,] user, assistant, user, ..., without fields that are null."""
+    """The messages of [system,] user, assistant, user, ..., without fields that are null; after an assistant's message
+    there may be those of tools, and after these the assistant's next."""
     if not isinstance(value, list):
         raise Rejected(Reason.NOT_A_MESSAGE, f"expected a list of messages, got {type(value).__name__}")
     if not value:
@@ -22,27 +28,72 @@ def conversation(value: Any) -> list[Message]:
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     for n, role in enumerate(turns):
-        if role not in ("system", "user", "assistant"):
+        before = turns[n - 1] if n else "system"
+        if role not in ("system", "user", "assistant", "tool"):
             raise Rejected(Reason.UNKNOWN_ROLE, repr(role))
-        if role != ("user", "assistant")[n % 2]:
+        if role == "tool" and before not in ("assistant", "tool"):
+            raise Rejected(Reason.UNKNOWN_ROLE, "'tool' where no message of the assistant is before it")
+        if role not in FOLLOWERS[before]:
             raise Rejected(Reason.NOT_ALTERNATING, ", ".join(map(str, roles[: n + 2])))
     if not turns:
         raise Rejected(Reason.EMPTY_PROMPT, "only a system message")
     for message in messages:
-        if message["role"] != "system" and not message["content"].strip():
+        if message["role"] in ("user", "assistant") and not _says_something(message):
             raise Rejected(Reason.EMPTY_PROMPT if message["role"] == "user" else Reason.EMPTY_RESPONSE)
     return messages
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message.get("content", "").strip() or message.get("tool_calls"))
 
 
 def _message(item: Any) -> Message:
     if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
         raise Rejected(Reason.NOT_A_MESSAGE)
     message = {key: value for key, value in item.items() if value is not None}
-    if message.get("tool_calls") or message.get("function_call"):
-        raise Rejected(Reason.TOOL_CALL)
     if message.get("weight", 1) not in (0, 1):
         raise Rejected(Reason.BAD_WEIGHT, repr(message["weight"]))
+    if message.pop("function_call", None):
+        raise Rejected(Reason.TOOL_CALL, "function_call; tool_calls has taken its place")
+    calls = message.pop("tool_calls", None)
+    if calls:
+        _check_calls(message["role"], calls)
+        message["tool_calls"] = calls
+    thought = next((message[name] for name in REASONING if name in message), None)
+    if thought is not None:
+        if not isinstance(thought, str):
+            raise Rejected(Reason.NOT_A_MESSAGE, f"its reasoning is of type {type(thought).__name__}")
+        # templates read one name or the other
+        message |= {"reasoning_content": _unicode(thought), "thinking": thought}
+        message.pop("reasoning", None)
+    if calls and "content" not in message:
+        return message
     return {**message, "content": _content(message.get("content"))}
+
+
+def _check_calls(role: str, calls: Any) -> None:
+    """Raises Rejected unless these are the assistant's calls of tools by name."""
+    if role != "assistant" or not isinstance(calls, list):
+        raise Rejected(Reason.TOOL_CALL, f"tool_calls of {role}, of type {type(calls).__name__}")
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise Rejected(Reason.TOOL_CALL, "a call has no name of a function")
+    for text in texts_in(calls):
+        _unicode(text)
+
+
+def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
+    """The tools of a row, from its column `tools`: a list of objects, or such a list as JSON; None: it has none. What
+    is something else is a column like any other."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.lstrip().startswith("["):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            return None
+    is_list = isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
+    return list(tools) if tools and is_list else None
 
 
 def _content(content: Any) -> str:
@@ -79,24 +130,44 @@ def prompt_of(value: Any) -> Conversation:
     if not isinstance(value, list):
         return text_of(value, Reason.EMPTY_PROMPT)
     messages = conversation(value)
-    if messages[-1]["role"] != "user":
+    if messages[-1]["role"] not in ("user", "tool"):
         raise Rejected(Reason.USER_NOT_LAST)
     return messages
 
 
-def response_of(value: Any) -> str:
-    """A response: a text, or messages of which there is one, the assistant's."""
+def response_of(value: Any) -> Answer:
+    """A response: a text, or messages of which there is one, the assistant's; that message where there is more to it
+    than a text."""
     if isinstance(value, list):
         if not value:
             raise Rejected(Reason.EMPTY_RESPONSE)
         message = _message(value[0])
         if len(value) > 1 or message["role"] != "assistant":
             raise Rejected(Reason.NOT_ONE_ANSWER)
-        value = message["content"]
+        return _answer(message)
     return text_of(value, Reason.EMPTY_RESPONSE)
 
 
-def preference_of(row: Mapping[str, Any], *, chat: bool) -> tuple[Conversation, str, str]:
+def _answer(message: Message) -> Answer:
+    if any(message.get(name) for name in ("tool_calls", *REASONING)):
+        return message
+    return text_of(message["content"], Reason.EMPTY_RESPONSE)
+
+
+def only_text(answer: Answer) -> str:
+    """A response as text. Raises: Rejected for one that has reasoning or calls tools."""
+    if not isinstance(answer, str):
+        raise Rejected(Reason.NOT_TEXT, "a response with reasoning or tool calls")
+    return answer
+
+
+def said(message: Message) -> str:
+    """What a message says to who reads it as text: its content, and the tools that it calls."""
+    calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join([*([message["content"]] if message.get("content") else []), *calls])
+
+
+def preference_of(row: Mapping[str, Any], *, chat: bool) -> tuple[Conversation, Answer, Answer]:
     """(prompt, chosen, rejected) of a preference row.
 
     chat: HH-RLHF text becomes messages; otherwise it stays text"""
@@ -116,16 +187,16 @@ def preference_of(row: Mapping[str, Any], *, chat: bool) -> tuple[Conversation, 
 
 def _whole_conversations(
     chosen: list[Any], rejected: list[Any], prompt: Conversation | None
-) -> tuple[Conversation, str, str]:
+) -> tuple[Conversation, Answer, Answer]:
     """Both sides hold the prompt; where there is a prompt column too, it must say the same."""
     good, bad = conversation(chosen), conversation(rejected)
     if good[-1]["role"] != "assistant" or bad[-1]["role"] != "assistant":
         raise Rejected(Reason.ASSISTANT_NOT_LAST)
     if good[:-1] != bad[:-1]:
         raise Rejected(Reason.PROMPTS_DIFFER)
-    if prompt is not None and prompt not in (good[:-1], good[-2]["content"]):
+    if prompt is not None and prompt not in (good[:-1], good[-2].get("content")):
         raise Rejected(Reason.PROMPTS_DIFFER, "the prompt column is not what stands before the responses")
-    return good[:-1], good[-1]["content"], bad[-1]["content"]
+    return good[:-1], _answer(good[-1]), _answer(bad[-1])
 
 
 def _human_assistant(chosen: str, rejected: str, *, chat: bool) -> tuple[Conversation, str, str]:

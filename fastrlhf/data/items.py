@@ -47,6 +47,7 @@ def item_of(row: Any) -> Item:
 
 
 def _demonstration(row: Demonstration) -> Item:
-    mask = row.response_mask
+    tokens = row.answered
+    mask = row.response_mask[: len(tokens)]
     start = 0 if all(mask[1:]) else len(mask) - next(n for n, learned in enumerate(reversed(mask)) if not learned)
-    return Item(row.tokens[:start], [row.tokens[start:]])
+    return Item(tokens[:start], [tokens[start:]])

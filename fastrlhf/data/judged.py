@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.data.conversations import preference_of, prompt_of, response_of
+from fastrlhf.data.columns import finished_of, head_name, head_of, margin_of, probability_of, rating_of, weight_of
+from fastrlhf.data.conversations import preference_of, prompt_of, response_of, tools_of
 from fastrlhf.data.files import DataError, read_rows
 from fastrlhf.data.lengths import measured
-from fastrlhf.data.loading import Columns, Loaded, Row, _load, _response
+from fastrlhf.data.loading import Columns, Loaded, Row, _load, answers_of, tools_column
 from fastrlhf.data.report import Reason, Rejected
 from fastrlhf.data.template import Renderer
 
@@ -116,20 +115,26 @@ def layout_of(path: str | Path) -> str:
 
 
 def load_pairs(
-    path: str | Path, tokenizer: Any, *, max_tokens: int, template: str = "auto", **options: Any
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    template: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Loaded[Pair]:
     """Returns the preference pairs of a file.
 
-    max_tokens: pairs with a longer side are rejected; template: see `Renderer`; options: max_rejected, limit, offset
+    max_tokens: pairs with a longer side are rejected; template, template_kwargs: see `Renderer`; options: max_rejected,
+    limit, offset
 
     Raises: DataError."""
-    renderer = Renderer(tokenizer, template)
+    renderer = Renderer(tokenizer, template, template_kwargs)
 
     def make(row: Row, used: Columns) -> Pair:
         prompt, good, bad = preference_of(row, chat=renderer.chat)
-        start = renderer.prompt(prompt)
-        chosen = _response(renderer, good, finished=_finished(row, "chosen_finished"))
-        rejected = _response(renderer, bad, finished=_finished(row, "rejected_finished"))
+        ends = [finished_of(row, "chosen_finished"), finished_of(row, "rejected_finished")]
+        start, (chosen, rejected) = answers_of(renderer, prompt, [good, bad], finished=ends, tools=tools_of(row))
         if chosen == rejected:
             raise Rejected(Reason.SAME)
         _check_length(start, [chosen, rejected], max_tokens)
@@ -137,25 +142,36 @@ def load_pairs(
             start,
             chosen,
             rejected,
-            margin=_margin(row.get("margin")),
+            margin=margin_of(row.get("margin")),
             columns=_others(row, used, PAIR_OPTIONS),
-            weight=_weight(row),
-            preference=_probability(row.get("preference", 1.0), "preference"),
-            head=_head(row),
+            weight=weight_of(row),
+            preference=probability_of(row.get("preference", 1.0), "preference"),
+            head=head_of(row),
         )
 
     return _load(
-        path, "preference pairs", LAYOUTS["pairs"], measured(make, tokenizer, max_tokens), known=PAIR_OPTIONS, **options
+        path,
+        "preference pairs",
+        LAYOUTS["pairs"],
+        measured(make, tokenizer, max_tokens),
+        known=(*PAIR_OPTIONS, *tools_column(renderer)),
+        **options,
     )
 
 
 def load_rankings(
-    path: str | Path, tokenizer: Any, *, max_tokens: int, template: str = "auto", **options: Any
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    template: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Loaded[Ranking]:
     """Returns the rankings of a file; the options are those of load_pairs.
 
     Raises: DataError."""
-    renderer = Renderer(tokenizer, template)
+    renderer = Renderer(tokenizer, template, template_kwargs)
 
     def make(row: Row, used: Columns) -> Ranking:
         texts, ranks = row["responses"], row["ranks"]
@@ -165,15 +181,20 @@ def load_rankings(
         if not whole or len(ranks) != len(texts):
             raise Rejected(Reason.BAD_RANKS, repr(ranks))
         order = sorted(range(len(texts)), key=lambda n: ranks[n])
-        start = renderer.prompt(prompt_of(row["prompt"]))
-        responses = [_response(renderer, response_of(texts[n])) for n in order]
+        answers = [response_of(texts[n]) for n in order]
+        start, responses = answers_of(renderer, prompt_of(row["prompt"]), answers, tools=tools_of(row))
         check_ranks([tuple(response) for response in responses], [ranks[n] for n in order])
         _check_length(start, responses, max_tokens)
         places = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
-        return Ranking(start, responses, [places[ranks[n]] for n in order], _head(row), _others(row, used, ("head",)))
+        return Ranking(start, responses, [places[ranks[n]] for n in order], head_of(row), _others(row, used, ("head",)))
 
     return _load(
-        path, "rankings", LAYOUTS["rankings"], measured(make, tokenizer, max_tokens), known=("head",), **options
+        path,
+        "rankings",
+        LAYOUTS["rankings"],
+        measured(make, tokenizer, max_tokens),
+        known=("head", *tools_column(renderer)),
+        **options,
     )
 
 
@@ -187,18 +208,24 @@ def check_ranks(responses: Sequence[Hashable], ranks: Sequence[int]) -> None:
 
 
 def load_labelled(
-    path: str | Path, tokenizer: Any, *, max_tokens: int, template: str = "auto", **options: Any
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    template: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Loaded[Labelled]:
     """Returns the labelled responses of a file; the options are those of load_pairs.
 
     Raises: DataError."""
-    renderer = Renderer(tokenizer, template)
-    known = ("weight", "head", "finished")
+    renderer = Renderer(tokenizer, template, template_kwargs)
+    known = ("weight", "head", "finished", *tools_column(renderer))
 
     def make(row: Row, used: Columns) -> Labelled:
         start, response = _one_response(renderer, row, max_tokens)
-        label, others = _probability(row["label"], "label"), _others(row, used, known)
-        return Labelled(start, response, label, _weight(row), _head(row), others)
+        label, others = probability_of(row["label"], "label"), _others(row, used, known)
+        return Labelled(start, response, label, weight_of(row), head_of(row), others)
 
     return _load(
         path, "labelled responses", LAYOUTS["labelled"], measured(make, tokenizer, max_tokens), known=known, **options
@@ -206,19 +233,25 @@ def load_labelled(
 
 
 def load_ratings(
-    path: str | Path, tokenizer: Any, *, max_tokens: int, template: str = "auto", **options: Any
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    template: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Loaded[Rated]:
     """Returns the rated responses of a file, the rating of a column `rating` under that name; an attribute that is null
     is as if it were not there. The options are those of load_pairs.
 
     Raises: DataError."""
-    renderer = Renderer(tokenizer, template)
+    renderer = Renderer(tokenizer, template, template_kwargs)
 
     def make(row: Row, used: Columns) -> Rated:
         given = row["ratings"] if "ratings" in used else {RATING: row["rating"]}
         if not isinstance(given, Mapping):
             raise Rejected(Reason.BAD_RATING, f"ratings is {given!r}")
-        ratings = {_head_name(name): _rating(value, name) for name, value in given.items() if value is not None}
+        ratings = {head_name(name): rating_of(value, name) for name, value in given.items() if value is not None}
         if not ratings:
             raise Rejected(Reason.MISSING_COLUMN, "a rating")
         start, response = _one_response(renderer, row, max_tokens)
@@ -229,14 +262,16 @@ def load_ratings(
         "rated responses",
         LAYOUTS["ratings"],
         measured(make, tokenizer, max_tokens),
-        known=("finished",),
+        known=("finished", *tools_column(renderer)),
         **options,
     )
 
 
 def _one_response(renderer: Renderer, row: Row, max_tokens: int) -> tuple[list[int], list[int]]:
-    start = renderer.prompt(prompt_of(row["prompt"]))
-    response = _response(renderer, response_of(row["completion"]), finished=_finished(row, "finished"))
+    prompt, answer = prompt_of(row["prompt"]), response_of(row["completion"])
+    start, (response,) = answers_of(
+        renderer, prompt, [answer], finished=[finished_of(row, "finished")], tools=tools_of(row)
+    )
     _check_length(start, [response], max_tokens)
     return start, response
 
@@ -249,56 +284,3 @@ def _check_length(prompt: list[int], responses: list[list[int]], max_tokens: int
 
 def _others(row: Row, used: Columns, known: Columns) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in (*used, *known)}
-
-
-def _finished(row: Row, name: str) -> bool:
-    value = row.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise Rejected(Reason.BAD_FINISHED, f"{name} is {value!r}")
-    return value is not False
-
-
-def _head(row: Row) -> str | None:
-    head = row.get("head")
-    return None if head is None else _head_name(head)
-
-
-def _head_name(name: Any) -> str:
-    if not isinstance(name, str) or not name or "#" in name:
-        raise Rejected(Reason.BAD_HEAD, repr(name))
-    return name
-
-
-def _margin(value: Any) -> float:
-    if value is None:
-        return 0.0
-    if not _is_number(value):
-        raise Rejected(Reason.BAD_MARGIN, repr(value))
-    return float(value)
-
-
-def _weight(row: Row) -> float:
-    weight = 1.0 if row.get("weight") is None else row["weight"]
-    if not _is_number(weight) or weight < 0:
-        raise Rejected(Reason.BAD_ROW_WEIGHT, repr(weight))
-    return float(weight)
-
-
-def _probability(value: Any, name: str) -> float:
-    if value is None:
-        value = 1.0
-    number = float(value) if isinstance(value, bool) or _is_number(value) else math.nan
-    if not 0 <= number <= 1:
-        raise Rejected(Reason.BAD_PROBABILITY, f"{name} is {value!r}")
-    return number
-
-
-def _rating(value: Any, name: Any) -> float:
-    if not _is_number(value):
-        raise Rejected(Reason.BAD_RATING, f"{name} is {value!r}")
-    return float(value)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is finite, also as a float: a whole number of a JSON file may be beyond them."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -7,11 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import jinja2
-
-from fastrlhf.data.conversations import Conversation, conversation, preference_of, prompt_of, response_of, text_of
+from fastrlhf.data.conversations import (
+    Answer,
+    Conversation,
+    conversation,
+    preference_of,
+    prompt_of,
+    response_of,
+    said,
+    text_of,
+    tools_of,
+)
 from fastrlhf.data.files import DataError, data_files, read_rows
 from fastrlhf.data.lengths import check_characters, measured
+from fastrlhf.data.rendering import Message
 from fastrlhf.data.report import Reason, Rejected, Report
 from fastrlhf.data.template import Renderer
 
@@ -45,10 +54,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """tokens of a conversation; response_mask is True for those that the model should learn to write."""
+    """tokens of a conversation; response_mask is True for those that the model should learn to write.
+
+    Behind the end of the last answer there may be what the chat template writes there, such as a line feed."""
 
     tokens: list[int]
     response_mask: list[bool]
+
+    @property
+    def answered(self) -> list[int]:
+        """The tokens up to the end of the last answer that is learned, where a reward model reads its score."""
+        return self.tokens[: len(self.tokens) - self.response_mask[::-1].index(True)]
 
 
 @dataclass(frozen=True)
@@ -60,15 +76,21 @@ class Loaded(Generic[T]):
 
 
 def load_prompts(
-    path: str | Path, tokenizer: Any, *, max_prompt_tokens: int, template: str = "auto", **options: Any
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_prompt_tokens: int,
+    template: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Loaded[Prompt]:
     """Returns the prompts of a file: its prompt column, or what stands before the last answer of its messages or of
     its preference pairs. Every other column is kept, null as None.
 
-    max_prompt_tokens: longer prompts are rejected; template: see `Renderer`; options: those of `_load`
+    max_prompt_tokens: longer prompts are rejected; template, template_kwargs: see `Renderer`; options: those of `_load`
 
     Raises: DataError."""
-    renderer = Renderer(tokenizer, template)
+    renderer = Renderer(tokenizer, template, template_kwargs)
 
     def make(row: Row, used: Columns) -> Prompt:
         if used == ("prompt",):
@@ -79,13 +101,14 @@ def load_prompts(
         else:
             prompt, _, _ = preference_of(row, chat=renderer.chat)
         check_characters(prompt, tokenizer, max_prompt_tokens, Reason.PROMPT_TOO_LONG)
-        tokens = renderer.prompt(prompt)
+        tokens = renderer.prompt(prompt, tools_of(row))
         if len(tokens) > max_prompt_tokens:
             raise Rejected(Reason.PROMPT_TOO_LONG, f"{len(tokens)}, more than max_prompt_tokens = {max_prompt_tokens}")
         columns = {name: value for name, value in row.items() if name not in used}
         return Prompt(tokens, _as_text(prompt), columns, prompt)
 
     loaded = _load(path, "prompts", PROMPT_COLUMNS, make, **options)
+    loaded.report.notes += renderer.notes
     own = REWARD_ARGUMENTS & {name for row in loaded.rows for name in row.columns}
     if own:  # a function that asks for one of them by name is refused (scorer.py)
         loaded.report.notes.append(
@@ -95,36 +118,48 @@ def load_prompts(
 
 
 def load_demonstrations(
-    path: str | Path, tokenizer: Any, *, max_tokens: int, template: str = "auto", **options: Any
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    template: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Loaded[Demonstration]:
     """Returns the demonstrations of a file: completions, assistant turns, the chosen side of preference pairs, or whole
     texts, of which all tokens but the first are learned.
 
-    max_tokens: longer ones are rejected; template: see `Renderer`; options: those of `_load`
+    max_tokens: longer ones are rejected; template, template_kwargs: see `Renderer`; options: those of `_load`
 
     Raises: DataError."""
-    renderer = Renderer(tokenizer, template)
+    renderer = Renderer(tokenizer, template, template_kwargs)
 
     def make(row: Row, used: Columns) -> Demonstration:
         if used == ("text",):
             tokens = renderer.text(text_of(row["text"], Reason.EMPTY_TEXT))
             demonstration = Demonstration(tokens, [False] + [True] * (len(tokens) - 1))
         elif used == ("messages",):
-            demonstration = _assistant_turns(row["messages"], renderer)
+            demonstration = _assistant_turns(row["messages"], renderer, tools_of(row))
         else:
             if "completion" in used:
                 prompt, response = prompt_of(row["prompt"]), response_of(row["completion"])
             else:
                 prompt, response, _ = preference_of(row, chat=renderer.chat)
-            start, end = renderer.prompt(prompt), _response(renderer, response)
-            demonstration = Demonstration(start + end, [False] * len(start) + [True] * len(end))
+            demonstration = _answered(renderer, prompt, response, tools_of(row))
         if len(demonstration.tokens) > max_tokens:
             raise Rejected(Reason.TOO_LONG, f"{len(demonstration.tokens)} tokens, {max_tokens} allowed")
         if not any(demonstration.response_mask):
             raise Rejected(Reason.NO_RESPONSE_TOKEN)
         return demonstration
 
-    return _load(path, "demonstrations", DEMONSTRATION_COLUMNS, measured(make, tokenizer, max_tokens), **options)
+    return _load(
+        path,
+        "demonstrations",
+        DEMONSTRATION_COLUMNS,
+        measured(make, tokenizer, max_tokens),
+        known=tools_column(renderer),
+        **options,
+    )
 
 
 def _load(
@@ -169,8 +204,6 @@ def _load(
             rows.append(make(row, used))
         except Rejected as rejected:
             report.reject(number, rejected.reason, rejected.detail)
-        except jinja2.TemplateError as error:
-            report.reject(number, Reason.TEMPLATE_REFUSES, str(error))
     _check(report, max_rejected, offset)
     return Loaded(rows, report)
 
@@ -214,32 +247,58 @@ def _notes(wanted: str, row: Row, used: Columns, known: Columns) -> list[str]:
     return notes
 
 
-def _response(renderer: Renderer, text: str, *, finished: bool = True) -> list[int]:
-    """The tokens of a response: at least one, then, if it is finished, its end, which stands nowhere else."""
-    tokens = renderer.response(text)
-    if len(tokens) < 2:
-        raise Rejected(Reason.NO_RESPONSE_TOKEN)
-    if tokens.index(renderer.end) < len(tokens) - 1:
-        raise Rejected(Reason.END_INSIDE)
-    return tokens if finished else tokens[:-1]
+def tools_column(renderer: Renderer) -> Columns:
+    """The further column that is read with a chat template."""
+    return ("tools",) if renderer.chat else ()
 
 
-def _assistant_turns(value: Any, renderer: Renderer) -> Demonstration:
+def answers_of(
+    renderer: Renderer,
+    prompt: Conversation,
+    answers: Sequence[Answer],
+    *,
+    finished: Sequence[bool] = (),
+    tools: Any = None,
+) -> tuple[list[int], list[list[int]]]:
+    """The tokens of a prompt, and those of each response to it: at least one, then, if it is finished, its end.
+
+    finished: of each response, all by default. Raises: Rejected."""
+    ends = finished or [True] * len(answers)
+    start, responses = renderer.answers(prompt, answers, ends, tools)
+    for response, ended in zip(responses, ends, strict=True):
+        if len(response) < 1 + ended:
+            raise Rejected(Reason.NO_RESPONSE_TOKEN)
+        if not renderer.chat and renderer.end in response[: len(response) - ended]:
+            raise Rejected(Reason.END_INSIDE)
+    return start, responses
+
+
+def _answered(renderer: Renderer, prompt: Conversation, answer: Answer, tools: Any) -> Demonstration:
+    """A prompt with a response, which is what is learned."""
+    if renderer.chat:
+        message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return _learning(renderer, [*turns, message], [len(turns)], tools)
+    start, (end,) = answers_of(renderer, prompt, [answer])
+    return Demonstration(start + end, [False] * len(start) + [True] * len(end))
+
+
+def _assistant_turns(value: Any, renderer: Renderer, tools: Any = None) -> Demonstration:
     """Every assistant turn of a conversation, its end included, is a response, except those of weight 0."""
     messages = conversation(value)
     if messages[-1]["role"] != "assistant":
         raise Rejected(Reason.ASSISTANT_NOT_LAST)
-    tokens: list[int] = []
-    mask: list[bool] = []
-    for n, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt, response = renderer.prompt(messages[:n]), _response(renderer, message["content"])
-        if prompt[: len(tokens)] != tokens:
-            raise Rejected(Reason.TEMPLATE_REWRITES)
-        mask += [False] * (len(prompt) - len(tokens)) + [message.get("weight", 1) == 1] * len(response)
-        tokens = prompt + response
-    return Demonstration(tokens, mask)
+    return _learning(renderer, messages, [n for n, m in enumerate(messages) if m.get("weight", 1) == 1], tools)
+
+
+def _learning(renderer: Renderer, messages: Sequence[Message], learned: Sequence[int], tools: Any) -> Demonstration:
+    """A conversation in which the assistant's turns of these numbers are learned."""
+    tokens = renderer.conversation(messages, tools)
+    mask = [False] * len(tokens.ids)
+    for number, start, stop in tokens.turns:
+        if number in learned:
+            mask[start:stop] = [True] * (stop - start)
+    return Demonstration(tokens.ids, mask)
 
 
 def _as_text(prompt: Conversation) -> str:
@@ -248,4 +307,4 @@ def _as_text(prompt: Conversation) -> str:
         return prompt
     if len(prompt) == 1:
         return str(prompt[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n\n".join(f"{message['role']}: {said(message)}" for message in prompt)

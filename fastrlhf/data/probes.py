@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastrlhf.data.conversations import prompt_of, response_of
-from fastrlhf.data.loading import Columns, Loaded, Row, _load, _response
+from fastrlhf.data.loading import Columns, Loaded, Row, _load, answers_of
 from fastrlhf.data.report import Reason, Rejected
 from fastrlhf.data.template import Renderer
 
@@ -27,22 +28,31 @@ class Probe:
 
 
 def load_probes(
-    path: str | Path, tokenizer: Any, *, max_tokens: int, template: str = "auto", **options: Any
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    template: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Loaded[Probe]:
     """Returns the probes of a file; the options are those of load_pairs.
 
     Raises: DataError."""
-    renderer = Renderer(tokenizer, template)
+    renderer = Renderer(tokenizer, template, template_kwargs)
 
     def make(row: Row, used: Columns) -> Probe:
-        plain, told = (renderer.prompt(prompt_of(row[name])) for name in used[:2])
-        agreeing, disagreeing = (_response(renderer, response_of(row[name])) for name in used[2:])
+        questions, answers = [prompt_of(row[name]) for name in used[:2]], [response_of(row[name]) for name in used[2:]]
+        plain, (agreeing, disagreeing) = answers_of(renderer, questions[0], answers)
+        told, others = answers_of(renderer, questions[1], answers)
+        if others != [agreeing, disagreeing]:
+            raise Rejected(Reason.TEMPLATE_REWRITES, "an answer has other tokens behind each of the questions")
         if agreeing == disagreeing:
             raise Rejected(Reason.SAME, "agreeing and disagreeing")
         longest = max(len(plain), len(told)) + max(len(agreeing), len(disagreeing))
         if longest > max_tokens:
             raise Rejected(Reason.TOO_LONG, f"{longest} tokens, {max_tokens} allowed")
-        others = {name: value for name, value in row.items() if name not in used}
-        return Probe(plain, told, agreeing, disagreeing, others)
+        columns = {name: value for name, value in row.items() if name not in used}
+        return Probe(plain, told, agreeing, disagreeing, columns)
 
     return _load(path, "sycophancy probes", PROBE_COLUMNS, make, **options)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from fastrlhf.data.controls import Controls, Span, added_tokens, unmarked
+from fastrlhf.data.encoding import Encoded, Encoder, common_start
 from fastrlhf.data.pretrained import read_pretrained
+from fastrlhf.data.rendering import ChatTemplate, Message
+from fastrlhf.data.report import Reason, Rejected
+from fastrlhf.data.turns import Turns
 
-Message = Mapping[str, Any]
-# templates such as Llama 3's write today's date into the system message, and a run would change overnight
-DATE = "26 Jul 2024"
+Conversation = str | Sequence[Message]
+Answer = str | Message  # a message where there is more to it than a text
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -35,15 +40,22 @@ def eos_token_ids(tokenizer: Any, model: Any = None) -> set[int]:
 
 
 def end_of_turn(tokenizer: Any) -> int:
-    """Returns the first special token that the chat template puts after an answer; eos where there is none."""
+    """Returns the first added token that the chat template puts after an answer; eos where there is none, no template,
+    or one that cannot be followed (a `Renderer` that uses it refuses it)."""
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
-    answer = "the answer is 42"
-    messages = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": answer}]
-    tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)[2]
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    ids = tokenizer(tail, add_special_tokens=False).input_ids
-    return next((i for i in ids if i in special), tokenizer.eos_token_id)
+    try:
+        return Renderer(tokenizer, "chat").end
+    except ValueError:
+        return tokenizer.eos_token_id
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of a conversation. turns: (message, first token, behind the last one) of each of the assistant's"""
+
+    ids: list[int]
+    turns: list[tuple[int, int, int]]
 
 
 class Renderer:
@@ -51,54 +63,143 @@ class Renderer:
 
     template: "chat" uses the tokenizer's chat template, "none" plain text, "auto" the template if there is one. With
     the template a prompt that is a plain string becomes one user message, and white space around an answer is no part
-    of it.
+    of it. keywords: what the template gets besides, such as enable_thinking
 
-    Prompt and response are tokenised apart, and the response ends with one end-of-turn token: what the engine samples
-    after a prompt's tokens is then what training sees. Nothing is ever decoded and encoded again.
+    A conversation is rendered whole and tokenised whole: its tokens are those of `apply_chat_template`. A token across
+    the border of prompt and response belongs to the response. Only what looks like a control token in what people or
+    models wrote is tokenised apart, as the text that it is. `prompt` ends where the model is to write.
 
-    Raises: ValueError for "chat", or for messages, without a chat template."""
+    A response ends with the token that ends the turn. What the template writes behind the last one, such as a line
+    feed, is part of a demonstration, where it is not learned, and no part of a response that is judged: a reward model
+    reads its score at the end of the turn, where a sampled response ends too. Where the template writes no end behind
+    the last turn, that of turns before it is put there, or EOS. Nothing is decoded and encoded again.
 
-    def __init__(self, tokenizer: Any, template: str = "auto") -> None:
+    Plain texts keep their control tokens, which people wrote who rendered them, but those within a `Quoted` span.
+
+    Raises: ValueError for "chat", or for messages, without a chat template, and for a template that cannot be followed.
+    """
+
+    def __init__(self, tokenizer: Any, template: str = "auto", keywords: Mapping[str, Any] | None = None) -> None:
         if template not in ("auto", "chat", "none"):
             raise ValueError(f"template: expected auto, chat or none, got {template!r}")
         self.tokenizer = tokenizer
         self.chat = template == "chat" or (template == "auto" and tokenizer.chat_template is not None)
         if self.chat and tokenizer.chat_template is None:
             raise self._no_template("template is chat")
-        self.end = end_of_turn(tokenizer) if self.chat else tokenizer.eos_token_id
+        self.controls, self.end = Controls(tokenizer), tokenizer.eos_token_id
+        if self.chat:
+            self.template = ChatTemplate(tokenizer, keywords)
+            self.turns = Turns(self.template, self.controls, tokenizer.name_or_path)
+            self.controls = Controls(tokenizer, around_turns(tokenizer, self.turns.written))
+            if self.turns.end is not None:
+                self.end = self.controls.ids[self.turns.end]
+        elif keywords:
+            raise ValueError("template_kwargs: they are the chat template's, and there is none: leave them out")
+        self.encode = Encoder(tokenizer, self.controls)
         self.start = _start_tokens(tokenizer)
 
-    def prompt(self, prompt: str | Sequence[Message]) -> list[int]:
-        """The tokens of a prompt, up to where the response starts."""
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of prompts to which responses are sampled: where they end as no rendered answer begins."""
         if not self.chat:
-            if not isinstance(prompt, str):
-                raise self._no_template("the data holds messages")
-            return self._started(prompt)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        messages = [
-            {**message, "content": message["content"].strip()} if message["role"] == "assistant" else message
-            for message in messages
-        ]
-        return list(
-            self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False, date_string=DATE
-            )
-        )
+            return []
+        prompt, whole = (self.encode.ids(text) for text in (self.turns.asked, self.turns.answered))
+        header = self.turns.header
+        if whole[: len(prompt)] == prompt and header.count("<think>") == header.count("</think>"):
+            return []
+        shown = f"the generation prompt ends with {header!r}, and a plain answer is not rendered so"
+        return [f"{shown}: responses are sampled from there (template_kwargs may change it: docs/data.md)"]
+
+    def prompt(self, prompt: Conversation, tools: Any = None) -> list[int]:
+        """The tokens of a prompt, up to where the response starts. Raises: Rejected where the template refuses it."""
+        if not self.chat:
+            return self._started(self._plain_text(prompt))
+        (messages, tools), marks = self.controls.mark((_stripped(_messages(prompt)), tools))
+        self.template.check_all(messages, tools, generation=True)
+        text, spans, _ = unmarked(self.template.render(messages, tools, generation=True), marks)
+        return self.encode.ids(text, spans)
+
+    def answers(
+        self, prompt: Conversation, answers: Sequence[Answer], finished: Sequence[bool], tools: Any = None
+    ) -> tuple[list[int], list[list[int]]]:
+        """(the tokens of a prompt, those of each response to it): each response with the prompt before it is what the
+        template renders, up to the end of the turn; one that is not finished has no end. A token across the border, in
+        any of them, belongs to the responses.
+
+        Raises: Rejected where the template refuses or rewrites them."""
+        found = [self._answer(prompt, answer, ended, tools) for answer, ended in zip(answers, finished, strict=True)]
+        first, shared = found[0]
+        for ids, border in found[1:]:
+            shared = min(shared, border, common_start(first, ids))
+        return first[:shared], [ids[shared:] for ids, _ in found]
 
     def response(self, text: str) -> list[int]:
-        """The tokens of a response, with its end."""
-        return self._ended(self._encode(text.strip() if self.chat else text))
+        """The tokens of a response, with its end, as they follow a plain prompt."""
+        if self.chat:
+            return self.answers("?", [text], [True])[1][0]
+        return self._ended(self.encode.behind(text))
 
     def text(self, text: str) -> list[int]:
         """The tokens of a whole text without its trailing white space, with its end."""
         return self._ended(self._started(text.rstrip()))
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+    def conversation(self, messages: Sequence[Message], tools: Any = None, *, finished: bool = True) -> Tokens:
+        """The tokens of a conversation that the assistant ends, and its turns.
+
+        finished: whether the last turn has its end and what the template writes behind it
+
+        Raises: Rejected where the template refuses or rewrites it."""
+        if not self.chat:
+            raise self._no_template("the data holds messages")
+        (marked, tools), marks = self.controls.mark((_stripped(messages), tools))
+        rendering = self.template.locate(marked, tools)
+        turns = self.turns.of(marked, rendering, tools, "".join(marks or ()))
+        if not turns or turns[-1].number != len(messages) - 1:
+            raise Rejected(Reason.TEMPLATE_REWRITES, "its last turn is not the assistant's")
+        text, spans, place = unmarked(rendering.text, marks)
+        borders = [(turn.number, place(turn.start), place(turn.stop)) for turn in turns]
+        if not finished or not turns[-1].ended:
+            cut = place(turns[-1].stop if finished else turns[-1].said)
+            text, spans = text[:cut], [(a, min(b, cut)) for a, b in spans if a < cut]
+            borders[-1] = (*borders[-1][:2], cut)
+        encoded = self.encode(text, spans, [border for turn in borders for border in turn[1:]])
+        ids, found = encoded.ids, [(n, encoded.from_(start), encoded.until(stop)) for n, start, stop in borders]
+        if finished and not turns[-1].ended:  # the template writes no end
+            ids = [*ids, self.end]
+            found[-1] = (*found[-1][:2], len(ids))
+        return Tokens(ids, found)
+
+    def _answer(self, prompt: Conversation, answer: Answer, finished: bool, tools: Any) -> tuple[list[int], int]:
+        """(the tokens of a prompt and a response, how many of them are the prompt's)."""
+        if self.chat:
+            message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+            tokens = self.conversation([*_messages(prompt), message], tools, finished=finished)
+            _, start, stop = tokens.turns[-1]
+            return tokens.ids[:stop], start
+        start_text, text = self._plain_text(prompt), self._plain_text(answer)
+        encoded = self._encoded(
+            start_text + text, [*_spans(start_text), *_spans(text, len(start_text))], len(start_text)
+        )
+        num = encoded.from_(len(start_text))
+        ids = self._with_start(encoded.ids)
+        border = num + len(ids) - len(encoded.ids)
+        return self._ended(ids) if finished else ids[: -1 if ids[-1] == self.end else None], border
+
+    def _plain_text(self, text: Any) -> str:
+        if not isinstance(text, str):
+            raise self._no_template("the data holds messages")
+        return text
+
+    def _encoded(self, text: str, quoted: Sequence[Span], border: int = 0) -> Encoded:
+        """The tokens of a plain text; what spells a control token in a quoted span is text."""
+        spans = [(a + m.start(), a + m.end()) for a, b in quoted for m in self.controls.pattern.finditer(text[a:b])]
+        return self.encode(text, spans, [border])
 
     def _started(self, text: str) -> list[int]:
+        return self._with_start(self._encoded(text, _spans(text)).ids)
+
+    def _with_start(self, ids: list[int]) -> list[int]:
         """The tokens of a text, after those that the tokenizer starts a sequence with unless the text has them."""
-        ids = self._encode(text)
         return ids if ids[: len(self.start)] == self.start else [*self.start, *ids]
 
     def _ended(self, ids: list[int]) -> list[int]:
@@ -111,6 +212,32 @@ class Renderer:
         )
         remedy = "use auto or chat" if has_one else "put chat_template.jinja into its folder, or use plain texts"
         return ValueError(f"template: {why}, but {problem}; {remedy}")
+
+
+def around_turns(tokenizer: Any, written: str) -> set[str]:
+    """The added tokens that a template puts around turns, but for those that mark reasoning: an answer may hold its own
+    reasoning, with <think> as the token that it is."""
+    return {text for text in added_tokens(tokenizer) if text in written and "think" not in text.lower()}
+
+
+def _messages(prompt: Conversation) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def _stripped(messages: Sequence[Message]) -> list[Message]:
+    """The messages, without white space around answers and without what is no template's."""
+    return [
+        {
+            name: value.strip() if name == "content" and message["role"] == "assistant" else value
+            for name, value in message.items()
+            if name != "weight"
+        }
+        for message in messages
+    ]
+
+
+def _spans(text: str, start: int = 0) -> list[Span]:
+    return [(start + a, start + b) for a, b in getattr(text, "spans", ())]
 
 
 def _start_tokens(tokenizer: Any) -> list[int]:

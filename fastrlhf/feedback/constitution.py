@@ -12,6 +12,7 @@ from importlib.resources import files
 import numpy as np
 import yaml
 
+from fastrlhf.data.controls import Quoted
 from fastrlhf.data.conversations import Conversation
 from fastrlhf.feedback.rows import read_text
 
@@ -63,7 +64,8 @@ def draw(principles: list[Principle], *, seed: int, round_number: int, row: int)
 def ask_critique(prompt: Conversation, response: str, principle: Principle, *, chat: bool) -> Conversation:
     """Returns what the model reads before it writes a critique of its response."""
     if not chat:
-        return f"{prompt}{response}\n\nCritique request: {principle.critique}\n\nCritique:"
+        request = f"\n\nCritique request: {principle.critique}\n\nCritique:"
+        return Quoted.of((str(prompt), False), (response, True), (request, False))
     return [
         *_messages(prompt),
         {"role": "assistant", "content": response},
@@ -77,7 +79,8 @@ def ask_revision(
     """Returns what the model reads before it writes the revision."""
     asked = ask_critique(prompt, response, principle, chat=chat)
     if isinstance(asked, str):
-        return f"{asked}{critique}\n\nRevision request: {principle.revision}\n\nRevision:"
+        request = f"\n\nRevision request: {principle.revision}\n\nRevision:"
+        return Quoted.of((asked, False), (critique, True), (request, False))
     return [
         *asked,
         {"role": "assistant", "content": critique},

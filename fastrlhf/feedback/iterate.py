@@ -63,7 +63,7 @@ class Iterate(Stages):
         earlier = [path.name for path in Path(config.output).glob("round-*")]
         super().__init__(config, products, always=("summary",), ours=earlier)
         self.tokenizer = load_tokenizer(config.model)
-        self.renderer = Renderer(self.tokenizer, config.template)
+        self.renderer = Renderer(self.tokenizer, config.template, config.template_kwargs)
         self.further = {
             "reward": read_further(RewardConfig, config.reward, taken=TAKEN),
             "ppo": read_further(PPOConfig, config.ppo, taken=TAKEN_OF_PPO),
@@ -254,7 +254,7 @@ class Iterate(Stages):
 
     def shared(self, output: Path) -> Row:
         """The settings that the loops share."""
-        names = ("template", "max_tokens", "max_rejected", "seed", "device", "dtype")
+        names = ("template", "template_kwargs", "max_tokens", "max_rejected", "seed", "device", "dtype")
         own = {name: getattr(self.config, name) for name in names}
         return {**own, "output": str(output), "resume": output.exists()}  # by an earlier start of this job
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fastrlhf.data import Reason, Rejected
+from fastrlhf.data.controls import Quoted
 
 PLACEHOLDERS = ("prompt", "response_1", "response_2")
 
@@ -96,9 +97,13 @@ class Question:
 
     def __call__(self, prompt: str, first: str, second: str) -> str:
         """The question about two responses to a prompt, in this order."""
-        values = {**self.fixed, "prompt": prompt, "response_1": first, "response_2": second}
-        # in one pass, so that braces in a response stay what they are
-        return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), self.text)
+        values = {"prompt": prompt, "response_1": first, "response_2": second}
+        # in one pass, so that braces in a response stay what they are, and so do words that look like control tokens
+        parts = re.split(r"\{(\w+)\}", self.text)
+        filled = [(parts[0], False)]
+        for name, text in zip(parts[1::2], parts[2::2], strict=True):
+            filled += [(values.get(name, self.fixed.get(name, f"{{{name}}}")), name in values), (text, False)]
+        return Quoted.of(*filled)
 
 
 def judge_pairs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from typing import Any
@@ -32,7 +32,8 @@ def make_judge(config: JudgeConfig) -> Judge:
     Raises: FileNotFoundError, ValueError or ServerError for one that cannot be asked."""
     assert config.judge is not None
     if not config.is_server():
-        options = {"template": config.judge_template, "max_tokens": config.max_tokens, **config.model_options()}
+        options: dict[str, Any] = {"template": config.judge_template, "max_tokens": config.max_tokens}
+        options |= {"template_kwargs": config.judge_template_kwargs, **config.model_options()}
         return LocalJudge(config.judge, config.answers, **options)
     assert config.judge_model is not None
     key = read_text(config.judge_key_file, "judge_key_file") if config.judge_key_file else None
@@ -42,6 +43,7 @@ def make_judge(config: JudgeConfig) -> Judge:
         config.answers,
         chat=config.judge_template != "none",
         top=config.judge_top,
+        template_kwargs=config.judge_template_kwargs,
         max_requests=config.judge_requests,
         timeout=config.judge_timeout,
         api_key=key,
@@ -64,15 +66,23 @@ class LocalJudge:
     """A causal language model that is asked in this process, in packed forward passes.
 
     path: its folder or hub id; answers: the two texts that count as answers
-    template: see `Renderer`; max_tokens: tokens a forward pass; options: those of `Policy.from_pretrained`
+    template, template_kwargs: see `Renderer`; max_tokens: tokens a forward pass
+    options: those of `Policy.from_pretrained`
 
     Raises: ValueError for an answer for which the vocabulary has no token."""
 
     def __init__(
-        self, path: str, answers: Sequence[str], *, template: str = "auto", max_tokens: int, **options: Any
+        self,
+        path: str,
+        answers: Sequence[str],
+        *,
+        template: str = "auto",
+        template_kwargs: Mapping[str, Any] | None = None,
+        max_tokens: int,
+        **options: Any,
     ) -> None:
         tokenizer = load_tokenizer(path)
-        self.renderer, self.max_tokens = Renderer(tokenizer, template), max_tokens
+        self.renderer, self.max_tokens = Renderer(tokenizer, template, template_kwargs), max_tokens
         self.tokens = [tokens_of(tokenizer, answer) for answer in answers]
         self.policy = Policy.from_pretrained(path, freeze=True, **options)
         self.device = self.policy.model.device
@@ -129,6 +139,7 @@ class ServerJudge:
 
     url, model, timeout, api_key: see `Server`; answers: the two texts that count as answers
     chat: whether the question is a user's message (/v1/chat/completions) or plain text (/v1/completions)
+    template_kwargs: what the server's chat template gets besides
     top: how many of the likeliest tokens the server is to list; max_requests: requests under way at once
 
     Raises: ServerError for a server that is not there or does not serve the model."""
@@ -141,12 +152,14 @@ class ServerJudge:
         *,
         chat: bool = True,
         top: int = 20,
+        template_kwargs: Mapping[str, Any] | None = None,
         max_requests: int = 16,
         timeout: float = 600.0,
         api_key: str | None = None,
     ) -> None:
         self.server = Server("judge", url, model, timeout=timeout, api_key=api_key)
         self.answers, self.chat, self.top, self.max_requests = answers, chat, top, max_requests
+        self.template_kwargs = dict(template_kwargs or {})
         self.server.check_model()
 
     def ask(self, questions: Sequence[tuple[str, str]], progress: Callable[[int], object]) -> list[Both | Rejected]:
@@ -173,6 +186,8 @@ class ServerJudge:
         if self.chat:
             path, own = "/v1/chat/completions", {"messages": [{"role": "user", "content": question}]}
             request |= {**own, "logprobs": True, "top_logprobs": self.top}
+            if self.template_kwargs:  # as vLLM and SGLang call them
+                request["chat_template_kwargs"] = self.template_kwargs
         else:
             path = "/v1/completions"
             request |= {"prompt": question, "logprobs": self.top}

@@ -55,7 +55,7 @@ class Label:
             self.items = self.kept(self.items)
         else:
             self.tokenizer = load_tokenizer(config.policy)
-            self.renderer = Renderer(self.tokenizer, config.template)
+            self.renderer = Renderer(self.tokenizer, config.template, config.template_kwargs)
             chat = self.renderer.chat
             self.items, self.report = read_items(config.data, limit=config.limit, bare=True, chat=chat)
         self.judge = make_judge(config)

@@ -53,7 +53,7 @@ class Revise:
         self.folder = OutputFolder(config, (*OURS, *rounds))
         self.principles = load_principles(config.principles)
         self.tokenizer = load_tokenizer(config.model)
-        self.renderer = Renderer(self.tokenizer, config.template)
+        self.renderer = Renderer(self.tokenizer, config.template, config.template_kwargs)
         chat = self.renderer.chat
         items, self.report = read_items(config.data, limit=config.limit, bare=not config.given, chat=chat)
         self.items: dict[int, Item] = {}

@@ -28,6 +28,7 @@ def accuracy(config: IterateConfig, model: Path, pairs: Path, *, max_length: int
         load_tokenizer(model),
         max_tokens=max_length,
         template=config.template,
+        template_kwargs=config.template_kwargs,
         max_rejected=config.max_rejected,
     )
     rows = loaded.rows

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.data import DataError, Prompt, Reason, Rejected, Report, read_rows
-from fastrlhf.data.conversations import Conversation, preference_of, prompt_of, response_of
+from fastrlhf.data.conversations import (
+    Conversation,
+    only_text,
+    preference_of,
+    prompt_of,
+    response_of,
+    said,
+    tools_of,
+)
 from fastrlhf.data.lengths import NO_LIMIT, check_characters
 from fastrlhf.data.template import Renderer
 from fastrlhf.runs.whole import write_file
@@ -82,7 +90,7 @@ def _item(number: int, row: Row, bare: bool, chat: bool) -> Item:
     pair = row.get("chosen") is not None and row.get("rejected") is not None
     if pair:
         prompt, *both = preference_of(row, chat=chat)
-        texts = tuple(both)
+        texts = tuple(map(only_text, both))
         finished = tuple(row.get(f"{side}_finished") is not False for side in ("chosen", "rejected"))
     else:
         prompt = prompt_of(row.get("prompt"))
@@ -90,7 +98,7 @@ def _item(number: int, row: Row, bare: bool, chat: bool) -> Item:
             given = row.get("responses", row.get("completion"))
             if given is None:
                 raise Rejected(Reason.MISSING_COLUMN, "responses")
-            texts = tuple(map(response_of, given if isinstance(given, list) else [given]))
+            texts = tuple(only_text(response_of(each)) for each in (given if isinstance(given, list) else [given]))
         finished = (row.get("finished") is not False,) * len(texts)
     for text in (prompt, *texts):
         check_characters(text, None, NO_LIMIT)
@@ -136,7 +144,7 @@ def check_share(report: Report, max_rejected: float) -> None:
 def as_prompt(item: Item, renderer: Renderer, max_tokens: int) -> Prompt:
     """What an engine answers and a function scores. Raises: Rejected for more than so many tokens."""
     check_characters(item.prompt, renderer.tokenizer, max_tokens, Reason.PROMPT_TOO_LONG)
-    tokens = renderer.prompt(item.prompt)
+    tokens = renderer.prompt(item.prompt, tools_of(item.columns))
     if len(tokens) > max_tokens:
         raise Rejected(Reason.PROMPT_TOO_LONG, f"{len(tokens)}, more than {max_tokens}")
     return Prompt(tokens, as_text(item.prompt), item.columns)
@@ -148,7 +156,7 @@ def as_text(prompt: Conversation) -> str:
         return prompt.strip()
     if len(prompt) == 1:
         return str(prompt[0]["content"]).strip()
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content'].strip()}" for message in prompt)
+    return "\n\n".join(f"{message['role'].capitalize()}: {said(message).strip()}" for message in prompt)
 
 
 def read_text(path: str, option: str) -> str:

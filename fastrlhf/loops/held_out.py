@@ -38,6 +38,7 @@ class HeldOut:
             max_prompt_tokens=config.max_prompt_tokens,
             limit=config.eval_limit,
             template=config.template,
+            template_kwargs=config.template_kwargs,
             max_rejected=config.max_rejected,
         )
         self.prompts = loaded.rows

@@ -111,7 +111,8 @@ def load_with_held_out(load: Callable[..., Loaded[T]], config: TuningConfig, tok
     """Returns the rows to train on and the held-out rows, which are those of eval_data or the last of the data.
 
     Prints how many rows of each file are used, why others are not, and which are repeated."""
-    options = {"max_tokens": config.max_length, "template": config.template, "max_rejected": config.max_rejected}
+    options: dict[str, Any] = {"max_tokens": config.max_length, "max_rejected": config.max_rejected}
+    options |= {"template": config.template, "template_kwargs": config.template_kwargs}
     loaded = load(config.data, tokenizer, limit=config.limit, **options)
     ranks.say(loaded.report)
     rows = loaded.rows

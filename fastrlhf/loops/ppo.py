@@ -67,7 +67,9 @@ class PPO(Trainer):
         self.device = config.resolve_device()
         check_offload(config.offload, self.device)
         self.tokenizer = load_tokenizer(config.model)
-        options: dict[str, Any] = {name: getattr(config, name) for name in ("template", "limit", "max_rejected")}
+        options: dict[str, Any] = {
+            name: getattr(config, name) for name in ("template", "template_kwargs", "limit", "max_rejected")
+        }
         loaded = load_prompts(config.data, self.tokenizer, max_prompt_tokens=config.max_prompt_tokens, **options)
         self.prompts = loaded.rows
         self.plan = tell(plan_ppo, config, longest_prompt=max(len(prompt.tokens) for prompt in self.prompts))

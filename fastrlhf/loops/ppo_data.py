@@ -19,6 +19,7 @@ def load_ptx(config: PPOConfig, tokenizer: Any, model: Any) -> list[Demonstratio
         tokenizer,
         max_tokens=config.max_prompt_tokens + config.max_new_tokens,
         template=config.template,
+        template_kwargs=config.template_kwargs,
         max_rejected=config.max_rejected,
     )
     ranks.say(loaded.report)

@@ -72,10 +72,11 @@ class RewardTrainer(Training[RewardConfig, Judged, RewardModel]):
                 self.tokenizer,
                 max_tokens=self.config.max_length,
                 template=self.config.template,
+                template_kwargs=self.config.template_kwargs,
                 max_rejected=self.config.max_rejected,
             )
             ranks.say(loaded.report)
-            self.center_on = [row.tokens for row in loaded.rows]
+            self.center_on = [row.answered for row in loaded.rows]
             check_fits(self.model.model, self.tokenizer, longest_row_of_center_data=max(map(len, self.center_on)))
 
     def unchanging(self) -> Iterator[Sequence[int]]:

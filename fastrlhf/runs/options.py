@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -15,7 +15,7 @@ from fastrlhf.settings.training import REQUIRED, LoopConfig, did_you_mean
 from fastrlhf.settings.values import expand, field_types
 
 T = TypeVar("T")
-KINDS: dict[Any, str] = {int: "INT", float: "NUM", str: "TEXT"}
+KINDS: dict[Any, str] = {int: "INT", float: "NUM", str: "TEXT", Mapping[str, Any]: "YAML"}
 
 
 class UsageError(ValueError):

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from fastrlhf.settings.training import REQUIRED, JobConfig, above, at_least, option, rare, within
 
 # settings that loops have too
-SHARED = ("model", "data", "limit", "max_tokens", "max_rejected", "template", "seed", "device", "dtype")
+SHARED = (
+    "model",
+    "data",
+    "limit",
+    "max_tokens",
+    "max_rejected",
+    "template",
+    "template_kwargs",
+    "seed",
+    "device",
+    "dtype",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

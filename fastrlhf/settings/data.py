@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.settings.training import REQUIRED, at_least, choose, option, within
+from fastrlhf.settings.training import REQUIRED, at_least, check_template_kwargs, choose, option, within
 from fastrlhf.settings.values import convert_all
 
 FORMATS = ("gsm8k", "helpsteer", "oasst", "pku-saferlhf", "sharegpt", "tldr", "ultrafeedback", "webgpt")
@@ -56,11 +57,13 @@ class DataCheckConfig:
     max_length: int | None = option(None, "longer rows are rejected, as by the loops")
     against: str | None = option(None, "another file: the prompts that both hold, say of training and held-out rows")
     template: str = option("auto", "chat template: auto (if the tokenizer has one), chat or none (plain text)")
+    template_kwargs: Mapping[str, Any] | None = option(None, "what the template gets: '{enable_thinking: false}'")
     max_rejected: float = option(0.01, "fail, with status 1, if a larger share of the rows is rejected")
 
     def __post_init__(self) -> None:
         _converted(self)
         choose(self, "template", ("auto", "chat", "none"))
+        check_template_kwargs(self)
         at_least(self, 2, "max_length")
         if self.max_length and not self.tokenizer:
             raise ValueError("max_length is in tokens: give tokenizer too")

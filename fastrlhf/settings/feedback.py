@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,7 @@ class JudgeConfig(FeedbackConfig):
     judge_template: str = rare(
         "auto", "how it is asked: as template; with a server chat, or none for plain completions"
     )
+    judge_template_kwargs: Mapping[str, Any] | None = rare(None, "what its template gets besides, as template_kwargs")
     judge_top: int = rare(20, "how many of the likeliest tokens the server is to list")
     judge_requests: int = rare(16, "requests under way at once")
     judge_timeout: float = rare(600.0, "seconds for one request")
@@ -60,6 +62,8 @@ class JudgeConfig(FeedbackConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose(self, "judge_template", ("auto", "chat", "none"))
+        if self.judge_template_kwargs and self.judge_template == "none":
+            raise ValueError("judge_template_kwargs are a chat template's, but judge_template is none: leave them out")
         above(self, 0, "judge_timeout")
         at_least(self, 1, "judge_requests", "judge_top", "judge_batch")
         within(self, 0, 1, "min_mass")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +32,12 @@ def option(default: Any, help: str, *, rare: bool = False, positional: bool = Fa
 rare = functools.partial(option, rare=True)
 
 
+def check_template_kwargs(config: Any) -> None:
+    """Raises ValueError for keywords of the chat template where there is none."""
+    if config.template_kwargs and config.template == "none":
+        raise ValueError("template_kwargs are the chat template's, but template is none: leave them out")
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
     """What every job needs that puts rows through a model."""
@@ -39,6 +45,7 @@ class JobConfig:
     max_tokens: int = option(4096, "tokens a micro-batch: memory and speed, not results")
     max_rejected: float = rare(0.01, "stop if a larger share of the rows is rejected")
     template: str = option("auto", "chat template: auto (if the tokenizer has one), chat or none")
+    template_kwargs: Mapping[str, Any] | None = rare(None, "what the template gets: '{enable_thinking: false}'")
     seed: int = option(0, "seed of everything that is drawn")
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "of the forward: auto (bfloat16 on cuda), float32 or bfloat16")
@@ -46,6 +53,7 @@ class JobConfig:
     def __post_init__(self) -> None:
         convert_all(self)
         choose(self, "template", ("auto", "chat", "none"))
+        check_template_kwargs(self)
         choose(self, "device", ("auto", "cpu", "cuda"))
         choose(self, "dtype", ("auto", "float32", "bfloat16"))
         at_least(self, 1, "max_tokens")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
@@ -45,6 +46,8 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     kind = next(k for k in options if k is not type(None))
     if typing.get_origin(kind) is tuple:
         return _texts(name, value)
+    if typing.get_origin(kind) is Mapping:
+        return _mapping(name, value)
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     # YAML reads 3e-6 as text, and a text is a number's text or a name; every other change of type would hide an error
@@ -72,6 +75,22 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text for text in texts):
         raise TypeError(f"{name} must be text or a list of texts, none empty, got {value!r}")
     return tuple(texts)
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    """Names with values: a mapping of YAML's or Python's, or its YAML or JSON form {a: 1} on a command line."""
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise TypeError(f"{name}: {value!r} is no mapping; write '{{name: value}}'") from None
+    if not isinstance(value, dict) or not all(isinstance(key, str) and key for key in value):
+        raise TypeError(f"{name} must be a mapping of names to values, such as {{name: value}}, got {value!r}")
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must hold texts, numbers, true, false, lists and mappings, got {value!r}") from None
+    return value
 
 
 def field_types(config_class: type) -> dict[str, Any]:

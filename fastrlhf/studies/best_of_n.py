@@ -151,7 +151,8 @@ class _Terms:
 
 def prompts_of(config: SearchConfig, tokenizer: Any, *, least: int = 1) -> list[Prompt]:
     """The prompts of the data. Raises: DataError for fewer than `least`."""
-    options = {name: getattr(config, name) for name in ("max_prompt_tokens", "limit", "template", "max_rejected")}
+    names = ("max_prompt_tokens", "limit", "template", "template_kwargs", "max_rejected")
+    options = {name: getattr(config, name) for name in names}
     loaded = load_prompts(config.data, tokenizer, **options)
     print(loaded.report, flush=True)
     if len(loaded.rows) < least:

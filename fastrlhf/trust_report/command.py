@@ -112,6 +112,7 @@ class EvaluateReward:
             path,
             self.tokenizer,
             template=config.template,
+            template_kwargs=config.template_kwargs,
             max_rejected=config.max_rejected,
             limit=config.limit,
             **options,
