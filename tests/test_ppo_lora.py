@@ -115,7 +115,7 @@ def test_recomputing_activations_changes_nothing(folder):
     ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()),
 )
 def test_mixes_of_adapters_and_whole_models_learn(folder, changes):
-    """One run of so few steps may end in a bad spell that rounding brings about; what does not learn gains 0.02."""
+    """One run of so few steps may end in a bad spell that rounding brings about; what does not learn gains about 0."""
     gains = []
     for seed in range(3):
         output = str(folder / f"out{seed}")
