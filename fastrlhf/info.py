@@ -75,6 +75,7 @@ def info() -> str:
         "fastrlhf": version("fastrlhf") if _installed("fastrlhf") else "not installed (run from its sources)",
         "python": f"{platform.python_version()} on {platform.platform()}",
         **{name: version(name) if _installed(name) else "not installed" for name in PACKAGES},
+        "torch": torch.__version__,  # with its build, +cpu or +cu130, which its metadata may leave out
         "processor": here["processor"],
         "instruction set": f"{_cpu.isa} (of base, avx2, avx512; FASTRLHF_ISA chooses); torch: {_torch_isa()}",
         "threads": torch.get_num_threads(),
