@@ -68,7 +68,7 @@ build: $(VENV)/dev
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastrlhf/*.so
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info fastrlhf/*.so
 
 # torch first and alone, so that the requirement torch>=2.11 is met by it and brings nothing more
 INSTALL_TORCH ?= -m pip install
