@@ -74,6 +74,9 @@ clean:
 INSTALL_TORCH ?= -m pip install
 BUILD = pip setuptools pybind11 ninja
 LOCKED = $(addprefix -c ,$(LOCK))
+# a CUDA build of torch brings its own Triton; beside a CPU build stands the one that the kernels are tested with
+BRINGS_TRITON = import importlib.metadata as m; assert [r for r in m.requires('torch') if r.startswith('triton')]
+LOCKED_TRITON = $(if $(LOCK),$$($(BIN)/python -c "$(BRINGS_TRITON)" 2>/dev/null || echo -c requirements/triton.txt))
 $(VENV)/torch: $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade $(LOCKED) $(BUILD)
@@ -81,16 +84,16 @@ $(VENV)/torch: $(LOCK)
 	touch $@
 
 $(VENV)/demo $(VENV)/dev: $(VENV)/%: $(VENV)/torch setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
-	$(BIN)/python -m pip install --no-build-isolation $(LOCKED) -e ".[$*]"
+	$(BIN)/python -m pip install --no-build-isolation $(LOCKED) $(LOCKED_TRITON) -e ".[$*]"
 	touch $@
 
-# The locks anew: of the newest versions that fit TORCH (with the triton that its CUDA build requires), and of OLDEST
-TRITON ?= triton==3.7.1
+# The locks anew: of the newest versions that fit TORCH, and of OLDEST
 FREEZE = python -m pip freeze --all --exclude-editable $(addprefix --exclude ,torch sympy mpmath networkx)
 lock:
 	rm -rf build/lock
-	$(MAKE) build/lock/dev VENV=build/lock LOCK= TORCH="$(TORCH) $(TRITON)"
-	build/lock/bin/$(FREEZE) >$(LOCK)
+	$(MAKE) build/lock/dev VENV=build/lock LOCK=
+	build/lock/bin/$(FREEZE) --exclude triton >$(LOCK)
+	build/lock/bin/python -m pip freeze | grep ^triton== >requirements/triton.txt
 
 lock-oldest:
 	rm -rf build/lock-oldest

@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[2]
+LOCKS = ("lock.txt", "triton.txt")
 PIP = [sys.executable, "-m", "pip", "install", "--quiet"]
 # peer -> its tests, and the plugin that stands in for what cannot be installed
 PEERS = {
@@ -33,6 +34,7 @@ PEERS = {
 }
 # the Python that all peers have a wheel for: not every release is for the newest, though its files are Python alone
 WHEELS_FOR = "3.11"
+SOURCES = "antlr4-python3-runtime"  # of Hydra: Python alone, without a wheel
 Outcome = tuple[int, list[str]]  # how many tests passed, which failed
 
 
@@ -56,7 +58,7 @@ def main() -> int:
 def differences() -> Iterator[str]:
     """A line for each package of the lock that has another version here, and for torch."""
     yield f"torch {version('torch')}"
-    for line in (ROOT / "requirements" / "lock.txt").read_text().splitlines():
+    for line in "".join((ROOT / "requirements" / name).read_text() for name in LOCKS).splitlines():
         name, _, locked = line.partition("==")
         if version(name) != locked:
             yield f"{name} {locked} -> {version(name)}"
@@ -99,7 +101,14 @@ def missing(wanted: Requirement) -> Iterator[str]:
         kept.write("\n".join(line for line in pins.splitlines() if re.match(r"\S+==", line)))
         kept.write(f"\ntorch=={version('torch')}\n")
         kept.flush()
-        command = [*PIP, "--only-binary=:all:", "-c", kept.name, f"{wanted.name}{_extras(wanted)}{wanted.specifier}"]
+        command = [
+            *PIP,
+            "--only-binary=:all:",
+            f"--no-binary={SOURCES}",
+            "-c",
+            kept.name,
+            f"{wanted.name}{_extras(wanted)}{wanted.specifier}",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
