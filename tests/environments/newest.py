@@ -32,6 +32,7 @@ PEERS = {
     "openrlhf": (["test_openrlhf.py"], ["-p", "peer_openrlhf"]),
     "verl": (["test_verl.py"], ["-p", "peer_verl"]),
 }
+UNDECLARED = {"verl": ["orjson"]}  # what a peer imports and does not require
 # the Python that all peers have a wheel for: not every release is for the newest, though its files are Python alone
 WHEELS_FOR = "3.11"
 SOURCES = "antlr4-python3-runtime"  # of Hydra: Python alone, without a wheel
@@ -82,7 +83,7 @@ def install(peer: str) -> Iterator[str]:
     wants, tag = importlib.metadata.metadata(peer)["Requires-Python"] or "", _tag(peer)
     if not SpecifierSet(wants).contains(platform.python_version()) or not tag.startswith("py"):
         yield f"{peer} as such: it is for Python {wants}, as {tag}; its files, which are Python, were taken"
-    for text in importlib.metadata.requires(peer) or []:
+    for text in [*(importlib.metadata.requires(peer) or []), *UNDECLARED.get(peer, [])]:
         wanted = Requirement(text)
         if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
             yield from (f"{peer} requires {reason}" for reason in missing(wanted))
