@@ -12,8 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = {80: 166912, 90: 232448}  # bytes a block may take
-# by the oldest Triton that is supported; a newer one mended it
-SPILL = {("3.6", 80): {"sample_tokens_kernel"}, ("3.6", 90): {"sample_tokens_kernel", "ppo_policy_loss_total_kernel"}}
+# by Triton and capability: what spills a few registers, and does not with Triton 3.9
+SPILL = {
+    ("3.6", 80): {"sample_tokens_kernel"},
+    ("3.6", 90): {"sample_tokens_kernel", "ppo_policy_loss_total_kernel"},
+    ("3.7", 80): {"sample_tokens_kernel"},
+    ("3.7", 90): {"sample_tokens_kernel", "ppo_policy_loss_total_kernel", "decode_attention_kernel"},
+    ("3.8", 90): {"sample_tokens_kernel", "ppo_policy_loss_total_kernel"},
+}
 
 pytest.importorskip("triton", reason="Triton is not installed, so CUDA takes the references: pip install -e .[gpu]")
 
