@@ -1,6 +1,8 @@
-# Two commands for a fresh clone: `make demo` and `make test`. Both set up .venv first, once.
+# Two commands for a fresh clone: `make demo` and `make test`. Both set up .venv first, once, from the lock: constraints for
+# everything but torch and what it alone brings. An empty LOCK resolves freely, as another TORCH may need.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+LOCK ?= requirements/lock.txt
 VENV ?= .venv
 BIN = $(VENV)/bin
 
@@ -9,13 +11,29 @@ BIN = $(VENV)/bin
 IN_TWO = -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 test: export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test fuzz faults sanitize lint bench gpu-dry-run build clean
+.PHONY: demo test test-oldest test-newest lock lock-oldest fuzz faults sanitize lint bench gpu-dry-run build clean
 
 demo: $(VENV)/demo
 	$(BIN)/fastrlhf run --output demo --resume
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest $(IN_TWO)
+
+# The oldest versions that are supported, and today's newest, each in an environment of its own, by the Pythons that there
+# are besides that of `make test`. Both on a CPU: install_torch.py says what stands in for CUDA.
+PYTHON_OLDEST ?= $(shell tests/environments/python.sh PYTHON_OLDEST 3.12)
+PYTHON_NEWEST ?= $(shell tests/environments/python.sh PYTHON_NEWEST 3.13 3.12 3.11)
+OLDEST = torch==2.11.0 transformers==5.17.0 triton==3.6.0
+WITHOUT_CUDA = INSTALL_TORCH=tests/environments/install_torch.py FASTRLHF_CUDA=0
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest PYTHON="$(or $(PYTHON_OLDEST),false)" $(WITHOUT_CUDA) \
+		LOCK=requirements/oldest.txt TORCH=$(firstword $(OLDEST))
+
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) .venv-newest/dev VENV=.venv-newest PYTHON="$(or $(PYTHON_NEWEST),false)" $(WITHOUT_CUDA) LOCK= TORCH=torch
+	OMP_WAIT_POLICY=passive .venv-newest/bin/python tests/environments/newest.py $(IN_TWO)
 
 fuzz: $(VENV)/dev
 	$(BIN)/python -m pytest --hypothesis-profile=thorough tests/ops/test_fuzz.py
@@ -50,15 +68,35 @@ build: $(VENV)/dev
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastrlhf/*.so
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info fastrlhf/*.so
 
 # torch first and alone, so that the requirement torch>=2.11 is met by it and brings nothing more
-$(VENV)/torch:
+INSTALL_TORCH ?= -m pip install
+BUILD = pip setuptools pybind11 ninja
+LOCKED = $(addprefix -c ,$(LOCK))
+# a CUDA build of torch brings its own Triton; beside a CPU build stands the one that the kernels are tested with
+BRINGS_TRITON = import importlib.metadata as m; assert [r for r in m.requires('torch') if r.startswith('triton')]
+LOCKED_TRITON = $(if $(LOCK),$$($(BIN)/python -c "$(BRINGS_TRITON)" 2>/dev/null || echo -c requirements/triton.txt))
+$(VENV)/torch: $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -m pip install --upgrade $(LOCKED) $(BUILD)
+	$(BIN)/python $(INSTALL_TORCH) $(LOCKED) $(foreach package,$(TORCH),"$(package)")
 	touch $@
 
 $(VENV)/demo $(VENV)/dev: $(VENV)/%: $(VENV)/torch setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
-	$(BIN)/python -m pip install -e ".[$*]"
+	$(BIN)/python -m pip install --no-build-isolation $(LOCKED) $(LOCKED_TRITON) -e ".[$*]"
 	touch $@
+
+# The locks anew: of the newest versions that fit TORCH, and of OLDEST
+FREEZE = python -m pip freeze --all --exclude-editable $(addprefix --exclude ,torch sympy mpmath networkx)
+lock:
+	rm -rf build/lock
+	$(MAKE) build/lock/dev VENV=build/lock LOCK=
+	build/lock/bin/$(FREEZE) --exclude triton >$(LOCK)
+	build/lock/bin/python -m pip freeze | grep ^triton== >requirements/triton.txt
+
+lock-oldest:
+	rm -rf build/lock-oldest
+	$(MAKE) build/lock-oldest/dev VENV=build/lock-oldest PYTHON="$(PYTHON_OLDEST)" $(WITHOUT_CUDA) \
+		LOCK= TORCH="$(OLDEST)"
+	build/lock-oldest/bin/$(FREEZE) >requirements/oldest.txt

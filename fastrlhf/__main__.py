@@ -22,6 +22,7 @@ from fastrlhf.runs.options import help_text, parse
 from fastrlhf.settings.best_of_n import BestOfNConfig, OveroptimizeConfig, SweepConfig
 from fastrlhf.settings.data import DataCheckConfig, DataConvertConfig
 from fastrlhf.settings.feedback import IterateConfig, LabelConfig, ReviseConfig
+from fastrlhf.settings.info import InfoConfig
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.run import RunConfig
 from fastrlhf.settings.training import DPOConfig, RewardConfig, SFTConfig, did_you_mean
@@ -107,9 +108,14 @@ COMMANDS = {
         "studies.overoptimize:Overoptimize",
         {"points": "points.csv", "summary": "summary.json", "report": "report.html"},
     ),
+    "info": Command(
+        "versions, devices, and what serves each op; --model: which layers of a model are fast",
+        InfoConfig,
+        "info:told",
+        {},
+    ),
 }
 OTHERS = {
-    "info": "versions, devices, and what serves each op",
     "check": "every op against its float64 reference on this machine, with error, time and per cent of its limits",
 }
 HELPS = {**{name: command.help for name, command in COMMANDS.items()}, **OTHERS}
@@ -145,10 +151,6 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(HELP)
     elif command == "--version":
         print(fastrlhf.__version__)
-    elif command == "info":
-        from fastrlhf.info import info
-
-        print(info())
     elif command == "check":
         return _check(rest)
     elif family := [name for name in COMMANDS if name.startswith(f"{command} ")]:

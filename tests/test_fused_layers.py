@@ -1,6 +1,8 @@
 """Layers are taken over where, and only where, they compute what our ops do; nothing else about a model changes."""
 
 import copy
+import functools
+import inspect
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from tiny import tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from fastrlhf.models import fused_layers
 from fastrlhf.models.fused_layers import FusedLayer, fuse_layers
@@ -53,6 +55,58 @@ def test_rotations_are_ours_where_a_head_is_turned_whole(monkeypatch):
         calls.clear()
         model(**pack([[5, 6, 7]]).model_inputs())
         assert len(calls) == expected, arch
+
+
+def renamed(function):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if "states" in kwargs:
+            kwargs["hidden_states"] = kwargs.pop("states")
+        return function(*args, **kwargs)
+
+    return call
+
+
+class Decorated:
+    """A decorator that keeps what it decorates in an attribute, where a copy of it cannot be put."""
+
+    def __init__(self, function):
+        self.function = functools.update_wrapper(self, function).__wrapped__
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else functools.partial(self.function, instance)
+
+
+@pytest.mark.parametrize("decorators", [(), (renamed,), (renamed, torch.no_grad(), renamed)], ids=len)
+def test_rotations_are_taken_over_through_decorators_which_stay(decorators, monkeypatch):
+    forward = inspect.unwrap(LlamaAttention.forward)
+    for decorator in decorators:
+        forward = decorator(forward)
+    kind = type("Wrapped", (LlamaAttention,), {"forward": forward})
+    holder = nn.Sequential(kind(tiny_model().config, 0))
+    holder[0].config._attn_implementation = "sdpa"
+    angles = tuple(torch.randn(1, 5, 4).repeat(1, 1, 2) for _ in range(2))
+    call = {
+        "position_embeddings": angles,
+        "attention_mask": None,
+        "states" if decorators else "hidden_states": torch.randn(1, 5, 32),
+    }
+    calls, original = [], fused_layers.rotary
+    monkeypatch.setattr(fused_layers, "rotary", lambda *args: calls.append(1) or original(*args))
+    theirs = holder[0](**call)[0]
+    assert not calls
+    fuse_layers(holder)
+    calls.clear()  # those of the trial
+    ours = holder[0](**call)[0]
+    assert len(calls) == 2 and ours.requires_grad == theirs.requires_grad == (len(decorators) < 3)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_a_decorator_that_cannot_be_kept_leaves_the_rotation_alone():
+    kind = type("Wrapped", (LlamaAttention,), {"forward": Decorated(inspect.unwrap(LlamaAttention.forward))})
+    holder = nn.Sequential(kind(tiny_model().config, 0))
+    fuse_layers(holder)
+    assert not taken(holder)
 
 
 class Clamped(LlamaMLP):

@@ -4,15 +4,14 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GPTJConfig,
-    GPTJForCausalLM,
     LlamaForCausalLM,
 )
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from fastrlhf.models.policy import Policy, RewardModel, ValueModel, load_causal_lm
 from fastrlhf.packing import pack
@@ -144,11 +143,22 @@ def test_padding_is_refused(tmp_path):
         model(input_ids=ids, attention_mask=mask)
 
 
-def test_a_model_that_is_not_on_the_attention_interface_is_refused(tmp_path):
-    config = GPTJConfig(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
-    GPTJForCausalLM(config).save_pretrained(tmp_path / "gptj")
-    with pytest.raises(ValueError, match="GPTJForCausalLM is not on"):
-        load_causal_lm(tmp_path / "gptj")
+class Own(LlamaAttention):
+    """An attention that asks no interface how to attend, as models have that transformers has not moved to it."""
+
+    def forward(self, hidden_states, *_, **__):
+        heads = (t(hidden_states).unflatten(-1, (-1, self.head_dim)) for t in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (t.transpose(1, 2) for t in heads)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return self.o_proj(attended.transpose(1, 2).flatten(2)), None
+
+
+def test_a_model_that_is_not_on_the_attention_interface_is_refused():
+    model = tiny_model("llama", VOCAB)
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Own
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not on"):
+        load_causal_lm(model)
 
 
 def test_a_missing_folder_is_named():

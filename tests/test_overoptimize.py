@@ -126,7 +126,7 @@ def stop_in_the_second(step):
         ({"ppo": "nowhere.yaml"}, "no file 'nowhere.yaml'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"ppo": "other.yaml"}, "other.yaml: output follows from the command that reads it, leave it out"),
-        ({"gold": "over_gold:by_topic", "data": "more_topics.jsonl"}, "missing a required argument: 'topic'"),
+        ({"gold": "over_gold:by_topic", "data": "more_topics.jsonl"}, "argument: 'topic'"),
         ({"data": "topics.jsonl"}, "topics.jsonl has one prompt; the proxy learns from some and is measured on others"),
         ({"eval_data": "topics.jsonl"}, "has 1 prompt; standard errors take at least 2"),
     ],

@@ -53,6 +53,29 @@ def _compute_approx_kl(original: Callable[..., Any]) -> Callable[..., Any]:
     return compute_approx_kl
 
 
+def _compute_approx_kl_of_0_11_2(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The form that may give the KL's gradient whatever the estimator, which is left to the original."""
+
+    @functools.wraps(original)
+    def compute_approx_kl(
+        log_probs: Tensor,
+        log_probs_base: Tensor,
+        log_probs_old: Tensor | None = None,
+        kl_estimator: str = "k1",
+        unbiased_gradient: bool = False,
+    ) -> Tensor:
+        fits = plain(log_probs, log_probs_base) and log_probs.shape == log_probs_base.shape
+        if not fits or kl_estimator not in ("k1", "k2", "k3") or unbiased_gradient:
+            return original(log_probs, log_probs_base, log_probs_old, kl_estimator, unbiased_gradient)
+        ratio, none = log_probs.float(), log_probs_base.float()
+        if kl_estimator == "k3":  # past the clamp its derivative, which may be infinite, is not asked for
+            ratio = (ratio - none).clamp(min=-10)
+            none = torch.zeros_like(ratio)
+        return approx_kl(ratio, none, estimator=kl_estimator).clamp(-10, 10)
+
+    return compute_approx_kl
+
+
 def _masked(mask: Tensor | None, *tensors: Tensor) -> list[Tensor] | None:
     """The tensors with zeros outside the mask, or None if our ops do not serve them.
 
@@ -107,6 +130,13 @@ def _cases_kl(device: str) -> Iterator[tuple[Any, ...]]:
             yield made[0].detach().requires_grad_(), made[1].detach(), estimator
 
 
+def _cases_kl_of_0_11_2(device: str) -> Iterator[tuple[Any, ...]]:
+    for log_probs, base, estimator in _cases_kl(device):
+        for unbiased in (False, True):
+            yield log_probs, base, None, estimator, unbiased
+        yield (100 * log_probs.detach()).requires_grad_(), base, None, estimator, False
+
+
 def _cases_advantages(device: str) -> Iterator[tuple[Any, ...]]:
     for rewards, values, mask in rewards_values_mask(device):
         yield None, values, rewards, mask, 0.99, 0.95
@@ -120,6 +150,10 @@ def _cases_returns(device: str) -> Iterator[tuple[Any, ...]]:
 
 
 VERSION = "0.11"
+KL_PARAMETERS = (
+    "(log_probs, log_probs_base, kl_estimator='k1')",
+    "(log_probs, log_probs_base, log_probs_old=None, kl_estimator='k1', unbiased_gradient=False)",
+)
 REPLACEMENTS = (
     Replacement(
         f"{MODELS}:log_probs_from_logits",
@@ -128,7 +162,10 @@ REPLACEMENTS = (
     Replacement(f"{MODELS}:compute_entropy", (Known("(logits)", VERSION, _compute_entropy, _cases_entropy),)),
     Replacement(
         f"{MODELS}:compute_approx_kl",
-        (Known("(log_probs, log_probs_base, kl_estimator='k1')", VERSION, _compute_approx_kl, _cases_kl),),
+        (
+            Known(KL_PARAMETERS[0], VERSION, _compute_approx_kl, _cases_kl),
+            Known(KL_PARAMETERS[1], "0.11.2", _compute_approx_kl_of_0_11_2, _cases_kl_of_0_11_2),
+        ),
     ),
     Replacement(
         f"{MAKER}:RemoteExperienceMaker.get_advantages_and_returns",

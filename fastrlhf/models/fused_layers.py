@@ -5,15 +5,17 @@ and copies, checkpoints and adapters see the module that they know. It is taken 
 with small random parts, computes the same either way, gradients included; what we do not know is left alone.
 
 An attention layer keeps its forward, but for the function that it rotates queries and keys by. That is a name in its
-file, which other models share, so the layer gets a copy of its forward in which the name means our function.
+file, which other models share, so the layer gets a copy of its forward in which the name means our function. Decorators
+around a forward, such as those that rename an argument, stay around the copy. fast_paths.py says what was taken over.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Sequence
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -81,17 +83,42 @@ def subclass(kind: Any, original: Any, **members: Any) -> Any:
 @functools.cache
 def _rotating(original: Any) -> Any:
     """An attention layer's class whose forward finds our function under the name of theirs, or None."""
-    forward = original.forward
-    if not isinstance(forward, FunctionType) or ROTATION not in forward.__code__.co_names:
-        return None
-    theirs = forward.__globals__.get(ROTATION)
+    theirs = getattr(inspect.unwrap(original.forward), "__globals__", {}).get(ROTATION)
     ours = functools.partial(_rotate, theirs)
     if theirs is None or not _rotates_alike(ours, theirs):
         return None
-    names = {**forward.__globals__, ROTATION: ours}
-    copied = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    copied.__kwdefaults__ = forward.__kwdefaults__
-    return subclass(FusedLayer, original, forward=copied)
+    copied = _calling(ours, original.forward)
+    return None if copied is None else subclass(FusedLayer, original, forward=copied)
+
+
+def _calling(ours: Callable[..., Any], forward: Any) -> FunctionType | None:
+    """A copy of a forward in which ROTATION is ours, within its decorators; None if it does not call that function, or
+    a decorator does not hold what it decorates as a variable of its own."""
+    if not isinstance(forward, FunctionType):
+        return None
+    names, cells, inner = forward.__globals__, forward.__closure__ or (), getattr(forward, "__wrapped__", None)
+    if inner is None:
+        return _copy(forward, {**names, ROTATION: ours}, cells) if ROTATION in forward.__code__.co_names else None
+    copied = _calling(ours, inner)
+    if copied is None or not any(_holds(cell, inner) for cell in cells):
+        return None
+    decorated = _copy(forward, names, tuple(CellType(copied) if _holds(cell, inner) else cell for cell in cells))
+    decorated.__dict__["__wrapped__"] = copied
+    return decorated
+
+
+def _copy(function: FunctionType, names: dict[str, Any], cells: tuple[CellType, ...]) -> FunctionType:
+    copied = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells or None)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    copied.__dict__.update(function.__dict__)
+    return copied
+
+
+def _holds(cell: CellType, value: Any) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # an empty cell
+        return False
 
 
 def _rotate(theirs: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **more: Any) -> Any:

@@ -1,6 +1,8 @@
 """Our replacements against OpenRLHF's originals: outputs, dtypes and gradients, in and out of what our ops cover."""
 
+import functools
 import importlib.util
+import inspect
 
 import pytest
 import torch
@@ -50,15 +52,21 @@ def test_an_entropy_taken_before_has_a_gradient_at_any_temperature(pairs):
 def test_kl_estimates_are_openrlhfs_clamps_included(pairs, estimator):
     logprobs = (-6 * torch.rand(4, 30)).requires_grad_()
     base = (-6 * torch.rand(4, 30)).requires_grad_()
-    same(*pairs["compute_approx_kl"], (logprobs, base, estimator))
-    same(*pairs["compute_approx_kl"], (logprobs.bfloat16().detach().requires_grad_(), base, estimator))
-    same(*pairs["compute_approx_kl"], (logprobs, base[:1], estimator))
+    half = logprobs.bfloat16().detach().requires_grad_()
+    kls = [functools.partial(function, kl_estimator=estimator) for function in pairs["compute_approx_kl"]]
+    for arguments in ((logprobs, base), (half, base), (logprobs, base[:1])):
+        same(*kls, arguments)
+    if "unbiased_gradient" in inspect.signature(pairs["compute_approx_kl"][0]).parameters:
+        far = (60 * logprobs.detach()).requires_grad_()  # where exp overflows
+        for unbiased in (False, True):
+            same(*pairs["compute_approx_kl"], (far, base, None, estimator, unbiased))
+            same(*pairs["compute_approx_kl"], (logprobs, base, base.detach(), estimator, unbiased))
 
 
 def test_an_unknown_kl_estimator_raises_as_in_openrlhf(pairs):
     for function in pairs["compute_approx_kl"]:
         with pytest.raises(ValueError, match="Unknown kl_estimator: k4"):
-            function(torch.zeros(2), torch.zeros(2), "k4")
+            function(torch.zeros(2), torch.zeros(2), kl_estimator="k4")
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.99, 0.95), (0.9, 0.0), (1.2, 0.95)])
