@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -98,10 +99,14 @@ def test_a_signal_that_torchrun_repeats_is_one(loop, monkeypatch):
 def test_a_fork_of_a_run_ends_as_ever(loop):
     """As the workers of a pool that a reward function keeps."""
     with signals.handled():
+        ends = os.pipe()
         child = os.fork()
         if not child:
-            signal.pause()
+            os.write(ends[1], b"!")
+            for _ in range(3000):
+                time.sleep(0.01)
             os._exit(0)
+        os.read(ends[0], 1)  # Python forgets what comes while it forks
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
