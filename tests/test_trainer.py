@@ -217,7 +217,7 @@ def test_a_kill_before_the_model_of_an_extended_run_is_replaced_does_not_leave_t
 def test_the_warm_up_of_the_value_model_is_told(ppo, capsys):
     ppo(value_warmup_steps=2).run()
     lines = capsys.readouterr().out.splitlines()
-    start = lines.index("steps 1 to 2 train the value model alone, the policy from step 3 on")
+    start = lines.index("steps 1 to 2 train the value model alone; the policy is trained from step 3 on")
     end = lines.index("the value model's warm-up is over: from step 3 on the policy is trained, too")
     rows = [n for n, line in enumerate(lines) if line.strip().startswith(("1/3", "2/3", "3/3"))]
     assert start < rows[0] and rows[1] < end < rows[2]

@@ -61,7 +61,8 @@ class Learner:
         """Says before step 0, 1, ... how long the value model's warm-up lasts, if it does."""
         number = self.num_value_warmup_steps
         if step < number:
-            ranks.say(f"steps {step + 1} to {number} train the value model alone, the policy from step {number + 1} on")
+            steps = f"steps {step + 1} to {number} train" if step + 1 < number else f"step {number} trains"
+            ranks.say(f"{steps} the value model alone; the policy is trained from step {number + 1} on")
 
     def train(self, batch: Packed, *, step: int, kl_coef: float, done: Callable[[int], object]) -> list[Statistics]:
         """The updates of step 0, 1, ... Returns the statistics of each.
