@@ -11,8 +11,9 @@ from fastrlhf.data.columns import finished_of, head_name, head_of, margin_of, pr
 from fastrlhf.data.conversations import preference_of, prompt_of, response_of, tools_of
 from fastrlhf.data.files import DataError, read_rows
 from fastrlhf.data.lengths import measured
-from fastrlhf.data.loading import Columns, Loaded, Row, _load, answers_of, read_with
+from fastrlhf.data.loading import Columns, Row, _load, answers_of, read_with
 from fastrlhf.data.report import Reason, Rejected
+from fastrlhf.data.rows import Loaded
 from fastrlhf.data.template import Renderer
 
 # by layout, the columns that its loader takes; the first that fits a file's first row tells its layout
