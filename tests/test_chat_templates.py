@@ -278,7 +278,7 @@ def test_a_template_that_asks_for_the_date_gets_the_same_one_every_day(name):
     assert tokenizer.decode(Renderer(tokenizer).prompt("q")) == f"  \n{expected}<|user|>q<eos><|assistant|>"
 
 
-def test_a_template_without_an_end_token_gets_eos_behind_its_text():
+def test_a_template_without_an_end_token_gets_eos_behind_its_text(write):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}[end]\n{% endfor %}"
@@ -287,6 +287,8 @@ def test_a_template_without_an_end_token_gets_eos_behind_its_text():
     tokens = Renderer(tokenizer).conversation([user("q"), assistant("a"), user("r"), assistant("b")])
     assert tokenizer.decode(tokens.ids) == "user: q[end]\nassistant: a[end]\nuser: r[end]\nassistant: b[end]<eos>"
     assert learned(tokenizer, tokens) == ["a[end]", "b[end]<eos>"]
+    (note,) = load_demonstrations(write({"prompt": "q", "completion": "a"}), tokenizer, max_tokens=99).report.notes
+    assert "no token of the tokenizer, so <eos> is put behind" in note
 
 
 def test_rows_say_what_they_hold_that_the_template_does_not_render(write):

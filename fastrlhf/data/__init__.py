@@ -19,9 +19,10 @@ from fastrlhf.data.judged import (
     load_ratings,
     verdict_of,
 )
-from fastrlhf.data.loading import Demonstration, Loaded, Prompt, load_demonstrations, load_prompts
+from fastrlhf.data.loading import load_demonstrations, load_prompts
 from fastrlhf.data.order import batch_rows, shuffled, stream
 from fastrlhf.data.report import Reason, Rejected, Report
+from fastrlhf.data.rows import Demonstration, Loaded, Prompt
 
 __all__ = [
     "RATING",

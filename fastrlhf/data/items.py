@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastrlhf.data.judged import Labelled, Pair, Ranking, Rated
-from fastrlhf.data.loading import Demonstration, Prompt
+from fastrlhf.data.rows import Demonstration, Prompt
 
 Tokens = Sequence[int]
 

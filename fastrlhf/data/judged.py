@@ -11,8 +11,9 @@ from fastrlhf.data.columns import finished_of, head_name, head_of, margin_of, pr
 from fastrlhf.data.conversations import preference_of, prompt_of, response_of, tools_of
 from fastrlhf.data.files import DataError, read_rows
 from fastrlhf.data.lengths import measured
-from fastrlhf.data.loading import Columns, Loaded, Row, _load, answers_of, tools_column
+from fastrlhf.data.loading import Columns, Row, _load, answers_of, read_with
 from fastrlhf.data.report import Reason, Rejected
+from fastrlhf.data.rows import Loaded
 from fastrlhf.data.template import Renderer
 
 # by layout, the columns that its loader takes; the first that fits a file's first row tells its layout
@@ -154,7 +155,7 @@ def load_pairs(
         "preference pairs",
         LAYOUTS["pairs"],
         measured(make, tokenizer, max_tokens),
-        known=(*PAIR_OPTIONS, *tools_column(renderer)),
+        **read_with(renderer, *PAIR_OPTIONS),
         **options,
     )
 
@@ -193,7 +194,7 @@ def load_rankings(
         "rankings",
         LAYOUTS["rankings"],
         measured(make, tokenizer, max_tokens),
-        known=("head", *tools_column(renderer)),
+        **read_with(renderer, "head"),
         **options,
     )
 
@@ -220,7 +221,7 @@ def load_labelled(
 
     Raises: DataError."""
     renderer = Renderer(tokenizer, template, template_kwargs)
-    known = ("weight", "head", "finished", *tools_column(renderer))
+    known = ("weight", "head", "finished")
 
     def make(row: Row, used: Columns) -> Labelled:
         start, response = _one_response(renderer, row, max_tokens)
@@ -228,7 +229,12 @@ def load_labelled(
         return Labelled(start, response, label, weight_of(row), head_of(row), others)
 
     return _load(
-        path, "labelled responses", LAYOUTS["labelled"], measured(make, tokenizer, max_tokens), known=known, **options
+        path,
+        "labelled responses",
+        LAYOUTS["labelled"],
+        measured(make, tokenizer, max_tokens),
+        **read_with(renderer, *known),
+        **options,
     )
 
 
@@ -262,7 +268,7 @@ def load_ratings(
         "rated responses",
         LAYOUTS["ratings"],
         measured(make, tokenizer, max_tokens),
-        known=("finished", *tools_column(renderer)),
+        **read_with(renderer, "finished"),
         **options,
     )
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from fastrlhf.data.conversations import (
     Answer,
@@ -22,6 +21,7 @@ from fastrlhf.data.files import DataError, data_files, read_rows
 from fastrlhf.data.lengths import check_characters, measured
 from fastrlhf.data.rendering import Message
 from fastrlhf.data.report import Reason, Rejected, Report
+from fastrlhf.data.rows import Demonstration, Loaded, Prompt
 from fastrlhf.data.template import Renderer
 
 T = TypeVar("T")
@@ -38,41 +38,6 @@ DEMONSTRATION_COLUMNS: tuple[Columns, ...] = (
     ("text",),
 )
 REWARD_ARGUMENTS = {"prompts", "responses", "response_ids", "finished"}
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """tokens up to where the response starts; the prompt as text; the other columns of its row.
-
-    turns: the prompt as its row has it, text or messages"""
-
-    tokens: list[int]
-    text: str
-    columns: dict[str, Any]
-    turns: Any = None
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    """tokens of a conversation; response_mask is True for those that the model should learn to write.
-
-    Behind the end of the last answer there may be what the chat template writes there, such as a line feed."""
-
-    tokens: list[int]
-    response_mask: list[bool]
-
-    @property
-    def answered(self) -> list[int]:
-        """The tokens up to the end of the last answer that is learned, where a reward model reads its score."""
-        return self.tokens[: len(self.tokens) - self.response_mask[::-1].index(True)]
-
-
-@dataclass(frozen=True)
-class Loaded(Generic[T]):
-    """The usable rows of a file, and the report on all of them."""
-
-    rows: list[T]
-    report: Report
 
 
 def load_prompts(
@@ -107,8 +72,7 @@ def load_prompts(
         columns = {name: value for name, value in row.items() if name not in used}
         return Prompt(tokens, _as_text(prompt), columns, prompt)
 
-    loaded = _load(path, "prompts", PROMPT_COLUMNS, make, **options)
-    loaded.report.notes += renderer.notes
+    loaded = _load(path, "prompts", PROMPT_COLUMNS, make, notes=renderer.notes, **options)
     own = REWARD_ARGUMENTS & {name for row in loaded.rows for name in row.columns}
     if own:  # a function that asks for one of them by name is refused (scorer.py)
         loaded.report.notes.append(
@@ -157,7 +121,7 @@ def load_demonstrations(
         "demonstrations",
         DEMONSTRATION_COLUMNS,
         measured(make, tokenizer, max_tokens),
-        known=tools_column(renderer),
+        **read_with(renderer),
         **options,
     )
 
@@ -169,13 +133,14 @@ def _load(
     make: Callable[[Row, Columns], T],
     *,
     known: Columns = (),
+    notes: Sequence[str] = (),
     max_rejected: float = 0.01,
     limit: int | None = None,
     offset: int = 0,
 ) -> Loaded[T]:
     """Makes the rows of a file; counts those that `make` rejects. The first row's columns decide for all.
 
-    known: further columns that `make` reads
+    known: further columns that `make` reads; notes: what else is to be said
     max_rejected: the largest share of rejected rows that is no error; offset, limit: skip so many rows, read so many
 
     Raises: DataError."""
@@ -195,7 +160,7 @@ def _load(
             break
         if used is None:
             used = _columns(path, row, wanted, accepted)
-            report.notes += _notes(wanted, row, used, known)
+            report.notes += [*_notes(wanted, row, used, known), *notes]
         report.num_rows += 1
         try:
             missing = [name for name in used if row.get(name) is None]
@@ -247,9 +212,9 @@ def _notes(wanted: str, row: Row, used: Columns, known: Columns) -> list[str]:
     return notes
 
 
-def tools_column(renderer: Renderer) -> Columns:
-    """The further column that is read with a chat template."""
-    return ("tools",) if renderer.chat else ()
+def read_with(renderer: Renderer, *known: str) -> dict[str, Any]:
+    """Options of `_load` where responses are read: the further columns, these and `tools` with a chat template."""
+    return {"known": (*known, *(["tools"] if renderer.chat else [])), "notes": renderer.notes_on_ends}
 
 
 def answers_of(

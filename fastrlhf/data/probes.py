@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.data.conversations import prompt_of, response_of
-from fastrlhf.data.loading import Columns, Loaded, Row, _load, answers_of
+from fastrlhf.data.loading import Columns, Row, _load, answers_of
 from fastrlhf.data.report import Reason, Rejected
+from fastrlhf.data.rows import Loaded
 from fastrlhf.data.template import Renderer
 
 PROBE_COLUMNS: tuple[Columns, ...] = (("prompt", "prompt_with_opinion", "agreeing", "disagreeing"),)

@@ -110,6 +110,16 @@ class Renderer:
         shown = f"the generation prompt ends with {header!r}, and a plain answer is not rendered so"
         return [f"{shown}: responses are sampled from there (template_kwargs may change it: docs/data.md)"]
 
+    @property
+    def notes_on_ends(self) -> list[str]:
+        """What is to be said of responses: where the template writes no token behind them."""
+        if not self.chat or self.turns.end is not None:
+            return []
+        eos = self.tokenizer.eos_token
+        return [
+            f"the chat template ends an answer with no token of the tokenizer, so {eos} is put behind what it writes"
+        ]
+
     def prompt(self, prompt: Conversation, tools: Any = None) -> list[int]:
         """The tokens of a prompt, up to where the response starts. Raises: Rejected where the template refuses it."""
         if not self.chat:
