@@ -70,6 +70,9 @@ build: $(VENV)/dev
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info fastrlhf/*.so
 
+# A real SentencePiece vocabulary for the tests. What the package requires is left out, and so is it from the path.
+VOCABULARY = mistral-common==1.13.1
+
 # torch first and alone, so that the requirement torch>=2.11 is met by it and brings nothing more
 INSTALL_TORCH ?= -m pip install
 BUILD = pip setuptools pybind11 ninja
@@ -85,6 +88,7 @@ $(VENV)/torch: $(LOCK)
 
 $(VENV)/demo $(VENV)/dev: $(VENV)/%: $(VENV)/torch setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
 	$(BIN)/python -m pip install --no-build-isolation $(LOCKED) $(LOCKED_TRITON) -e ".[$*]"
+	$(if $(filter dev,$*),$(BIN)/python -m pip install --no-deps --upgrade --target $(VENV)/vocabularies $(VOCABULARY))
 	touch $@
 
 # The locks anew: of the newest versions that fit TORCH, and of OLDEST

@@ -129,7 +129,7 @@ def walk(config: IterateConfig, way: str) -> Iterator[Row]:
         found = {name: row[f"heldout_{name}"] for name in ("gold", "gold_error", "score", "accuracy")}
         yield {**found, **{name: row[name] for name in ("round", "kl", "comparisons")}}
     for number in range(len(rows) + 1, config.rounds + 1):  # on with the first reward model
-        reward = str(job.folder(1) / "reward/model")
+        reward = str(job.round_folder(1) / "reward/model")
         last = list(PPO(replace(job.ppo_config(number), reward=reward)))[-1]
         found = {name: last[f"eval/{name}"] for name in ("score", "score_error", "trained_score")}
         print(f"{way}: round {number}: gold {found['score']:.3f}", flush=True)

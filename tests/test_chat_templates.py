@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import re
 import shutil
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -408,10 +409,10 @@ def sentencepiece_like():
 
 def mistral(folder):
     """The vocabulary of Mistral 7B v0.1, from the package mistral-common."""
-    found = importlib.util.find_spec("mistral_common")
-    if found is None or not found.origin or importlib.util.find_spec("sentencepiece") is None:
-        pytest.skip("needs sentencepiece and mistral-common")
-    shutil.copy(Path(found.origin).parent / "data" / "tokenizer.model.v1", folder / "tokenizer.model")
+    vocabulary = Path(sys.prefix) / "vocabularies/mistral_common/data/tokenizer.model.v1"  # make puts it there
+    if not vocabulary.is_file() or importlib.util.find_spec("sentencepiece") is None:
+        pytest.skip(f"needs sentencepiece and {vocabulary}")
+    shutil.copy(vocabulary, folder / "tokenizer.model")
     LlamaTokenizer.from_pretrained(folder).save_pretrained(folder / "saved")
     return load_tokenizer(folder / "saved")
 
