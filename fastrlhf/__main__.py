@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def _run(command: str, arguments: list[str]) -> int:
     logging.disable_progress_bar()  # transformers' bar of loaded weights, for every one of four models
     before = _settings_stamp(config)
     try:
-        with signals.handled():
+        with signals.handled(), _plain_warnings():
             best = _do(command, config)
     except KeyboardInterrupt as error:
         number = error.number if isinstance(error, signals.Interrupted) else signal.SIGINT
@@ -217,6 +218,23 @@ def _run(command: str, arguments: list[str]) -> int:
         ranks.say(f"best: {Path(config.output) / 'best'} ({of}, held-out score {best['score']:.4g})")
     ranks.stop()
     return 0
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Our warnings are a line each, without the place in our files that Python puts around them."""
+    usual, ours = warnings.formatwarning, Path(fastrlhf.__file__).parent
+
+    def one_line(message: Warning | str, category: type[Warning], filename: str, *place: Any, **line: Any) -> str:
+        if category is UserWarning and Path(filename).is_relative_to(ours):
+            return f"warning: {message}\n"
+        return usual(message, category, filename, *place, **line)
+
+    warnings.formatwarning = one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _do(command: str, config: Any) -> Any:

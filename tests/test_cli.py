@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from loops import ROOT, demonstrations, model_folder, pairs, write_rows
 from transformers import AutoModelForCausalLM
 
 import fastrlhf
-from fastrlhf.__main__ import main
+from fastrlhf.__main__ import _plain_warnings, main
 from fastrlhf.runs.metrics import read_jsonl
 from fastrlhf.runs.optim import NonFiniteError
 
@@ -177,3 +178,13 @@ def test_an_error_says_what_it_left(arguments, monkeypatch, capsys, tmp_path):
 def test_python_m_runs_it():
     run = subprocess.run([sys.executable, "-m", "fastrlhf", "--version"], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout.strip() == fastrlhf.__version__
+
+
+def test_a_warning_of_ours_is_a_line_and_another_keeps_its_place():
+    usual = warnings.formatwarning
+    with _plain_warnings():
+        ours = warnings.formatwarning("a checkpoint is damaged", UserWarning, fastrlhf.__file__, 7)
+        other = warnings.formatwarning("deprecated", UserWarning, torch.__file__, 7)
+    assert ours == "warning: a checkpoint is damaged\n"
+    assert other.startswith(f"{torch.__file__}:7: UserWarning: deprecated")
+    assert warnings.formatwarning is usual
