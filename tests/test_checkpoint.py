@@ -148,7 +148,7 @@ def write_two(folder):
 
 def is_whole(folder):
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    return found == {"checksums.json", "config.yaml", "more", "more/weights", "state.pt", "weights"}
+    return found == {"checksums.json", "config.yaml", "inputs.json", "more", "more/weights", "state.pt", "weights"}
 
 
 @pytest.mark.parametrize("moment", range(1, 16))
@@ -189,6 +189,17 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path, kill_
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
 
 
+@pytest.mark.parametrize("moment", range(1, 9))
+def test_a_kill_while_a_checkpoint_is_written_again_leaves_one_of_both(tmp_path, kill_at, moment):
+    open_output(config(tmp_path))
+    save_checkpoint(tmp_path / "out", 1, write_two, keep=1)
+    kill_at(moment)
+    with contextlib.suppress(Killed):
+        save_checkpoint(tmp_path / "out", 1, write_two, keep=1)
+    kill_at(0)
+    assert is_whole(check_output(config(tmp_path, resume=True)))
+
+
 @pytest.mark.parametrize("moment", range(1, 7))
 def test_a_kill_while_a_folder_is_replaced_does_not_stand_in_the_way(tmp_path, kill_at, moment):
     write_whole(tmp_path / "model", write_two)
@@ -216,7 +227,16 @@ def test_everything_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     save_checkpoint(out, 1, write_two)
     renamed = events.index("rename step-000001")
     partial = out / "checkpoints" / "step-000001.partial"
-    names = ("weights", "more", "more/weights", "state.pt", "config.yaml", "metrics.jsonl", "checksums.json")
+    names = (
+        "weights",
+        "more",
+        "more/weights",
+        "state.pt",
+        "config.yaml",
+        "inputs.json",
+        "metrics.jsonl",
+        "checksums.json",
+    )
     assert {*events[:renamed]} == {out / "metrics.jsonl", partial, *(partial / name for name in names)}
     assert events[renamed + 1 :] == [out / "checkpoints", out]
 

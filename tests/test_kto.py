@@ -141,7 +141,7 @@ def test_a_run_is_not_resumed_on_other_labels(settings, row):
     changed = {**json.loads(lines[row]), "label": 0.5}
     lines[row] = json.dumps(changed)
     Path(settings["data"]).write_text("\n".join(lines) + "\n")
-    with pytest.raises(ValueError, match=r"resume: rows of .*data.jsonl, or of a file beside it, are no longer those"):
+    with pytest.raises(ValueError, match=r"resume: data: .*data.jsonl has changed since the run began"):
         KTO(DPOConfig(**settings, resume=True))
 
 

@@ -109,8 +109,8 @@ def test_between_the_phases_all_that_is_idle_rests(folder, tmp_path, travels):
     trainer.engine.generate = watched
     next(trainer)
     next(trainer)
-    assert seen[:2] == [3, 3]  # reference, reward model, judge
-    assert steps[:2] == [set(), {2.0}]  # of Adam, two epochs a step
+    assert seen[:3] == [3, 3, 3]  # reference, reward model, judge
+    assert steps[:3] == [set(), set(), {2.0}]  # of Adam, two epochs a step; the held-out prompts before the first
 
 
 def test_what_shares_the_body_of_a_trained_model_stays(folder, tmp_path, travels):

@@ -98,10 +98,26 @@ def test_a_folder_in_which_another_process_holds_a_part_is_not_overwritten(tmp_p
 def test_a_newer_run_of_the_same_process_takes_the_folder_over(tmp_path):
     first = OutputFolder(config(tmp_path))
     second = OutputFolder(config(tmp_path))
-    with pytest.raises(RuntimeError, match="no longer held by this run"):
-        first.open()
+    first.open()
     second.open()
-    assert (tmp_path / "out" / "config.yaml").is_file()
+    for use in (first.check, first.open):
+        with pytest.raises(RuntimeError, match="no longer held by this run"):
+            use()
+    first.close()
+    second.check()
+    second.close()
+    with pytest.raises(RuntimeError, match="no longer held by this run"):
+        second.check()
+
+
+def test_a_run_that_is_refused_leaves_the_folder_to_the_one_before_it(tmp_path, hold):
+    first = OutputFolder(config(tmp_path))
+    first.open()
+    write_file(first.path / "metrics.jsonl", LINE_1)
+    with pytest.raises(FileExistsError, match="not empty"):
+        OutputFolder(config(tmp_path))
+    first.check()
+    assert (first.path / ".lock").is_file()
 
 
 def test_a_fork_does_not_keep_the_lock(tmp_path, hold):
@@ -145,14 +161,31 @@ def test_a_folder_with_a_step_is_refused(tmp_path):
         OutputFolder(config(tmp_path))
 
 
-@pytest.mark.parametrize("how", ["resume", "overwrite"])
-@pytest.mark.parametrize("name", ["config.yaml", "model", "timing.jsonl"])
+COMMON = ["config.yaml", "model", "timing.jsonl", "data/train.jsonl", "tensorboard/events", "model/config.yaml"]
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+@pytest.mark.parametrize("name", COMMON)
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, how, name):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).write_text("learning_rate: 1\n")  # common names
-    with pytest.raises(FileExistsError, match="holds no fastrlhf run"):
-        OutputFolder(config(tmp_path, **{how: True}))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("learning_rate: 1\n")
+    with pytest.raises(FileExistsError, match="holds no fastrlhf run" if how else "is not empty"):
+        OutputFolder(config(tmp_path, **how), cheap=("data",))
+    assert path.read_text() == "learning_rate: 1\n"
+
+
+def test_a_folder_with_the_score_of_the_start_alone_is_free(tmp_path):
+    folder = OutputFolder(config(tmp_path))
+    folder.open()
+    write_file(folder.path / "metrics.jsonl", b'{"step": 0, "eval/score": 1.0}\n')
+    folder.close()
+    OutputFolder(config(tmp_path)).close()
+    write_whole(folder.path / "best", lambda path: (path / "weights").write_text("w"))
+    OutputFolder(config(tmp_path)).close()
+    (folder.path / "metrics.jsonl").unlink()  # somebody keeps the model alone
+    with pytest.raises(FileExistsError, match="not empty"):
+        OutputFolder(config(tmp_path))
 
 
 def test_a_run_of_another_command_is_not_resumed_or_mixed_with(tmp_path):
@@ -182,11 +215,25 @@ def test_overwrite_never_deletes_what_the_run_reads(tmp_path, option):
     link = tmp_path / "link"
     link.symlink_to(out / "model")
     for path in (out / "model", link, out / "checkpoints" / "step-000001"):
-        with pytest.raises(ValueError, match=f"{option} reads .*{path.name}, which lies in .*out and would be deleted"):
+        with pytest.raises(ValueError, match=rf"{option} reads .*/out/.*, which lies in .*out and would be deleted"):
             OutputFolder(config(tmp_path, overwrite=True, **{option: str(path)}))
     reward = f"my:f=0.5,clip({out / 'model'};-1;1)=2"
     with pytest.raises(ValueError, match=r"reward reads .*out/model, which lies in"):
         OutputFolder(PPOConfig(model="m", data="d", reward=reward, output=str(out), overwrite=True))
+
+
+def test_overwrite_never_deletes_what_a_glob_or_an_adapter_reads(tmp_path):
+    out = begun(config(tmp_path))
+    (out / "samples.jsonl").write_text('{"prompt": "a"}\n')
+    for data in (f"{out}/sam*.jsonl", str(out)):
+        with pytest.raises(ValueError, match=r"data reads .*, which lies in .*out and would be deleted"):
+            OutputFolder(config(tmp_path, overwrite=True, data=data))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(out / "model")}))
+    (out / "model").mkdir()
+    with pytest.raises(ValueError, match=r"model reads .*out/model, which lies in"):
+        OutputFolder(config(tmp_path, overwrite=True, model=str(adapter)))
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path):
@@ -260,6 +307,37 @@ def test_the_changed_source_of_a_function_warns(tmp_path, monkeypatch):
     Path("paid.py").write_text("def f(prompts, responses): return [1.0] * len(prompts)\n")
     with pytest.warns(UserWarning, match=r"the source of paid:f \(reward\) has changed since the run began"):
         OutputFolder(PPOConfig(**options, resume=True))
+
+
+def test_files_that_are_no_part_of_a_model_may_come_and_go(tmp_path):
+    model = model_in(tmp_path / "base")
+    begun(config(tmp_path, model=model))
+    (tmp_path / "base" / "notes.txt").write_text("of mine")
+    assert resumed(config(tmp_path, model=model, resume=True)) is not None
+
+
+@pytest.mark.parametrize("data", ["d/*/train.jsonl", "d/**/train.jsonl", "d/a"])
+def test_every_file_of_a_glob_or_folder_is_compared(tmp_path, data):
+    for name in ("a", "b/c"):
+        (tmp_path / "d" / name).mkdir(parents=True)
+        (tmp_path / "d" / name / "train.jsonl").write_text('{"prompt": "a", "answer": 1}\n')
+    options = {"data": str(tmp_path / data)}
+    begun(config(tmp_path, **options))
+    (tmp_path / "d/a/train.jsonl").write_text('{"prompt": "a", "answer": 2}\n')
+    with pytest.raises(ValueError, match=r"resume: data: .* has changed since the run began"):
+        OutputFolder(config(tmp_path, **options, resume=True))
+
+
+@pytest.mark.parametrize("text", ['{"mo', "[]", None])
+def test_damaged_fingerprints_are_those_of_the_checkpoint(tmp_path, text):
+    model = model_in(tmp_path / "base")
+    out = begun(config(tmp_path, model=model))
+    (out / "inputs.json").write_text(text or "")
+    if text is None:
+        (out / "inputs.json").unlink()
+    model_in(tmp_path / "base", b"other")
+    with pytest.raises(ValueError, match=r"resume: model: .*base \(model.safetensors\) has changed"):
+        OutputFolder(config(tmp_path, model=model, resume=True))
 
 
 @pytest.mark.parametrize("place", ["start", "end", "second tensor", "size"])
@@ -350,6 +428,7 @@ def test_metrics_after_the_checkpoint_are_cut_off(tmp_path, later):
     out = begun(config(tmp_path), steps=2)
     (out / "metrics.jsonl").write_bytes(LINE_1 + LINE_2 + later)
     restore_lines(out / "checkpoints" / "step-000002")
+    cut_back(out / "metrics.jsonl", 2)
     assert (out / "metrics.jsonl").read_bytes() == LINE_1 + LINE_2
 
 

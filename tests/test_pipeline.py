@@ -154,6 +154,7 @@ def test_overwrite_removes_the_stages_and_nothing_else(settings):
     output, stages = Path(settings["output"]), Run(RunConfig(**settings))
     next(stages)
     next(stages)
+    stages.folder.close()
     (output / "notes.txt").write_text("mine")
     again = Run(RunConfig(**{**settings, "overwrite": True}))
     assert (output / "sft/model").is_dir()  # until the first stage

@@ -190,7 +190,7 @@ def test_a_resumed_run_refuses_other_demonstrations_to_center_on(settings, tmp_p
     next(RewardTrainer(RewardConfig(**settings)))
     assert RewardTrainer(RewardConfig(**settings, resume=True)).num_steps_done == 1
     write_rows(file, rows[::-1])
-    with pytest.raises(ValueError, match=r"rows of .*data.jsonl, or of a file beside it, are no longer those of"):
+    with pytest.raises(ValueError, match=r"resume: center_data: .*demonstrations.jsonl has changed since the run"):
         RewardTrainer(RewardConfig(**settings, resume=True))
 
 

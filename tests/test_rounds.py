@@ -64,9 +64,9 @@ def test_the_table_of_the_docs_is_that_of_the_results():
 
 def test_rounds_of_the_demo_have_its_settings_and_its_prompts(tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "__next__", lambda job: (next(job.names), ""))  # no stage is done
-    Run(RunConfig(output=str(tmp_path / "run"), device="cpu"))
+    Run(RunConfig(output=str(tmp_path / "run"), device="cpu")).folder.open()
     data = tmp_path / "run/data"
-    data.mkdir()
+    data.mkdir(parents=True)
     for split in ("reward", "ppo", "heldout"):
         (data / f"{split}.jsonl").write_text(f'{{"prompt": "{split}"}}\n')
     config = demo(tmp_path / "rounds", 3, tmp_path / "run", rounds=4)

@@ -33,7 +33,7 @@ from fastrlhf.loops.reward import RewardTrainer
 from fastrlhf.models.policy import Policy
 from fastrlhf.runs.metrics import MetricsLog, read_jsonl
 from fastrlhf.runs.options import read_further
-from fastrlhf.runs.output import check_finished
+from fastrlhf.runs.same import check_finished
 from fastrlhf.runs.whole import write_file, write_json, write_whole
 from fastrlhf.scoring.scorer import Scorer
 from fastrlhf.settings.feedback import MAX_ROUNDS, IterateConfig, JudgeConfig, LabelConfig

@@ -129,6 +129,7 @@ class Label:
             asked = [(as_text(item.prompt), item.responses[0].strip(), item.responses[1].strip()) for item in batch]
             with MetricsLog.progress("judge", len(batch)) as done:
                 verdicts = judge_pairs(self.judge, self.question, asked, min_mass=config.min_mass, progress=done)
+            self.folder.check()
             for item, verdict in zip(batch, verdicts, strict=True):
                 rows.append({"step": start // size + 1, "row": item.number, **_as_row(verdict)})
                 append(path, rows[-1])

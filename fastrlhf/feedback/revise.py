@@ -84,7 +84,9 @@ class Revise:
         for round_number in range(1, self.config.rounds + 1):
             path = self.output / f"round-{round_number}.jsonl"
             if not path.exists():
-                write_file(path, lines(self.round(round_number, responses)))
+                rows_of_round = lines(self.round(round_number, responses))
+                self.folder.check()
+                write_file(path, rows_of_round)
             rows = {row.pop("row"): row for row in read_jsonl(path)}
             self.keep(rows)
             responses = {number: row["revision"] for number, row in rows.items() if "reason" not in row}

@@ -37,7 +37,7 @@ class Stages(ABC):
         names = {Path(product).parts[0] for product in products.values()}
         own = ("config.yaml", "inputs.json", "timing.jsonl", *sorted({*names, *ours}))
         self.folder = OutputFolder(config, own, cheap=("data",))
-        self.names: Iterator[str] | None = None  # of the stages to come, once the first is asked for
+        self.names, self.is_open = iter(products), False
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return self
@@ -45,9 +45,10 @@ class Stages(ABC):
     def __next__(self) -> tuple[str, str]:
         """Does the next stage, unless its product is there already."""
         signals.stop_if_asked()  # by a signal that came during the last step of a loop
-        if self.names is None:
+        if not self.is_open:
             self.folder.open()
-            self.names = iter(self.products)
+            self.is_open = True
+        self.folder.check()
         try:
             name = next(self.names)
         except StopIteration:

@@ -86,6 +86,8 @@ class Role(nn.Module):
             self.save_pretrained(folder)
         else:
             check_finite_weights(self.adapter.named_parameters())
+            head = self.own_head().get("head")
+            check_finite_weights([] if head is None else [("head", head)])
             if ranks.is_first():
                 self.adapter.save(folder, **self.own_head())
 

@@ -26,11 +26,26 @@ import transformers
 
 from fastrlhf import _cpu
 from fastrlhf.runs import ranks
-from fastrlhf.runs.whole import CHECKSUMS, checksums, discard, find_damage, flush, remove, write_file, write_whole
+from fastrlhf.runs.whole import (
+    CHECKSUMS,
+    checksums,
+    discard,
+    find_damage,
+    flush,
+    recover,
+    remove,
+    write_file,
+    write_whole,
+)
 
 KEEP = 2  # of a run's checkpoints unless told otherwise: the newest, and the one before it
 LINES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
-COPIED = ("config.yaml", "metrics.jsonl", "samples.jsonl")  # into each checkpoint, to mend those beside it
+COPIED = (
+    "config.yaml",
+    "inputs.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+)  # into each checkpoint, to mend those beside it
 
 
 def newest_whole(output: Path) -> Path | None:
@@ -78,6 +93,7 @@ def save_checkpoint(
         write(folder)
         return folder
     checkpoints.mkdir(parents=True, exist_ok=True)
+    recover(folder)
     for leftover in checkpoints.glob("*.partial"):
         discard(leftover)
 
@@ -157,8 +173,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def restore_lines(checkpoint: Path) -> None:
-    """Makes the files of lines beside a checkpoint again as they were when it was written, or leaves what came later
-    to be cut off: one that is damaged, cut or missing is named in a warning, and replaced by the checkpoint's copy."""
+    """Sets each file of lines back to the checkpoint's copy if lines of it are damaged or missing, with a warning."""
     output = checkpoint.parent.parent
     for name in LINES:
         copy, path = checkpoint / name, output / name
@@ -171,7 +186,6 @@ def restore_lines(checkpoint: Path) -> None:
             warnings.warn(text, stacklevel=2)
             if path.is_dir():
                 remove(path)
-        if now != then:
             write_file(path, then)
 
 

@@ -6,7 +6,6 @@ evenly spread, so that gigabytes take a fraction of a second. A change elsewhere
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import inspect
 import json
@@ -21,23 +20,32 @@ from typing import Any
 
 import huggingface_hub
 
+from fastrlhf.data.files import DataError, data_files
+from fastrlhf.settings.values import PATHS
+
+INPUTS = PATHS - {"config", "output", "file", "out", "ppo", "judge_key_file"}
 Files = dict[str, str]  # what each file holds, by its name
-SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".jsonl", ".gz", ".parquet", ".yaml", ".yml")
+# of a model's folder: what changes what it computes
+MODEL = (
+    *("*.safetensors", "*.bin", "*config.json", "adapter/*.safetensors", "adapter/*.json"),
+    *("*.jinja", "*.model", "vocab.*", "merges.txt", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
+)
 WHOLE = 8 * 2**20  # bytes of a file that is read whole
 BLOCK, BLOCKS = 4096, 4096  # of a larger file: bytes of a block, and at most how many
-SETTINGS = ("ppo", "reward")  # of a loop that is part of a job, in a YAML file: the loop compares them itself
 FUNCTION = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):\w+(?:\.\w+)*")
 
 
 def inputs_of(config: Any, *, leave_out: Collection[str]) -> dict[str, dict[str, Files]]:
-    """What the settings name that is there: by setting, by its text, the files with their fingerprints."""
+    """Returns the fingerprints of the files that the settings name: setting -> path -> file."""
     found = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name in leave_out or (field.name in SETTINGS and str(value).endswith((".yaml", ".yml"))):
-            continue
-        found[field.name] = {piece: files for piece in pieces_of(value) if (files := files_of(piece))}
-    return {name: pieces for name, pieces in found.items() if pieces}
+    for name in INPUTS - set(leave_out):
+        value = getattr(config, name, None)
+        if str(value).endswith((".yaml", ".yml")) and name == "reward":
+            continue  # settings of a loop that is part of a job, which compares them itself
+        pieces = {piece: files for piece in pieces_of(value) if (files := files_of(piece))}
+        if pieces:
+            found[name] = pieces
+    return dict(sorted(found.items()))
 
 
 def pieces_of(value: Any) -> Iterator[str]:
@@ -50,32 +58,41 @@ def pieces_of(value: Any) -> Iterator[str]:
         if os.path.exists(text) or glob.has_magic(text):
             yield text
             continue
-        for part in re.split(r"[,;()]", text):
+        for part in re.split(r"[,;()|]", text):
             for piece in (part, re.sub(r"=[^=]*$", "", part), re.sub(r"(#[^#]*)?(=[^=]*)?$", "", part)):
                 if piece.strip():
                     yield piece.strip()
 
 
 def files_of(piece: str) -> Files:
-    """The fingerprint of each file of a folder, a file, a glob, a cached model of the hub or a module; empty: none."""
+    """The fingerprint of each file of a model, of data (see `data_files`), or of a module; empty if there is none."""
     path = Path(piece)
-    if path.is_file():
-        return {path.name: fingerprint_of(path)}
-    if glob.has_magic(piece) and not path.exists():
-        return {
-            Path(name).name: fingerprint_of(Path(name)) for name in sorted(glob.glob(piece)) if os.path.isfile(name)
-        }
-    if FUNCTION.fullmatch(piece):
+    if FUNCTION.fullmatch(piece) and not path.exists():
         source = _source_of(piece.partition(":")[0])
         return {piece: fingerprint_of(source)} if source else {}
+    if path.is_file():
+        return {path.name: fingerprint_of(path)}
     if not path.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", piece):
         cached = huggingface_hub.try_to_load_from_cache(piece, "config.json")
         path = Path(cached).parent if isinstance(cached, str) else path
-    if not path.is_dir():
-        return {}
-    inside = [*path.iterdir(), *(path / "adapter").glob("*")]
-    named = {file.relative_to(path).as_posix(): file for file in inside if file.suffix in SUFFIXES and file.is_file()}
-    return {name: fingerprint_of(file) for name, file in sorted(named.items())}
+    found = {file for pattern in MODEL for file in path.glob(pattern)} if path.is_dir() else set()
+    if not found:
+        try:
+            found = set(data_files(piece))
+        except DataError:  # nothing that we read, or not there: loading says more of it
+            return {}
+    names = {os.path.relpath(file, path) if path.is_dir() else str(file): file for file in found if file.is_file()}
+    return {name: fingerprint_of(file) for name, file in sorted(names.items())}
+
+
+def base_of(folder: str) -> str | None:
+    """The model that the adapter in a folder was trained on, by its settings."""
+    for path in (Path(folder) / "adapter_config.json", Path(folder) / "adapter" / "adapter_config.json"):
+        try:
+            return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def fingerprint_of(path: Path) -> str:
@@ -97,7 +114,9 @@ def changed(then: dict[str, dict[str, Files]], now: dict[str, dict[str, Files]])
     """(setting, path, file) of each input that is there and is no longer what it was; a path may have moved."""
     for name, pieces in then.items():
         for (_, before), (piece, after) in zip(pieces.items(), now.get(name, {}).items(), strict=False):
-            for file in {**before, **after}:
+            # a model of the hub may be there in part when a run begins
+            new = [] if not os.path.exists(piece) else [file for file in after if file not in before]
+            for file in [*before, *new]:
                 if before.get(file) != after.get(file):
                     yield name, piece, file
 

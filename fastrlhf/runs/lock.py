@@ -18,40 +18,60 @@ from pathlib import Path
 from typing import IO, Any
 
 LOCK = ".lock"
-_HELD: weakref.WeakValueDictionary[Path, Lock] = weakref.WeakValueDictionary()  # by this process, by folder
 
 
 class FolderInUseError(FileExistsError):
     """Another process writes into the folder."""
 
 
+class _Held:
+    """A folder that this process holds, as long as a Lock refers to it. owner: the one that may write."""
+
+    def __init__(self, folder: Path) -> None:
+        self.made = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = _take(folder / LOCK)
+        self.owner: weakref.ref[Lock] | None = None
+        weakref.finalize(self, _release, self.file, folder / LOCK, self.made, os.getpid())
+
+
+_HELD: weakref.WeakValueDictionary[Path, _Held] = weakref.WeakValueDictionary()
+
+
 class Lock:
     """Holds a folder for this process, from now until `release`; makes the folder if it is not there.
 
-    A newer lock of the same process takes the folder over, as when a cell of a notebook runs again: `check` of the
-    older one then raises.
+    Several locks of a process may hold the same folder, as when a cell of a notebook runs again: the one that was
+    claimed last may write, and `check` of the others raises.
 
     Raises: FolderInUseError, naming the process that holds the folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
-        if self.folder in _HELD:
-            _HELD[self.folder].release()
-        self.made = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = _take(self.folder / LOCK)
-        _HELD[self.folder] = self
-        self._end = weakref.finalize(self, _release, self.file, self.folder / LOCK, self.made, os.getpid())
+        self.held: _Held | None = _HELD.get(self.folder) or _Held(self.folder)
+        _HELD[self.folder] = self.held
+        self.has_claimed = False
+        if self.held.owner is None:
+            self.claim()
+
+    def claim(self) -> None:
+        """From now on this lock is the one of the process that may write in the folder. Raises: as check, once another
+        one has claimed it since."""
+        if self.held is None or self.has_claimed:
+            self.check()
+        else:
+            self.held.owner, self.has_claimed = weakref.ref(self), True
 
     def check(self) -> None:
         """Raises RuntimeError when this process has begun another run in the folder, or the lock was released."""
-        if not self._end.alive:
+        if self.held is None or self.held.owner is None or self.held.owner() is not self:
             raise RuntimeError(f"output: {self.folder} is no longer held by this run: it was closed, or begun anew")
 
     def release(self) -> None:
         """Lets others have the folder; removes it if nothing was written there."""
-        _HELD.pop(self.folder, None)
-        self._end()
+        if self.held is not None and self.held.owner is not None and self.held.owner() is self:
+            self.held.owner = None
+        self.held = None
 
 
 def check_free_below(folder: Path) -> None:
@@ -116,8 +136,8 @@ def _release(file: IO[str], path: Path, made: list[Path], pid: int) -> None:
 
 def _forget() -> None:
     """A fork of the process would keep its locks alive."""
-    for lock in list(_HELD.values()):
-        lock.file.close()
+    for held in list(_HELD.values()):
+        held.file.close()
     _HELD.clear()
 
 

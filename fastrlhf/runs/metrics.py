@@ -233,22 +233,27 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Removes lines after `step` (and a half-written last line), leaving the earlier ones byte for byte. A damaged line
-    is named in a warning and removed with those after it."""
-    if not path.exists():
-        return
-    kept = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):
-            break
+    """Removes lines after `step`, and those that are not whole, leaving the earlier ones byte for byte."""
+    if path.exists():
+        write_file(path, b"".join(line for line in whole_lines(path, "step") if json.loads(line)["step"] <= step))
+
+
+def whole_lines(path: Path, *names: str) -> list[bytes]:
+    """The lines of a file of JSON objects, up to the first that is damaged or lacks one of the names: a warning says
+    which. A last line that is half written, as a kill leaves one, is left out without a warning."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    for number, line in enumerate(lines):
         try:
-            at = int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            warnings.warn(f"{path}, line {number}: damaged, so it and the lines after it are left out", stacklevel=2)
-            break
-        if at <= step:
-            kept.append(line)
-    write_file(path, b"".join(kept))
+            damaged = any(name not in dict(json.loads(line)) for name in names)
+        except (ValueError, TypeError):
+            damaged = True
+        if damaged:
+            text = f"{path}, line {number + 1}: damaged, so it and the lines after it are left out"
+            warnings.warn(text, stacklevel=2)
+            return lines[:number]
+    return lines
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

@@ -7,64 +7,37 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastrlhf.runs.checkpoint import LINES, newest_whole, settings_of_checkpoints
-from fastrlhf.runs.inputs import changed, inputs_of, is_function, pieces_of
+from fastrlhf.runs.inputs import base_of, inputs_of, pieces_of
 from fastrlhf.runs.lock import LOCK, Lock, check_free_below
-from fastrlhf.runs.whole import discard, remove, write_file, write_json
-from fastrlhf.settings.values import dump
+from fastrlhf.runs.same import CONFIG, INPUTS, MAY_DIFFER, check_same, read, settings_in
+from fastrlhf.runs.whole import REPLACED, discard, recover, remove, write_file, write_json
+from fastrlhf.settings.values import PATHS, dump
 
 MARK = "# settings of a fastrlhf run\n"
 KIND = "# kind: "  # of the settings, on the second line
-CONFIG, INPUTS, DELETING = "config.yaml", "inputs.json", ".deleting"
+DELETING = ".deleting"
 OURS = (CONFIG, INPUTS, *LINES, "checkpoints", "model", "best", "tensorboard")
-# what holds no work: without anything else in it, a folder is free
+BEGUN = {LOCK, f"{CONFIG}.partial", f"{DELETING}.partial"}  # what there may be before config.yaml
+# what holds no work: a folder of ours without anything else is free
 NO_WORK = {LOCK, CONFIG, INPUTS, "rows.crc32", "timing.jsonl", "samples.jsonl"}
-# a resumed run may change how it runs, not what it computes
-MAY_DIFFER = {
-    "resume",
-    "overwrite",
-    "save_every",
-    "save_minutes",
-    "keep_checkpoints",
-    "samples_every",
-    "max_slots",
-    "kv_budget",
-    "cuda_graphs",
-    "max_rejected",
-    "judge_requests",
-    "judge_timeout",
-    "judge_key_file",
-    "rollout_url",
-    "weight_sync",
-    "tensorboard",
-    "device",
-    "output",
-    "max_tokens",
-    "gradient_checkpointing",
-    "share_prompts",
-    "parallel",
-    "offload",
-}
 
 
 class OutputFolder:
-    """Holds the output folder of a run from now until `close`, and changes nothing in it before `open`: so that it can
-    be made before long work, and `open` called after it.
+    """Holds the folder until `close`. Nothing in it changes before `open`, so make this first, load, then call `open`.
 
     config: of a loop or a job: output, overwrite, resume
     ours: names of what the run writes; only these are deleted, other files stay
-    cheap: those of them that hold no work, since a run makes them in no time
+    cheap: the stages among them that are done in no time, and count for no work
     hold: False in the other processes of a run, of which the first holds the folder
     is_resumed: whether an earlier run goes on; checkpoint: its newest one that is whole, None if there is none;
     changes: what it changes of its plan (`may_change` of its settings), as lines to print
@@ -84,8 +57,8 @@ class OutputFolder:
         self.lock = Lock(self.path) if hold else None
         self.changes: list[str] = []
         try:
-            if hold and (self.path / DELETING).exists():
-                self._delete()
+            if hold:
+                self._finish_what_was_killed()
             self.is_resumed = self._is_resumed()
             self.checkpoint = newest_whole(self.path) if self.is_resumed else None
         except BaseException:
@@ -93,9 +66,10 @@ class OutputFolder:
             raise
 
     def open(self) -> None:
-        """Makes the folder ready: deletes an earlier run, unless it is resumed, and writes config.yaml. From one moment
-        to the next the earlier run counts as deleted: a kill leaves all of it or nothing."""
-        self.check()
+        """Deletes an earlier run unless it is resumed, then writes config.yaml. A kill leaves the earlier run whole or
+        deleted."""
+        if self.lock is not None:
+            self.lock.claim()
         discard(self.path / f"{DELETING}.partial")  # of an overwriting run that was killed before it began
         if not self.is_resumed:
             there = [name for name in self.ours if name != CONFIG and os.path.lexists(self.path / name)]
@@ -125,7 +99,7 @@ class OutputFolder:
             raise FileExistsError(
                 f"output: {self.path} is not empty: --resume (resume=True) continues, --overwrite deletes it"
             )
-        text = _read(self.path / CONFIG)
+        text = read(self.path / CONFIG)
         if not (text or "").startswith(MARK) and not settings_of_checkpoints(self.path):
             raise FileExistsError(
                 f"output: {self.path} holds no fastrlhf run (no {CONFIG} of one), so it is left alone"
@@ -139,33 +113,31 @@ class OutputFolder:
         if config.overwrite:
             self._check_reads_nothing_deleted()
             return False
-        saved = _settings(text) or self._settings_of_checkpoint()
+        saved = settings_in(text) or self._settings_of_checkpoint()
         self.changes = check_same(config, saved, may_change=getattr(config, "may_change", ()))
         return True
 
     def _work(self) -> list[str]:
         """What the folder holds that took work, or that is not ours; without such it is free."""
-        work = []
-        for path in sorted(self.path.iterdir()):
-            if path.name not in {*self.cheap, "tensorboard"} and _holds_work(path):
-                work.append(path.name)
-        if work == ["best", "metrics.jsonl"] and not _has_steps(self.path / "metrics.jsonl"):
-            return []  # a held-out score of the model that the run began with
-        unmarked = [name for name in NO_WORK - {LOCK} if (self.path / name).exists()]
-        if unmarked and not work and not (_read(self.path / CONFIG) or "").startswith(MARK):
-            return sorted(unmarked)  # files of these names that are somebody else's
+        if not _is_ours(self.path):
+            return [path.name for path in sorted(self.path.iterdir()) if path.name not in BEGUN and _has_files(path)]
+        left_out = {"tensorboard", *(self.cheap if (self.path / "timing.jsonl").exists() else ())}
+        work = [name for name in _work_in(self.path) if name not in left_out]
+        if {*work} <= {"best", "metrics.jsonl"} and not _has_steps(self.path / "metrics.jsonl"):
+            return []  # the held-out score of the model that the run began with
         return work
 
     def _check_reads_nothing_deleted(self) -> None:
         deleted = [(self.path / name).resolve() for name in self.ours if name != CONFIG and (self.path / name).exists()]
-        for field in fields(self.config):
-            for piece in pieces_of(getattr(self.config, field.name)) if field.name != "output" else ():
-                for folder in deleted if os.path.exists(piece) else ():
-                    if Path(piece).resolve().is_relative_to(folder):
-                        raise ValueError(
-                            f"overwrite: {field.name} reads {piece}, which lies in {self.path} and would be deleted; "
-                            "give another output, or copy it elsewhere first"
-                        )
+        for name in sorted(PATHS - {"output"}):
+            pieces = [*pieces_of(getattr(self.config, name, None))]
+            pieces += filter(None, map(base_of, pieces))
+            for path in (path for piece in pieces for path in _places(piece)):
+                if any(path.is_relative_to(each) or path == each.parent for each in deleted):
+                    raise ValueError(
+                        f"overwrite: {name} reads {path}, which lies in {self.path} and would be deleted; "
+                        "give another output, or copy it elsewhere first"
+                    )
         for name in self.ours:
             check_free_below(self.path / name)
 
@@ -176,7 +148,14 @@ class OutputFolder:
         if not found:
             raise ValueError(f"output: {what}, and no checkpoint has a copy; --overwrite starts anew")
         warnings.warn(f"resume: {what}; that of {found[0]} is taken", stacklevel=2)
-        return _settings(_read(found[0])) or {}
+        return settings_in(read(found[0])) or {}
+
+    def _finish_what_was_killed(self) -> None:
+        for pattern in (f"*{REPLACED}", f"checkpoints/*{REPLACED}"):
+            for aside in self.path.glob(pattern):
+                recover(aside.with_name(aside.name.removesuffix(REPLACED)))
+        if (self.path / DELETING).exists():
+            self._delete()
 
     def _delete(self) -> None:
         """Deletes what the file .deleting names, or the rest of it, and then that file."""
@@ -193,54 +172,28 @@ class OutputFolder:
         return inputs_of(self.config, leave_out=MAY_DIFFER)
 
 
-def check_same(config: Any, saved: dict[str, Any], *, may_change: Collection[str] = ()) -> list[str]:
-    """Raises ValueError when settings, or the models and files that they name, are not those of the run in their output
-    folder; warns when the source of a function is not. A folder may have moved, with what the run reads or alone.
-    Returns lines on those of may_change that differ."""
-    changes = []
-    now, output = yaml.safe_load(dump(config)), Path(config.output)
-    defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
-    then_inputs, inputs = _saved_inputs(output), inputs_of(config, leave_out=MAY_DIFFER)
-    for name in {**now, **saved}:
-        before, after = saved.get(name, defaults.get(name)), now.get(name)
-        same = name in MAY_DIFFER or before == after or (isinstance(before, tuple) and list(before) == after)
-        if not same and name in may_change:
-            changes.append(f"{name} was {before} and is {after}")
-        elif not same and not _moved(before, after, saved.get("output"), output):
-            pieces = then_inputs.get(name, {}), inputs.get(name, {})
-            if not (_without(before, pieces[0]) == _without(after, pieces[1]) and pieces[0] and pieces[1]):
-                raise ValueError(
-                    f"resume: {name} was {before!r} and is {after!r}; give the same, or --overwrite to start anew"
-                )
-    for name, piece, file in changed(then_inputs, inputs):
-        if is_function(piece):
-            text = (
-                f"resume: the source of {piece} ({name}) has changed since the run began; it goes on with the new one"
-            )
-            warnings.warn(text, stacklevel=2)
-        else:
-            where = piece if os.path.isfile(piece) else f"{piece} ({file})"
-            raise ValueError(
-                f"resume: {name}: {where} has changed since the run began; restore it, or --overwrite to start anew"
-            )
-    return changes
+def _is_ours(folder: Path) -> bool:
+    return (read(folder / CONFIG) or "").startswith(MARK)
 
 
-def check_finished(config: Any) -> None:
-    """Raises ValueError unless the run in the output folder, if there is one, has these settings: of a run that is part
-    of a job, which reads what it left."""
-    text = _read(Path(config.output) / CONFIG)
-    if text is not None and (saved := _settings(text)) is not None:
-        check_same(config, saved)
+def _work_in(folder: Path) -> list[str]:
+    """The names in a run's folder of what took work; in a folder of a stage, which is a run's too, likewise. A kill
+    leaves what is .partial, and empty files."""
+    named = [path for path in sorted(folder.iterdir()) if path.name not in NO_WORK and path.suffix != ".partial"]
+    return [path.name for path in named if (_work_in(path) if _is_ours(path) else _has_files(path))]
 
 
-def _holds_work(path: Path) -> bool:
-    """Whether a file, or one in a folder, took work. A kill leaves what is .partial, and empty files."""
-    if path.name in NO_WORK or path.name.endswith(".partial"):
-        return False
+def _has_files(path: Path) -> bool:
+    """Whether a path is a file that is not empty, a link, or a folder with such in it."""
     if path.is_symlink() or not path.is_dir():
         return path.is_symlink() or path.stat().st_size > 0
-    return any(map(_holds_work, path.iterdir()))
+    return any(_has_files(each) for each in path.iterdir() if each.suffix != ".partial")
+
+
+def _places(piece: str) -> list[Path]:
+    """What a path or a glob names."""
+    names = [piece] if os.path.exists(piece) else glob.glob(piece, recursive=True)
+    return [Path(name).resolve() for name in names]
 
 
 def _has_steps(path: Path) -> bool:
@@ -249,46 +202,3 @@ def _has_steps(path: Path) -> bool:
         return any(json.loads(line)["step"] != 0 for line in path.read_bytes().splitlines())
     except (OSError, ValueError, KeyError, TypeError):
         return True
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def _settings(text: str | None) -> dict[str, Any] | None:
-    """The settings in config.yaml; None if it is damaged."""
-    try:
-        values = yaml.safe_load(text or "")
-    except yaml.YAMLError:
-        return None
-    return values if isinstance(values, dict) and all(isinstance(name, str) for name in values) else None
-
-
-def _saved_inputs(output: Path) -> Any:
-    try:
-        found = json.loads((output / INPUTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a run of before there were such, or damaged
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _moved(before: Any, after: Any, then: Any, output: Path) -> bool:
-    """Whether two values name the same places, seen from the output folders of then and now."""
-    if not (isinstance(before, str) and isinstance(after, str) and isinstance(then, str)):
-        return False
-    pairs = [re.split(r"([,;()=#])", value) for value in (before, after)]
-    if len(pairs[0]) != len(pairs[1]):
-        return False
-    both = zip(*pairs, strict=True)
-    return all(a == b or os.path.relpath(a or ".", then) == os.path.relpath(b or ".", output) for a, b in both)
-
-
-def _without(value: Any, pieces: dict[str, Any]) -> str:
-    """A value with what its paths hold in the place of their names."""
-    text = str(value)
-    for piece in sorted(pieces, key=len, reverse=True):
-        text = text.replace(piece, json.dumps(pieces[piece], sort_keys=True))
-    return text

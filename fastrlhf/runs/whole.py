@@ -16,6 +16,7 @@ from typing import Any
 from fastrlhf.runs import ranks
 
 CHECKSUMS = "checksums.json"
+REPLACED = ".replaced.partial"  # behind the name of a folder whose successor is about to get that name
 
 
 class DiskFullError(OSError):
@@ -35,6 +36,7 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     if folder.is_symlink() and folder.is_dir() and not any(folder.iterdir()):
         folder = folder.resolve()
     partial = folder.with_name(folder.name + ".partial")
+    recover(folder)
     with _removed_on_error(partial), _naming_full_disk(folder):
         discard(partial)
         partial.mkdir(parents=True)
@@ -44,10 +46,21 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
             if path.is_file():
                 path.chmod(0o666 & ~umask)  # safetensors lets only the owner read
             flush(path)
-    remove(folder)
+    aside = folder.with_name(folder.name + REPLACED)
+    if os.path.lexists(folder):
+        discard(aside)
+        os.rename(folder, aside)  # a kill here: recover
     os.rename(partial, folder)
     for parent in (folder.parent, folder.parent.parent):  # the parent may be new too
         flush(parent)
+    discard(aside)
+
+
+def recover(folder: Path) -> None:
+    """Gives a folder its name back if a kill came while `write_whole` replaced it."""
+    aside = folder.with_name(folder.name + REPLACED)
+    if os.path.lexists(aside) and not os.path.lexists(folder):
+        os.rename(aside, folder)
 
 
 def write_file(path: Path, data: bytes | Iterable[bytes]) -> None:
@@ -132,7 +145,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def find_damage(folder: Path) -> str | None:
-    """In what the files of a checkpoint are no longer those that were written; None if they are."""
+    """Says how a checkpoint differs from its checksums; None if it does not."""
     try:
         text = (folder / CHECKSUMS).read_text(encoding="utf-8") if (folder / CHECKSUMS).is_file() else ""
         expected = json.loads(text)
@@ -152,7 +165,8 @@ def find_damage(folder: Path) -> str | None:
 def remove(path: Path) -> None:
     """Deletes a file or folder, if there is one. Once this has begun, a folder is no longer found under its name.
 
-    Of a link only the link goes, and of one to a folder named checkpoints what our runs left there."""
+    A link is deleted, its target is kept. If the link is named checkpoints, the step-* folders in its target are
+    deleted and the link is kept."""
     if path.is_symlink() and path.name == "checkpoints" and path.is_dir():
         for inside in path.glob("step-*"):
             remove(inside)

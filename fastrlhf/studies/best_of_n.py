@@ -24,7 +24,7 @@ from fastrlhf.generation.engine import Sampling
 from fastrlhf.jobs.evaluate import Answers, Mean, answer, best_of_n_kl
 from fastrlhf.models.policy import Policy
 from fastrlhf.models.shared_prompts import can_share_prompts
-from fastrlhf.runs.metrics import MetricsLog, read_jsonl
+from fastrlhf.runs.metrics import MetricsLog, read_jsonl, whole_lines
 from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.whole import append_text, write_file, write_json
 from fastrlhf.scoring.scorer import Scorer, check_reward
@@ -112,6 +112,7 @@ def candidates(config: SearchConfig, judges: dict[str, str], folder: OutputFolde
         while len(rows) < len(prompts):
             first = (config.seed << 32) + len(rows) * config.n
             new = judged_rows(draw, prompts[len(rows) : len(rows) + size], config.n, first, scorers)
+            folder.check()
             append_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
             rows += new
     return rows
@@ -165,19 +166,11 @@ def whole_rows(path: Path, size: int, num: int) -> list[Row]:
     and one with a damaged line with all after it."""
     if not path.exists():
         return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    written = next((n for n, line in enumerate(lines) if not _is_row(line)), len(lines))
+    lines = whole_lines(path, "prompt", "scores")
+    written = len(lines)
     kept = written if written >= num else written // size * size
-    if kept < len(lines):
-        write_file(path, b"".join(lines[:kept]))
+    write_file(path, b"".join(lines[:kept]))
     return read_jsonl(path)
-
-
-def _is_row(line: bytes) -> bool:
-    try:
-        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
 
 
 def scores_of(rows: Sequence[Row], name: str) -> Tensor:

@@ -29,7 +29,8 @@ from fastrlhf.loops.ppo import PPO
 from fastrlhf.loops.reward import RewardTrainer
 from fastrlhf.models.policy import Policy
 from fastrlhf.runs.options import read_further
-from fastrlhf.runs.output import OutputFolder, check_finished
+from fastrlhf.runs.output import OutputFolder
+from fastrlhf.runs.same import check_finished
 from fastrlhf.runs.whole import write_json, write_whole
 from fastrlhf.scoring.scorer import Scorer
 from fastrlhf.settings.best_of_n import SHARED, OveroptimizeConfig

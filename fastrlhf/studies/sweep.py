@@ -22,7 +22,8 @@ from fastrlhf.jobs import plots
 from fastrlhf.jobs.evaluate import Mean, answer, best_of_n, best_of_n_kl, kl_of_responses
 from fastrlhf.loops.ppo import PPO
 from fastrlhf.runs.options import read_further
-from fastrlhf.runs.output import OutputFolder, check_finished
+from fastrlhf.runs.output import OutputFolder
+from fastrlhf.runs.same import check_finished
 from fastrlhf.runs.whole import write_file, write_json
 from fastrlhf.scoring.combining import parse_reward
 from fastrlhf.scoring.scorer import Scorer

@@ -94,6 +94,7 @@ class EvaluateReward:
         evidence = Evidence(self.names, self.pairs, pairs, self.benchmark, benchmark, probes, self.reference)
         summary = {"files": self.reports, **summarize(evidence, self.config, self.tokenizer)}
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in score_rows(evidence))
+        self.lock.check()
         output = Path(self.config.output)
         write_file(output / "scores.jsonl", rows.encode())
         write_file(output / "summary.json", (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
