@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastrlhf.settings.training import JobConfig, option
+from fastrlhf.settings.values import convert_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,7 @@ class InfoConfig:
     dtype: str = option("auto", "of its forward: auto (bfloat16 on cuda), float32 or bfloat16")
 
     def __post_init__(self) -> None:
+        convert_all(self)
         self.job()
 
     def job(self) -> JobConfig:
