@@ -2,6 +2,7 @@
 
 <output>/config.yaml    the resolved configuration; its first line marks the folder as ours
 <output>/inputs.json    fingerprints of the models, files and functions that the configuration names
+<output>/steps.json     after which steps the models in model/ and best/ were written
 <output>/.lock          the process that writes here; .deleting: what an overwriting run has yet to delete
 """
 
@@ -26,10 +27,10 @@ from fastrlhf.settings.values import dump
 
 MARK = "# settings of a fastrlhf run\n"
 KIND = "# kind: "  # of the settings, on the second line
-CONFIG, INPUTS, DELETING = "config.yaml", "inputs.json", ".deleting"
-OURS = (CONFIG, INPUTS, *LINES, "checkpoints", "model", "best", "tensorboard")
+CONFIG, INPUTS, STEPS, DELETING = "config.yaml", "inputs.json", "steps.json", ".deleting"
+OURS = (CONFIG, INPUTS, STEPS, *LINES, "checkpoints", "model", "best", "tensorboard")
 # what holds no work: without anything else in it, a folder is free
-NO_WORK = {LOCK, CONFIG, INPUTS, "rows.crc32", "timing.jsonl", "samples.jsonl"}
+NO_WORK = {LOCK, CONFIG, INPUTS, STEPS, "rows.crc32", "timing.jsonl", "samples.jsonl"}
 # a resumed run may change how it runs, not what it computes
 MAY_DIFFER = {
     "resume",
