@@ -70,7 +70,7 @@ build: $(VENV)/dev
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info fastrlhf/*.so
 
-# A real SentencePiece vocabulary for the tests. What the package requires is left out, and so is it from the path.
+# A real SentencePiece vocabulary for the tests. Installed without its requirements, in a folder that is not on Python's path.
 VOCABULARY = mistral-common==1.13.1
 
 # torch first and alone, so that the requirement torch>=2.11 is met by it and brings nothing more

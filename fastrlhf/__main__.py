@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 import traceback
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import fastrlhf
 from fastrlhf.runs import ranks, signals
 from fastrlhf.runs.checkpoint import newest_checkpoint
 from fastrlhf.runs.options import help_text, parse
+from fastrlhf.runs.streams import mute, plain_warnings, unread
 from fastrlhf.settings.best_of_n import BestOfNConfig, OveroptimizeConfig, SweepConfig
 from fastrlhf.settings.data import DataCheckConfig, DataConvertConfig
 from fastrlhf.settings.feedback import IterateConfig, LabelConfig, ReviseConfig
@@ -137,9 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()  # here, where an error can be met
-    except BrokenPipeError:  # whoever reads what is printed has enough, as `| head`
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # nor can the rest be flushed
+    except BrokenPipeError:
+        if not unread():
+            raise
+        mute(unread())  # whoever reads what is printed has enough, as `| head`
         return 1
     return status
 
@@ -193,16 +193,19 @@ def _run(command: str, arguments: list[str]) -> int:
     logging.disable_progress_bar()  # transformers' bar of loaded weights, for every one of four models
     before = _settings_stamp(config)
     try:
-        with signals.handled(), _plain_warnings():
+        with signals.handled(), plain_warnings():
             best = _do(command, config)
     except KeyboardInterrupt as error:
         number = error.number if isinstance(error, signals.Interrupted) else signal.SIGINT
         if ranks.is_first():
-            _fail(command, f"interrupted; {_how_to_go_on(command, config)}", 1)
+            left = _how_to_go_on(command, config)
+            if hasattr(config, "resume") and _settings_stamp(config) == before:
+                left = "nothing had been written yet; give the same command again"
+            _fail(command, f"interrupted; {left}", 1)
         return 128 + number
-    except BrokenPipeError:
-        raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and unread():
+            raise
         left = "" if _settings_stamp(config) == before else _how_to_go_on(command, config)
         if not (_raised_by_us(error) or _of_a_file(error)):
             if left:
@@ -218,23 +221,6 @@ def _run(command: str, arguments: list[str]) -> int:
         ranks.say(f"best: {Path(config.output) / 'best'} ({of}, held-out score {best['score']:.4g})")
     ranks.stop()
     return 0
-
-
-@contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Our warnings are a line each, without the place in our files that Python puts around them."""
-    usual, ours = warnings.formatwarning, Path(fastrlhf.__file__).parent
-
-    def one_line(message: Warning | str, category: type[Warning], filename: str, *place: Any, **line: Any) -> str:
-        if category is UserWarning and Path(filename).is_relative_to(ours):
-            return f"warning: {message}\n"
-        return usual(message, category, filename, *place, **line)
-
-    warnings.formatwarning = one_line
-    try:
-        yield
-    finally:
-        warnings.formatwarning = usual
 
 
 def _do(command: str, config: Any) -> Any:

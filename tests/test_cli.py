@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import warnings
@@ -8,9 +9,10 @@ from loops import ROOT, demonstrations, model_folder, pairs, write_rows
 from transformers import AutoModelForCausalLM
 
 import fastrlhf
-from fastrlhf.__main__ import _plain_warnings, main
+from fastrlhf.__main__ import main
 from fastrlhf.runs.metrics import read_jsonl
 from fastrlhf.runs.optim import NonFiniteError
+from fastrlhf.runs.streams import plain_warnings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,6 +124,42 @@ def test_a_reader_that_has_enough_is_no_traceback(tmp_path, command, joined):
     assert (run.returncode, told) == (1, "")  # 120: the interpreter could not flush
 
 
+PIPES = """
+import os, sys
+from fastrlhf import __main__
+from fastrlhf.loops import sft
+
+class SFT:
+    best = None
+
+    def __init__(self, config):
+        {before}
+
+    def __iter__(self):
+        raise BrokenPipeError(32, "the judge is gone")
+
+sft.SFT = SFT
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+def test_a_pipe_that_is_not_ours_breaks_with_a_message(arguments):
+    """As a judge's socket. Nor is stderr muted when the reader of stdout has enough; and a stream may be missing."""
+
+    def run(before, **given):
+        command = [sys.executable, "-c", PIPES.format(before=before), "sft", *arguments]
+        return subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **given)
+
+    judge = run("pass", stdout=subprocess.PIPE)
+    assert judge.returncode == 1 and judge.stderr.splitlines()[-1] == "BrokenPipeError: [Errno 32] the judge is gone"
+    assert "the judge is gone" in run("sys.stdout = None", stdout=subprocess.PIPE).stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    told = run("import atexit; atexit.register(lambda: print('still here', file=sys.stderr))", stdout=writer)
+    os.close(writer)
+    assert (told.returncode, told.stderr) == (1, "still here\n")
+
+
 def test_an_error_that_is_not_ours_keeps_its_traceback(arguments, monkeypatch):
     monkeypatch.setattr("fastrlhf.loops.sft.SFT.step", lambda self: {}["missing"])
     with pytest.raises(KeyError):
@@ -146,6 +184,26 @@ def test_interrupting_says_how_to_go_on(arguments, monkeypatch, capsys, tmp_path
     assert "is not empty: --resume (resume=True) continues" in capsys.readouterr().err
     assert main(["sft", *arguments, "--batch-size=4", "--resume"]) == 0
     assert "resuming from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["sft", "run"])
+def test_interrupting_before_anything_is_written_says_so(arguments, monkeypatch, capsys, tmp_path, command):
+    from fastrlhf.jobs.pipeline import Run
+    from fastrlhf.loops.sft import SFT
+    from fastrlhf.runs.lock import Lock
+
+    class Loading:
+        def __init__(self, config):
+            self.lock = Lock(tmp_path / "out")
+            assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+            raise KeyboardInterrupt
+
+    made = {"sft": SFT, "run": Run}[command]
+    monkeypatch.setattr(f"{made.__module__}.{made.__name__}", Loading)
+    given = arguments if command == "sft" else [f"--output={tmp_path / 'out'}"]
+    assert main([command, *given]) == 130
+    said = f"fastrlhf {command}: error: interrupted; nothing had been written yet; give the same command again\n"
+    assert capsys.readouterr().err == said
 
 
 def test_an_error_says_what_it_left(arguments, monkeypatch, capsys, tmp_path):
@@ -182,7 +240,7 @@ def test_python_m_runs_it():
 
 def test_a_warning_of_ours_is_a_line_and_another_keeps_its_place():
     usual = warnings.formatwarning
-    with _plain_warnings():
+    with plain_warnings():
         ours = warnings.formatwarning("a checkpoint is damaged", UserWarning, fastrlhf.__file__, 7)
         other = warnings.formatwarning("deprecated", UserWarning, torch.__file__, 7)
     assert ours == "warning: a checkpoint is damaged\n"

@@ -150,6 +150,16 @@ def test_the_share_of_groups_with_equal_scores_is_told(batch):
     assert stats["equal_groups"] == 0.5
 
 
+@pytest.mark.parametrize("estimator", ["rloo", "dr_grpo"])
+@pytest.mark.parametrize("scale", [9e-7, 1e-20])
+def test_a_reward_on_a_small_scale_trains_as_one_on_a_large_scale_does(batch, estimator, scale):
+    settings, scores = config(estimator=estimator), torch.tensor([1.0, 0.0, 0.5, 0.0, 0.0, 0.0])
+    large, _ = estimate_advantages(batch, scores, settings, kl_coef=0.0)
+    small, stats = estimate_advantages(batch, scale * scores, settings, kl_coef=0.0)
+    torch.testing.assert_close(small["advantages"] / scale, large["advantages"])
+    assert large["advantages"].abs().max() > 0 and stats["equal_groups"] == 0.5
+
+
 @pytest.mark.parametrize("estimator", ["grpo", "dr_grpo"])
 def test_a_kl_in_the_reward_of_equal_scores_is_not_divided_by_its_deviation(batch, estimator):
     settings = config(estimator=estimator, kl_in="reward")

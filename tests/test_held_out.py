@@ -15,7 +15,6 @@ from fastrlhf.__main__ import main
 from fastrlhf.generation.engine import Engine, Sampling
 from fastrlhf.loops.held_out import HeldOut, mean_and_error
 from fastrlhf.loops.instruments import Health
-from fastrlhf.runs.whole import write_whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,7 +84,7 @@ def test_the_best_of_what_is_done_again_with_another_learning_rate_is_forgotten(
     with PPO(config(folder, **options)) as trainer:
         for _ in trainer:
             pass
-    write_whole(folder / "out/best", trainer.save)  # as if the last step had been the best
+    trainer._write_model("best")  # as if the last step had been the best
     for step in (3, 4):
         shutil.rmtree(folder / f"out/checkpoints/step-{step:06d}")
     resumed = PPO(config(folder, **{**options, "learning_rate": 1e-6}, resume=True))

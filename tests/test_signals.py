@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
-from loops import ROOT, demonstrations, model_folder
+from loops import ROOT, demonstrations, model_folder, write_rows
 
 from fastrlhf.__main__ import main
 from fastrlhf.runs import signals
@@ -18,14 +19,14 @@ from fastrlhf.runs.checkpoint import newest_checkpoint
 NAMES = ("metrics.jsonl", "model/model.safetensors")
 
 
-def start(arguments):
+def start(arguments, path=ROOT, **options):
     """The command in another process, and what it prints up to its first step."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{path}"}
     command = [sys.executable, "-u", "-m", "fastrlhf", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **options)
     for line in process.stdout:
-        if re.match(r" *1/\d+ ", line):
+        if re.match(r" *1/\d* ", line):
             return process
     raise AssertionError(process.communicate()[1])
 
@@ -61,6 +62,52 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_and_resumes_bit_for_bit
     assert f"resuming from {newest}" in capsys.readouterr().out
     for name in NAMES:
         assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+REWARD = """
+import multiprocessing
+import subprocess
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+POOLS = [multiprocessing.get_context(kind).Pool(1, maxtasksperchild=1) for kind in ("fork", "spawn")]
+EXECUTOR = ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"))
+
+
+def reward(prompts, responses, **_):
+    waiting = [pool.map_async(time.sleep, [0.7, 0.8]) for pool in POOLS]  # the second one in a worker of its own
+    called = EXECUTOR.submit(time.sleep, 1.5)
+    program = subprocess.Popen(["sleep", "1.5"])
+    time.sleep(0.5)  # all have begun
+    print("1/ all have begun", flush=True)
+    assert program.wait() == 0
+    called.result()
+    for each in waiting:
+        each.get()
+    return [float(len(response)) for response in responses]
+"""
+
+
+def test_ctrl_c_leaves_the_processes_of_a_reward_function_to_finish_the_step(tmp_path):
+    """The terminal sends it to all of them."""
+    (tmp_path / "rewards_in_processes.py").write_text(REWARD)
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"say {n}"} for n in range(8)])
+    arguments = ["ppo", f"--model={model_folder(tmp_path / 'm')}", f"--data={prompts}", "--batch-size=4", "--steps=9"]
+    arguments += ["--reward=rewards_in_processes:reward", "--max-new-tokens=4", f"--output={tmp_path / 'out'}"]
+    process = start([*arguments, "--device=cpu", "--minibatches=1"], path=tmp_path, start_new_session=True)
+    try:
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGINT, error
+        assert error.splitlines()[-1].endswith(f"continues from {tmp_path / 'out/checkpoints/step-000001'}")
+        with pytest.raises(ProcessLookupError):  # none is left
+            for _ in range(100):
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -107,6 +154,9 @@ def test_a_fork_of_a_run_ends_as_ever(loop):
                 time.sleep(0.01)
             os._exit(0)
         os.read(ends[0], 1)  # Python forgets what comes while it forks
+        os.kill(child, signal.SIGINT)  # which it ignores
+        time.sleep(0.05)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 

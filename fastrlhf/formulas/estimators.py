@@ -96,7 +96,7 @@ def level(scores: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor]:
     blow up to advantages; and whether they are equal in each group (G,)."""
     groups = scores.view(-1, samples_per_prompt)
     low, high = groups.aminmax(dim=1)
-    equal = high - low <= ROUNDING * groups.abs().amax(1).clamp(min=1)
+    equal = high - low <= ROUNDING * groups.abs().amax(1)
     return torch.where(equal[:, None], groups[:, :1], groups).reshape(-1), equal
 
 

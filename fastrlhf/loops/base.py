@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from torch import Tensor
 
 from fastrlhf.loops.budget import Budget
 from fastrlhf.loops.memory_plan import Plan
@@ -15,11 +18,12 @@ from fastrlhf.runs import ranks, signals
 from fastrlhf.runs.checkpoint import newest_checkpoint, save_checkpoint
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.optim import NonFiniteError
-from fastrlhf.runs.output import OutputFolder
-from fastrlhf.runs.whole import remove, write_whole
+from fastrlhf.runs.output import STEPS, OutputFolder
+from fastrlhf.runs.whole import remove, write_json, write_whole
 from fastrlhf.settings.training import LoopConfig
 
 MAX_SHARE = 0.05  # of a run's time that is spent on checkpoints, before another one is due by the clock
+WRITE_SPEED = 1e8  # bytes a second of the first checkpoint, as a cautious guess
 
 
 class Trainer(ABC):
@@ -63,6 +67,10 @@ class Trainer(ABC):
         """Writes the models that a checkpoint needs, likewise."""
 
     @abstractmethod
+    def checkpoint_bytes(self) -> int:
+        """About how many bytes a checkpoint takes: weights and moments."""
+
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Optimizers and whatever else changes from step to step."""
 
@@ -83,13 +91,12 @@ class Trainer(ABC):
         prompts best so far, and the final model after the last step.
 
         Raises: StopIteration after the last step; NonFiniteError, naming the newest checkpoint; Interrupted, after a
-        checkpoint, when the command line was asked to stop; ValueError after `close`."""
+        checkpoint, when the command line was asked to stop; ValueError after `close`, and after an exception in the
+        middle of a step; RuntimeError when another run of the process has taken the output folder."""
         if self.num_steps_done >= self.num_steps:
             self._finish()
             raise StopIteration
-        if self.is_closed:
-            raise ValueError(f"{type(self).__name__} is closed: make it anew with resume=True to go on")
-        self.folder.check()
+        self._check_can_go_on()
         try:
             return self._next()
         except NonFiniteError as error:
@@ -97,8 +104,21 @@ class Trainer(ABC):
             advice = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
             raise NonFiniteError(f"{error}; {advice}") from error
 
+    def _check_can_go_on(self) -> None:
+        """Raises unless the loop is open, holds its output folder, and is between two steps."""
+        if self.is_closed:
+            raise ValueError(f"{type(self).__name__} is closed: make it anew with resume=True to go on")
+        self.folder.check()
+        if self.is_in_step:
+            good = newest_checkpoint(self.config.output)
+            advice = f"with resume=True to go on from {good}" if good else "with overwrite=True, there is no checkpoint"
+            raise ValueError(
+                f"step {self.num_steps_done + 1} was broken off half-way, so the weights are neither those before it "
+                f"nor those after it: make {type(self).__name__} anew {advice}"
+            )
+
     def _next(self) -> dict[str, float]:
-        if self.scores_start and self.num_steps_done == 0 and not self.is_in_step:
+        if self.scores_start and self.num_steps_done == 0:
             self._record(self.held_out_metrics(0))
         self.is_in_step = True
         metrics = self.step()
@@ -106,12 +126,15 @@ class Trainer(ABC):
         self.is_in_step = False
         self._record(metrics)
         is_last = self.num_steps_done == self.num_steps
-        asked = ranks.gather((signals.pending(), self.clock.is_due()))  # so that all processes do the same
+        asked = ranks.gather(
+            (signals.pending(), self.clock.is_due(self.checkpoint_bytes))
+        )  # so that all processes do the same
         stop, by_clock = max(signal for signal, _ in asked), asked[0][1]
         if stop or by_clock or self._is_due_by_steps(is_last):
             self.save_checkpoint()
         if is_last:
-            self._finish()
+            self._write_model("model")
+            self.close()
             if self.plan is not None:
                 self.log.say(self.plan.outcome())
         elif stop:
@@ -124,30 +147,35 @@ class Trainer(ABC):
         if metrics:
             self.log.add(self.num_steps_done, metrics)
         if metrics.get("eval/best_step") == self.num_steps_done:
-            write_whole(Path(self.config.output) / "best", self.save)
+            self._write_model("best")
 
     def _is_due_by_steps(self, is_last: bool) -> bool:
         every = self.config.save_every
         return bool(every and self.num_steps_done % every == 0) or (is_last and bool(every or self.config.save_minutes))
 
     def _finish(self) -> None:
-        """Writes the final model, unless it is there, and closes."""
+        """Writes the final model of a run that was done already, unless it is there, and closes."""
         if self.is_closed:
             return
-        if ranks.gather(_is_outdated(Path(self.config.output)))[0]:
-            write_whole(Path(self.config.output) / "model", self.save)
+        # it may be that of a run that has been extended since, and was killed before its model was replaced
+        if ranks.gather(step_of(Path(self.config.output) / "model") != self.num_steps_done)[0]:
+            self._write_model("model")
         self.close()
+
+    def _write_model(self, name: str) -> None:
+        """Writes <output>/name, the model as it is now, and then its step into steps.json beside it."""
+        output = Path(self.config.output)
+        _note_step(output, name, None)
+        write_whole(output / name, self.save)
+        _note_step(output, name, self.num_steps_done)
 
     def save_checkpoint(self) -> Path:
         """Writes a checkpoint of the steps done so far, from which resume=True goes on. Returns its folder.
 
-        Raises: ValueError when the last step was broken off: weights and optimizer may be half-way through it."""
-        output = Path(self.config.output)
-        if self.is_in_step:
-            good = newest_checkpoint(output)
-            where = f"the newest one is {good}" if good else "there is none yet"
-            raise ValueError(f"no checkpoint: step {self.num_steps_done + 1} was broken off half-way; {where}")
-        begun = time.monotonic()
+        Raises: ValueError after `close`, and after an exception in the middle of a step; RuntimeError when another run
+        of the process has taken the output folder."""
+        self._check_can_go_on()
+        output, begun = Path(self.config.output), time.monotonic()
         state = {"loop": self.state_dict(), "data_fingerprint": self.data_fingerprint}
         state["budget"] = self.budget.state_dict()
         keep = self.config.keep_checkpoints
@@ -156,9 +184,10 @@ class Trainer(ABC):
         return folder
 
     def forget_best(self) -> None:
-        """Deletes the best model so far, of a step that is done again, and otherwise, by a run whose plan changed."""
+        """Deletes best/. A run whose plan changed calls this when best/ is of a step that it will do again."""
         self.best.clear()
         self.save_checkpoint()  # first, or a kill would bring back the score of what is deleted
+        _note_step(Path(self.config.output), "best", None)
         if ranks.is_first():
             remove(Path(self.config.output) / "best")
 
@@ -187,19 +216,21 @@ class Clock:
     """Says when a checkpoint is due by the time, so that no more than `minutes` of work are lost; 0: never.
 
     It waits longer where all checkpoints of the process so far, and another one as long as the last, would take more
-    than MAX_SHARE of its time."""
+    than MAX_SHARE of its time. How long the first one takes is estimated from its bytes."""
 
     def __init__(self, minutes: float) -> None:
         self.minutes = minutes
         self.begun = self.last = time.monotonic()
-        self.seconds = self.seconds_of_last = 0.0
+        self.seconds = 0.0
+        self.seconds_of_last: float | None = None
 
-    def is_due(self) -> bool:
-        """Whether it is time for a checkpoint."""
+    def is_due(self, num_bytes: Callable[[], int]) -> bool:
+        """Whether it is time for a checkpoint; num_bytes: says how many bytes one takes."""
         now = time.monotonic()
         if not self.minutes or now - self.last < 60 * self.minutes:
             return False
-        return self.seconds + self.seconds_of_last <= MAX_SHARE * (now - self.begun)
+        next_one = num_bytes() / WRITE_SPEED if self.seconds_of_last is None else self.seconds_of_last
+        return self.seconds + next_one <= MAX_SHARE * (now - self.begun)
 
     def saved(self, seconds: float) -> None:
         """Takes note of a checkpoint, and of how long it took."""
@@ -207,13 +238,27 @@ class Clock:
         self.seconds, self.seconds_of_last = self.seconds + seconds, seconds
 
 
-def _is_outdated(output: Path) -> bool:
-    """Whether the final model is missing, or that of a run that has been extended since: one killed after its last
-    checkpoint, before the model was replaced."""
-    newest, model = newest_checkpoint(output), output / "model"
-    return not model.exists() or (newest is not None and is_newer(newest, model))
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """How many bytes tensors take; of sharded ones, all shards together."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def is_newer(folder: Path, other: Path) -> bool:
-    """Whether files were last added to a folder after they were to the other."""
-    return folder.stat().st_mtime_ns > other.stat().st_mtime_ns
+def step_of(folder: Path) -> int | None:
+    """After which step <output>/model or best was written, as steps.json says; None if it is not there, or unknown."""
+    step = _noted(folder.parent).get(folder.name)
+    return step if isinstance(step, int) and folder.exists() else None
+
+
+def _noted(output: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((output / STEPS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none was written, or it is damaged
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _note_step(output: Path, name: str, step: int | None) -> None:
+    """Notes the step of a model in the output folder, or that it is no longer known; the first process does."""
+    noted = _noted(output) if ranks.is_first() else {}
+    if ranks.is_first() and noted.get(name) != step:
+        write_json(output / STEPS, {**noted, name: step})

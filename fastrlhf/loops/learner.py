@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastrlhf.data import Demonstration, batch_rows, shuffled
 from fastrlhf.formulas.estimators import token_weights
+from fastrlhf.loops.base import bytes_of
 from fastrlhf.loops.budget import Budget
 from fastrlhf.loops.roles import Roles
 from fastrlhf.models.offload import awake, rest
@@ -197,6 +198,12 @@ class Learner:
     def ptx_fingerprint(self) -> int:
         """A checksum of the demonstrations."""
         return fingerprint(row.tokens for row in self.ptx)
+
+    def checkpoint_bytes(self) -> int:
+        """About how many bytes a checkpoint takes: of the optimizers' models, a moved reference and an average."""
+        copies = bool(self.config.reference_every) + (self.config.ema_decay is not None)
+        trained = sum(bytes_of(optimizer.kept()) for optimizer in self.optimizers)
+        return trained + copies * bytes_of(self.policy_optimizer.parameters)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizers, and a checksum of the demonstrations."""

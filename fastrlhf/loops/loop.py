@@ -12,7 +12,7 @@ import torch
 
 from fastrlhf.data import Loaded
 from fastrlhf.data.statistics import warnings
-from fastrlhf.loops.base import Clock, Trainer, is_newer
+from fastrlhf.loops.base import Clock, Trainer, step_of
 from fastrlhf.models.policy import Role
 from fastrlhf.runs import ranks, signals
 from fastrlhf.runs.checkpoint import fingerprint, load_state, restore_lines
@@ -86,8 +86,11 @@ def begin(loop: Trainer, data: Iterable[Sequence[int]]) -> None:
         for change in changes:
             loop.log.say(f"resume: {change}")
         best = Path(config.output) / "best"
-        if ranks.gather(bool(changes) and best.exists() and is_newer(best, checkpoint))[0]:
-            loop.log.say(f"resume: {best} is of a later step, and is replaced by the next model that is scored")
+        step = step_of(best)
+        is_kept = step is not None and step <= loop.num_steps_done
+        if ranks.gather(bool(changes) and best.exists() and not is_kept)[0]:
+            of = "an unknown step" if step is None else "a later step"
+            loop.log.say(f"resume: {best} is of {of}, and is replaced by the next model that is scored")
             loop.forget_best()
     elif config.resume:
         loop.log.say(f"no checkpoint in {config.output} to resume from: starting from the first step")

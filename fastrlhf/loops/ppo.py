@@ -278,6 +278,9 @@ class PPO(Trainer):
     def save_models(self, folder: Path) -> None:
         self.roles.save(folder)
 
+    def checkpoint_bytes(self) -> int:
+        return self.learner.checkpoint_bytes()
+
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step besides the models."""
         own = {"kl_coef": self.kl_coef, "moments": asdict(self.moments), "health": self.health.state}

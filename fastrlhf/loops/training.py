@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from fastrlhf.data import Loaded, stream, verdict_of
 from fastrlhf.data.template import load_tokenizer
-from fastrlhf.loops.base import Trainer
+from fastrlhf.loops.base import Trainer, bytes_of
 from fastrlhf.loops.budget import Budget
 from fastrlhf.loops.loop import begin, check_fits, load_with_held_out, prepare
 from fastrlhf.loops.memory_plan import plan_training, tell
@@ -140,6 +140,10 @@ class Training(Trainer, Generic[C, T, M]):
     def save_models(self, folder: Path) -> None:
         """Writes what a checkpoint needs besides state_dict."""
         self.model.save_trained(folder / "model")
+
+    def checkpoint_bytes(self) -> int:
+        """About how many bytes a checkpoint takes."""
+        return bytes_of(self.optimizer.kept())
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step besides the model."""

@@ -55,7 +55,7 @@ class MetricsLog:
         self.writer = None
         if ranks.is_first():
             for name in LINES:
-                cut_back(self.output / name, step or -1)  # a run that starts anew scores its start anew
+                cut_back(self.output / name, step or -1)  # a run without a checkpoint scores its start again
             self.writer = tensorboard_writer(self.output / "tensorboard", step) if tensorboard else None
         self.columns: list[str] = []
         self.num_rows = 0

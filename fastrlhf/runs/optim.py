@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -134,6 +134,12 @@ class Optimizer:
     def drop_gradients(self) -> None:
         """Clears the gradients of a step that is not made."""
         self.adam.zero_grad(set_to_none=True)
+
+    def kept(self) -> Iterator[Tensor]:
+        """The tensors that a checkpoint holds of a model and its optimizer: the trained weights and their moments."""
+        yield from self.parameters
+        for values in self.adam.state.values():
+            yield from (value for value in values.values() if isinstance(value, Tensor))
 
     def state_dict(self) -> dict[str, Any]:
         """Adam's moments and the position in the schedule."""

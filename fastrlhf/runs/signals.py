@@ -1,17 +1,22 @@
 """SIGINT and SIGTERM: a loop that runs ends its step and leaves a checkpoint, and everything else stops at once.
 
 Only the command line handles signals. In a program or a notebook they do what they do there, and nothing here acts.
+
+A terminal sends Ctrl-C to the children of a command too, whose work the step needs: workers of a reward function, or
+programs that it runs. They ignore it while the command handles signals. SIGTERM ends them as ever.
 """
 
 from __future__ import annotations
 
+import _posixsubprocess
 import os
 import signal
+import subprocess
 import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import Any
 
@@ -21,7 +26,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REPEATED = 3.0  # seconds in which torchrun passes on to each process a signal that the terminal has sent it already
 MESSAGE = "interrupted: finishing the step, then a checkpoint; again to stop at once\n"
 
-_owner = 0  # the process whose signals are handled; forks of it inherit the handlers
+_owner = 0  # the process whose signals are handled
 _loops: weakref.WeakSet[Any] = weakref.WeakSet()  # those that run
 _pending: tuple[int, float] | None = None  # the signal that waits for the end of a step, and when it came
 
@@ -46,7 +51,8 @@ def handled() -> Iterator[None]:
             if handler is not signal.SIG_IGN:
                 signal.signal(number, _handle)
     try:
-        yield
+        with _blocked_in_programs() if signal.getsignal(signal.SIGINT) is _handle else nullcontext():
+            yield
     finally:
         _pending = None
         for number, handler in before.items():
@@ -59,7 +65,7 @@ def running(loop: Any) -> None:
 
 
 def ended(loop: Any) -> None:
-    """No longer do they."""
+    """Signals no longer wait for this loop."""
     _loops.discard(loop)
 
 
@@ -74,11 +80,42 @@ def stop_if_asked() -> None:
         raise Interrupted(_pending[0])
 
 
+@contextmanager
+def _blocked_in_programs() -> Iterator[None]:
+    """Programs that Python starts meanwhile (subprocess, multiprocessing's spawn and forkserver) have SIGINT blocked,
+    which they inherit. multiprocessing starts its own resource tracker so; it has no public way for others."""
+    places = ((_posixsubprocess, "fork_exec"), (subprocess, "_fork_exec"))
+    original = _posixsubprocess.fork_exec
+
+    def fork_exec(*given: Any) -> int:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return int(original(*given))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    for module, name in places:
+        setattr(module, name, fork_exec)
+    try:
+        yield
+    finally:
+        for module, name in places:
+            setattr(module, name, original)
+
+
+def _set_in_fork() -> None:
+    if signal.getsignal(signal.SIGINT) is _handle:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGTERM) is _handle:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _handle(number: int, frame: FrameType | None) -> None:
     global _pending
-    if os.getpid() != _owner:  # a worker of a reward function, which a pool ends by SIGTERM
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+    if os.getpid() != _owner:  # a fork in which _set_in_fork has yet to run
+        if number == signal.SIGTERM:  # by which a pool ends its workers
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         return
     first, _pending = _pending, _pending or (number, time.monotonic())
     if _loops and first is None:
@@ -91,3 +128,6 @@ def _handle(number: int, frame: FrameType | None) -> None:
     for each in SIGNALS:
         signal.signal(each, signal.SIG_DFL)  # whatever hangs while the command ends, the next one ends the process
     raise Interrupted(number)
+
+
+os.register_at_fork(after_in_child=_set_in_fork)

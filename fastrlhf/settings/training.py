@@ -95,7 +95,9 @@ class LoopConfig(JobConfig):
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     limit: int | None = option(None, "use only so many rows of the data")
     save_every: int = option(100, "steps between checkpoints; 0: none")
-    save_minutes: float = rare(None, "most minutes between them, 0: any; default: 15, or 0 if save_every is 0")
+    save_minutes: float = rare(
+        None, "checkpoint at least every so many minutes; 0: off; default 15, or 0 if save_every is 0"
+    )
     keep_checkpoints: int = option(2, "how many of them stay, the newest", rare=True)
     parallel: str = option("ddp", "under torchrun: ddp (a copy of each model a process) or fsdp (shards)", rare=True)
     gradient_checkpointing: bool = option(False, "recompute activations in backward to save memory")
