@@ -10,14 +10,12 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from fastrlhf.data.controls import Controls, Span, added_tokens, unmarked
+from fastrlhf.data.conversations import Answer, Conversation, answer_message, messages_of
 from fastrlhf.data.encoding import Encoded, Encoder, common_start
 from fastrlhf.data.pretrained import read_pretrained
 from fastrlhf.data.rendering import ChatTemplate, Message
 from fastrlhf.data.report import Reason, Rejected
 from fastrlhf.data.turns import Turns
-
-Conversation = str | Sequence[Message]
-Answer = str | Message  # a message where there is more to it than a text
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -96,6 +94,7 @@ class Renderer:
         elif keywords:
             raise ValueError("template_kwargs: they are the chat template's, and there is none: leave them out")
         self.encode = Encoder(tokenizer, self.controls)
+        self.forms = self.encode.forms(self.turns.asked, self.turns.answered) if self.chat else None
         self.start = _start_tokens(tokenizer)
 
     @property
@@ -124,10 +123,13 @@ class Renderer:
         """The tokens of a prompt, up to where the response starts. Raises: Rejected where the template refuses it."""
         if not self.chat:
             return self._started(self._plain_text(prompt))
-        (messages, tools), marks = self.controls.mark((_stripped(_messages(prompt)), tools))
+        (messages, tools), marks = self.controls.mark((_stripped(messages_of(prompt)), tools))
         self.template.check_all(messages, tools, generation=True)
-        text, spans, _ = unmarked(self.template.render(messages, tools, generation=True), marks)
-        return self.encode.ids(text, spans)
+        rendered = self.template.render(messages, tools, generation=True)
+        text, spans, place = unmarked(rendered, marks)
+        found = self.template.places(rendered, messages, tools, generation=True) or []
+        others = [(place(each.start), place(each.stop)) for each in found]
+        return self.encode.guarded(text, spans, others=others, forms=self.forms).ids
 
     def answers(
         self, prompt: Conversation, answers: Sequence[Answer], finished: Sequence[bool], tools: Any = None
@@ -172,7 +174,9 @@ class Renderer:
             cut = place(turns[-1].stop if finished else turns[-1].said)
             text, spans = text[:cut], [(a, min(b, cut)) for a, b in spans if a < cut]
             borders[-1] = (*borders[-1][:2], cut)
-        encoded = self.encode(text, spans, [border for turn in borders for border in turn[1:]])
+        others = [(place(each.start), place(each.stop)) for each in rendering.places]
+        places = [border for turn in borders for border in turn[1:]]
+        encoded = self.encode.guarded(text, spans, places, others=others, forms=self.forms)
         ids, found = encoded.ids, [(n, encoded.from_(start), encoded.until(stop)) for n, start, stop in borders]
         if finished and not turns[-1].ended:  # the template writes no end
             ids = [*ids, self.end]
@@ -182,8 +186,7 @@ class Renderer:
     def _answer(self, prompt: Conversation, answer: Answer, finished: bool, tools: Any) -> tuple[list[int], int]:
         """(the tokens of a prompt and a response, how many of them are the prompt's)."""
         if self.chat:
-            message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
-            tokens = self.conversation([*_messages(prompt), message], tools, finished=finished)
+            tokens = self.conversation([*messages_of(prompt), answer_message(answer)], tools, finished=finished)
             _, start, stop = tokens.turns[-1]
             return tokens.ids[:stop], start
         start_text, text = self._plain_text(prompt), self._plain_text(answer)
@@ -203,7 +206,7 @@ class Renderer:
     def _encoded(self, text: str, quoted: Sequence[Span], border: int = 0) -> Encoded:
         """The tokens of a plain text; what spells a control token in a quoted span is text."""
         spans = [(a + m.start(), a + m.end()) for a, b in quoted for m in self.controls.pattern.finditer(text[a:b])]
-        return self.encode(text, spans, [border])
+        return self.encode.guarded(text, spans, [border], others=quoted)
 
     def _started(self, text: str) -> list[int]:
         return self._with_start(self._encoded(text, _spans(text)).ids)
@@ -228,10 +231,6 @@ def around_turns(tokenizer: Any, written: str) -> set[str]:
     """The added tokens that a template puts around turns, but for those that mark reasoning: an answer may hold its own
     reasoning, with <think> as the token that it is."""
     return {text for text in added_tokens(tokenizer) if text in written and "think" not in text.lower()}
-
-
-def _messages(prompt: Conversation) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def _stripped(messages: Sequence[Message]) -> list[Message]:
