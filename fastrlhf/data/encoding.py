@@ -152,7 +152,7 @@ class Encoder:
         return self(text, spans).ids if spans else list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def behind(self, text: str) -> list[int]:
-        """The tokens of a text that goes on from another: without the space that some tokenizers begin a text with."""
+        """The tokens of a text that follows another: without the space that some tokenizers put before a first word."""
         return self._behind(text, plain=False).ids
 
     def _behind(self, text: str, *, plain: bool) -> Encoded:

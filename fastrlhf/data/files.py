@@ -65,8 +65,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def data_files(path: str | Path) -> list[Path]:
     """Returns the files that a path names, in sorted order: itself, those in a folder, or those that match a glob.
 
-    Raises: DataError where there is none, and for a folder that holds files of several splits, or rows of a kind that is
-    not read."""
+    Raises: DataError where there is none, for a folder of several splits, and for one with rows that are not read."""
     path = Path(os.path.expanduser(path))
     if path.is_file():
         return [path]
@@ -117,7 +116,8 @@ def _split(path: Path) -> str:
 
 def _glob(wanted: Sequence[Path]) -> str:
     """A short glob that names the wanted files of a folder and no others; the first of them where there is none."""
-    start = os.path.commonprefix([path.name for path in wanted])
+    first, last = min(path.name for path in wanted), max(path.name for path in wanted)
+    start = first[: next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
     for pattern in ("train*", f"{start}*", *(f"*{suffix}" for suffix in (*JSON, PARQUET))):
         there = sorted(path for path in wanted[0].parent.glob(pattern) if path.is_file())
         if there == sorted(wanted):

@@ -48,7 +48,7 @@ def load_probes(
         plain, (agreeing, disagreeing) = answers_of(renderer, questions[0], answers)
         told, others = answers_of(renderer, questions[1], answers)
         if others != [agreeing, disagreeing]:
-            raise Rejected(Reason.TEMPLATE_REWRITES, "the answers have other tokens after the second question than after the first")
+            raise Rejected(Reason.TEMPLATE_REWRITES, "the answer is tokenised differently after the two questions")
         if agreeing == disagreeing:
             raise Rejected(Reason.SAME, "agreeing and disagreeing")
         longest = max(len(plain), len(told)) + max(len(agreeing), len(disagreeing))

@@ -43,9 +43,10 @@ def end_of_turn(tokenizer: Any) -> int:
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
     try:
-        return Renderer(tokenizer, "chat").end
+        _, turns, controls = followed(tokenizer)
     except ValueError:
         return tokenizer.eos_token_id
+    return tokenizer.eos_token_id if turns.end is None else controls.ids[turns.end]
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ class Renderer:
 
     A response ends with the token that ends the turn. What the template writes behind the last one, such as a line
     feed, is part of a demonstration, where it is not learned, and no part of a response that is judged: a reward model
-    reads its score at the end of the turn, where a sampled response ends too. Where the template writes no end behind
-    the last turn, that of turns before it is put there, or EOS. Nothing is decoded and encoded again.
+    reads its score at the end of the turn, where a sampled response ends too. If the template writes no end token after
+    the last turn, we add that of earlier turns, or EOS. Nothing is decoded and encoded again.
 
-    Plain texts keep their control tokens, which people wrote who rendered them, but those within a `Quoted` span.
+    Plain texts keep their control tokens, since their author rendered them; those within a `Quoted` span become text.
 
     Raises: ValueError for "chat", or for messages, without a chat template, and for a template that cannot be followed.
     """
@@ -84,15 +85,15 @@ class Renderer:
         self.chat = template == "chat" or (template == "auto" and tokenizer.chat_template is not None)
         if self.chat and tokenizer.chat_template is None:
             raise self._no_template("template is chat")
-        self.controls, self.end = Controls(tokenizer), tokenizer.eos_token_id
+        self.end = tokenizer.eos_token_id
         if self.chat:
-            self.template = ChatTemplate(tokenizer, keywords)
-            self.turns = Turns(self.template, self.controls, tokenizer.name_or_path)
-            self.controls = Controls(tokenizer, around_turns(tokenizer, self.turns.written))
+            self.template, self.turns, self.controls = followed(tokenizer, keywords)
             if self.turns.end is not None:
                 self.end = self.controls.ids[self.turns.end]
         elif keywords:
             raise ValueError("template_kwargs: they are the chat template's, and there is none: leave them out")
+        else:
+            self.controls = Controls(tokenizer)
         self.encode = Encoder(tokenizer, self.controls)
         self.forms = self.encode.forms(self.turns.asked, self.turns.answered) if self.chat else None
         self.start = _start_tokens(tokenizer)
@@ -225,6 +226,26 @@ class Renderer:
         )
         remedy = "use auto or chat" if has_one else "put chat_template.jinja into its folder, or use plain texts"
         return ValueError(f"template: {why}, but {problem}; {remedy}")
+
+
+def followed(tokenizer: Any, keywords: Mapping[str, Any] | None = None) -> tuple[ChatTemplate, Turns, Controls]:
+    """A tokenizer's chat template, what it writes around turns, and the control tokens. The tokenizer keeps them, so
+    that a template is tried once, as long as it, its keywords and the added tokens are the same.
+
+    Raises: ValueError for a template that cannot be followed."""
+    known = vars(tokenizer).setdefault("_followed", {})
+    key = repr((tokenizer.chat_template, keywords or {}, tokenizer.eos_token_id, added_tokens(tokenizer)))
+    if key not in known:
+        template, controls = ChatTemplate(tokenizer, keywords), Controls(tokenizer)
+        try:
+            turns = Turns(template, controls, tokenizer.name_or_path)
+            known[key] = template, turns, Controls(tokenizer, around_turns(tokenizer, turns.written))
+        except ValueError as error:
+            known[key] = str(error)
+    if isinstance(known[key], str):
+        raise ValueError(known[key])
+    found: tuple[ChatTemplate, Turns, Controls] = known[key]
+    return found
 
 
 def around_turns(tokenizer: Any, written: str) -> set[str]:
