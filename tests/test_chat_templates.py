@@ -1,5 +1,6 @@
 """Templates of published models: our tokens are those of transformers, our masks those of trl's training variants."""
 
+import copy
 import importlib.util
 import inspect
 import re
@@ -11,14 +12,15 @@ from pathlib import Path
 import chat_templates
 import pytest
 from tiny import tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from fastrlhf.data import Reason, Rejected, load_demonstrations, load_labelled, load_pairs, load_prompts
 from fastrlhf.data.controls import Quoted
 from fastrlhf.data.conversations import conversation
 from fastrlhf.data.rendering import DATE, NO_CLOCK
-from fastrlhf.data.template import Renderer, load_tokenizer
+from fastrlhf.data.template import Renderer, end_of_turn, load_tokenizer
+from fastrlhf.feedback.constitution import Principle, ask_critique
 
 MULTIMODAL = ("idefics3", "llava_next")  # want contents in parts
 FAMILIES = [name for name in chat_templates.names() if name not in MULTIMODAL]
@@ -342,6 +344,94 @@ def test_role_tokens_that_are_not_special_cannot_be_forged():
     tokens = Renderer(tokenizer).conversation([user("<role><think>"), assistant("<think><role>")])
     role, think = tokenizer.convert_tokens_to_ids(["<role>", "<think>"])
     assert tokens.ids.count(role) == 2 and tokens.ids.count(think) == 2
+
+
+def forms(text):
+    """The text, and those that NFKC makes it of."""
+    return [
+        text,
+        text.translate({ord(c): ord(c) + 0xFEE0 for c in "<|>"}),
+        text.translate({ord(c): ord(c) + 0xFEE0 for c in "|er"}),
+    ]
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_control_tokens_that_a_normaliser_makes_are_text(slow):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_tokens([AddedToken("<|end|>", normalized=True, special=True)])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    end, renderer = tokenizer.convert_tokens_to_ids("<|end|>"), Renderer(Slow(tokenizer) if slow else tokenizer)
+    for form in forms("<|end|>"):
+        assert tokenizer(form).input_ids == [end]  # so it is read where nobody looks
+        if slow and form != "<|end|>":
+            with pytest.raises(Rejected, match="SPELLS_CONTROL"):
+                renderer.prompt(f"q{form}r")
+            continue
+        assert renderer.prompt(f"q{form}r").count(end) == 1
+        tokens = renderer.conversation([user(f"q {form}"), assistant(f"{form}a{form}b")])
+        assert tokens.ids.count(end) == 2 and len(tokens.turns) == 1
+        assert tokenizer.decode(tokens.ids[slice(*tokens.turns[0][1:])]) == "<|end|>a<|end|>b<|end|>"
+        quoted = Renderer(tokenizer, "none").prompt(Quoted.of((f"{form}q", False), (form, True)))
+        assert quoted[0] == end and quoted.count(end) == 1  # a text that was rendered keeps its own
+    both = [user("q"), assistant("a")]
+    assert Renderer(tokenizer).conversation(both).ids == rendered(tokenizer, both)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_no_control_token_is_joined_of_two_texts(slow):
+    tokenizer = tiny_tokenizer()
+    given, eos = Slow(tokenizer) if slow else tokenizer, tokenizer.eos_token_id
+    plain = Renderer(given, "none")
+    for start, quote in (("q<eo", "s>r"), ("q<", "eos>"), ("<eos", ">")):
+        for parts in ([(start, False), (quote, True)], [(start, True), (quote, False)], [(start, True), (quote, True)]):
+            ids = plain.prompt(Quoted.of(*parts))
+            assert eos not in ids and tokenizer.decode(ids) == start + quote
+    principle = Principle("p", "Criticise.", "Revise.")
+    assert eos not in plain.prompt(ask_critique("Say <eo", "s>", principle, chat=False))
+    start, (answer,) = plain.answers(Quoted.of(("<eo", True), ("s>", True)), ["a"], [True])
+    assert start + answer == [*plain.prompt(Quoted.of(("<eo", True), ("s>", True))), *tokenizer("a<eos>").input_ids]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}<eos>"  # nothing between messages
+    chat = Renderer(given)
+    assert chat.prompt([user("<eo"), assistant("s>"), user("r")]).count(eos) == 1
+    tokens = chat.conversation([user("q<eo"), assistant("s>r")])
+    assert tokens.ids.count(eos) == 1 and tokenizer.decode(tokens.ids) == "q<eos>r<eos>"
+    assert tokenizer.decode(tokens.ids[tokens.turns[0][1] :]) == "s>r<eos>"
+
+
+def test_words_that_a_vocabulary_lacks_are_no_control_tokens():
+    backend = Tokenizer(models.WordLevel({"§": 0, "a": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="§", unk_token="[UNK]")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}§{% endfor %}"
+    messages = [user("a new word"), assistant("another a")]
+    assert Renderer(tokenizer).conversation(messages).ids == rendered(tokenizer, messages)
+
+
+def test_a_template_is_tried_once_a_tokenizer_and_again_once_either_changes(monkeypatch):
+    tokenizer, tried = tiny_tokenizer(), []
+    render = type(tokenizer).apply_chat_template
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda *a, **k: tried.append(0) or render(*a, **k))
+    first = Renderer(tokenizer)
+    once = len(tried)
+    assert once > 0 and end_of_turn(tokenizer) == Renderer(tokenizer).end == first.end and len(tried) == once
+    Renderer(tokenizer, keywords={"a": 1})
+    Renderer(tiny_tokenizer())
+    assert len(tried) == 3 * once
+    tokenizer.chat_template = tokenizer.chat_template + " "
+    Renderer(tokenizer)
+    assert len(tried) == 4 * once
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    for _ in range(2):
+        with pytest.raises(ValueError, match="answer 0 times"):
+            Renderer(tokenizer)
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
+    before = len(tried)
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id and len(tried) == before
+    assert copy.deepcopy(tokenizer)("q").input_ids == tokenizer("q").input_ids
 
 
 class Slow:

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loops import model_folder
 from tiny import tiny_tokenizer
+from tokenizers import AddedToken, normalizers
 
 from fastrlhf.__main__ import main
-from fastrlhf.data import DataError, load_pairs
+from fastrlhf.data import DataError, load_demonstrations, load_pairs, load_prompts
 from fastrlhf.data.characters import Characters
 from fastrlhf.data.check import check
 from fastrlhf.data.items import Item
@@ -44,13 +45,13 @@ def test_the_report_on_pairs_says_what_was_counted_by_hand(write):
     table = {line.split()[0]: [int(value) for value in line.split()[-5:]] for line in lines[5:8]}
     assert table == {"prompts": [12, 14, 14, 14, 14], "responses": [5, 6, 6, 6, 6], "together": [18, 20, 20, 20, 20]}
     assert lines[8:] == [
-        "rows that say what one before them says: 1",
-        "rows whose prompt one before them has: 2",
+        "rows that repeat an earlier row: 1",
+        "rows that repeat an earlier prompt: 2",
         "pairs labelled both ways: 1",
         # 5 < 6, 5 < 6, 6 > 5, 6 = 6
         "the better response is the longer one: 25.0% of pairs (as long: 25.0%)",
         # 108 letters of prompts (3 * 2 * 14 + 2 * 12) and 45 of responses
-        "prompts are 70.6% of what is read; reading that of the responses of a row once spares 35.3%",
+        "prompts are 70.6% of what is read; reading it once for all responses of a row saves 35.3%",
         "rater: 2 (ann: 2, bob: 1)",
     ]
 
@@ -106,10 +107,38 @@ def test_texts_that_look_like_control_tokens_are_counted(write, tmp_path):
     assert not any("control tokens" in line for line in report(write(good)))
 
 
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def test_what_is_said_of_control_tokens_is_what_is_done(write, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_tokens([AddedToken("<|end|>", normalized=True, special=True)])
+    tokenizer.save_pretrained(tmp_path / "chat")
+    options = {"tokenizer": str(tmp_path / "chat")}
+    for form, name in (("<|user|>", "<|user|>"), ("\uff1c|end|\uff1e", "<|end|>")):
+        text = f"a{form}b"
+        for row in ({"text": text}, {"prompt": text}, {"prompt": text, "text": text}, {"messages": TALK, "text": text}):
+            lines = report(write(row), **options)
+            said = {
+                line.partition("), ")[2].split(" ")[2].removesuffix(":")
+                for line in lines
+                if "look like control tokens: 1 in 1" in line
+            }
+            control, done = tokenizer.convert_tokens_to_ids(name), set()
+            if "text" in row and "messages" not in row:
+                (first, *_) = load_demonstrations(write(row), tokenizer, max_tokens=99).rows
+                done.add("control" if control in first.tokens else "text")
+            if "prompt" in row:
+                found = load_prompts(write(row), tokenizer, max_prompt_tokens=99).rows[0].tokens
+                done.add("control" if control in found[1:-2] else "text")
+            assert said == done, row
+
+
 def test_a_file_with_too_many_rejected_rows_fails_after_its_report(write, capsys):
     assert main(["data", "check", str(write(*PAIRS))]) == 1
     captured = capsys.readouterr()
-    assert "rows whose prompt" in captured.out
+    assert "rows that repeat an earlier prompt" in captured.out
     assert "1 of 5 rows rejected, more than max_rejected = 0.01" in captured.err
     assert main(["data", "check", str(write(*PAIRS)), "--max-rejected", "0.2"]) == 0
 
@@ -223,7 +252,7 @@ def test_rankings_labels_and_ratings_are_told_apart(write):
 def test_the_loops_are_warned_of_repeated_rows_and_of_prompts_on_both_sides(write):
     rows = load_pairs(write(*PAIRS), tiny_tokenizer(), max_tokens=99, max_rejected=1).rows
     assert warnings(rows, rows[:1]) == [
-        "  1 of the 4 rows to train on say what one before them says",
+        "  1 of the 4 rows to train on repeat an earlier row",
         "warning: the prompts of 1 of the 1 held-out rows are trained on too",
     ]
     assert warnings(rows[1:], []) == warnings(rows[1:3], rows[3:]) == []

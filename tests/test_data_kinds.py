@@ -18,7 +18,9 @@ from tiny import tiny_tokenizer
 from fastrlhf.__main__ import main
 from fastrlhf.data import DataError, Reason, load_demonstrations, load_prompts, read_rows
 from fastrlhf.data import json_rows as json_rows_module
+from fastrlhf.data import parquet_rows as parquet_rows_module
 from fastrlhf.data.files import data_files
+from fastrlhf.data.probes import load_probes
 
 ROWS = [{"prompt": "q", "completion": "é\u2028a"}, {"prompt": "r\n", "completion": "\ufeffb 😀"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in ROWS)
@@ -88,7 +90,11 @@ def test_a_damaged_array_or_object_is_named_with_its_place(tmp_path, text, said)
         ("a.jsonl", b"PK\x03\x04rest", "a zip file"),
         ("a.jsonl", b"PAR1rest", "a Parquet file: name it .parquet"),
         ("a.jsonl", b"ARROW1\0\0", "an Arrow file"),
-        ("a.jsonl", "{}\n{".encode("utf-16") + b"\x00", "not the text that it begins as"),
+        (
+            "a.jsonl",
+            "{}\n{".encode("utf-16") + b"\x00",
+            "its first bytes say that it is utf-16.*, but it cannot be decoded",
+        ),
         ("a.jsonl.gz", b'{"prompt": "q"}\n', "not a whole gzip file"),
         ("a.jsonl.zst", b"", "zstd -d"),
         ("a.csv", b"prompt\nq\n", r"pandas.read_csv\('.*a.csv'\).to_json\('.*a.jsonl', orient='records', lines=True\)"),
@@ -216,6 +222,58 @@ def test_a_folder_without_rows_or_of_several_splits_and_a_glob_without_files_say
         rows_of(tmp_path / "saved")
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        "evaluation",
+        "held_out",
+        "held-out",
+        "heldout",
+        "holdout",
+        "hold_out_2",
+        "valid",
+        "dev",
+        "val-1",
+        "evalset",
+        "Test",
+    ],
+)
+def test_a_folder_of_training_and_other_rows_is_refused_with_a_glob_that_is_read(tmp_path, other):
+    for names, glob in ((["train"], "train*"), (["train-0", "train-1"], "train*"), (["rows_a", "rows_b"], "rows_*")):
+        folder = tmp_path / "-".join(names)
+        folder.mkdir()
+        for name in (*names, other):
+            write_rows(folder / f"{name}.jsonl", [{"prompt": name}])
+        with pytest.raises(DataError, match="of several splits, such as") as error:
+            rows_of(folder)
+        assert f"'{folder / glob}'" in str(error.value)
+        assert rows_of(folder / glob) == [{"prompt": name} for name in names]
+
+
+def test_a_folder_of_two_held_out_splits_is_refused_and_words_in_names_are_no_splits(tmp_path):
+    for name in ("test-0", "test-1", "validation-0"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"prompt": name}])
+    with pytest.raises(DataError, match=r"test-0.jsonl and validation-0.jsonl; name those of one, .*'.*/test-\*'"):
+        rows_of(tmp_path)
+    (tmp_path / "names").mkdir()
+    for name in ("latest", "developers", "contest", "train"):
+        write_rows(tmp_path / "names" / f"{name}.jsonl", [{"prompt": name}])
+    assert len(rows_of(tmp_path / "names")) == 4
+
+
+@pytest.mark.parametrize("name", ["more.csv", "more.jsonl.zst", "more.arrow", "more.ndjson", "more.txt", "more.zip"])
+def test_rows_of_a_kind_that_is_not_read_are_not_left_out_of_a_folder(tmp_path, name):
+    for each in ("a.jsonl", "b.jsonl"):
+        write_rows(tmp_path / each, [{"prompt": each}])
+    for about in ("README.txt", "LICENSE.txt", "notes.md"):
+        (tmp_path / about).write_text("#")
+    assert len(rows_of(tmp_path)) == 2
+    (tmp_path / name).write_text("prompt")
+    with pytest.raises(DataError, match=rf"holds {name} too, of a kind that is not read; .*/\*.jsonl'"):
+        rows_of(tmp_path)
+    assert len(rows_of(tmp_path / "*.jsonl")) == 2
+
+
 def test_commands_take_a_folder_and_convert_writes_into_no_file_that_it_reads(tmp_path, capsys):
     for n in range(2):
         write_rows(tmp_path / f"{n}.jsonl", [{"question": f"q{n}", "answer": f"a #### {n}"}])
@@ -274,6 +332,32 @@ def test_the_longest_token_bounds_the_characters_that_can_fit(write):
     loaded = load_demonstrations(path, tokenizer, max_tokens=16, max_rejected=1)
     assert [len(row.tokens) for row in loaded.rows] == [4 + 11 + 1]  # <|user|> q <eos> <|assistant|>, and the end
     assert f"row 2: {num} characters, 16 tokens allowed" in str(loaded.report)
+
+
+def test_probes_are_measured_before_they_are_tokenised(write, monkeypatch):
+    path = write(
+        {"prompt": "q", "prompt_with_opinion": "I say 5. q", "agreeing": "5", "disagreeing": "4"},
+        {"prompt": "q", "prompt_with_opinion": "b" * 2**21, "agreeing": "5", "disagreeing": "4"},
+    )
+    loaded = load_probes(path, tiny_tokenizer(), max_tokens=64, max_rejected=1)
+    assert len(loaded.rows) == 1 and f"row 2: {2**21} characters, 64 tokens allowed" in str(loaded.report)
+
+
+@pytest.mark.parametrize("form", ["shared", "one long", "a group each"])
+def test_long_rows_of_parquet_are_unpacked_few_at_a_time(tmp_path, monkeypatch, form):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    size, num = 2**20, 64
+    texts = ["x" * size] * num if form != "one long" else ["q"] * 2000 + [chr(65 + n) * size for n in range(num)]
+    groups = {"row_group_size": 1} if form == "a group each" else {}
+    parquet.write_table(pa.table({"prompt": texts}), tmp_path / "a.parquet", compression="zstd", **groups)
+    monkeypatch.setattr(parquet_rows_module, "BYTES", 4 * size)
+    seen, read = [], parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        parquet.ParquetFile, "iter_batches", lambda *a, **k: (seen.append(b.nbytes) or b for b in read(*a, **k))
+    )
+    assert [row["prompt"] for row in rows_of(tmp_path / "a.parquet")] == texts
+    assert max(seen) <= 4 * size + 2**12
 
 
 def test_a_judge_and_the_rows_of_label_measure_before_they_tokenise(tmp_path, capsys):

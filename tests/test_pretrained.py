@@ -65,5 +65,8 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(tmp_path):
             text=True,
         )
     seconds, _, error = done.stdout.partition(" ")
-    assert "tokenizer: no folder 'owner/name', and as a hub id it is neither in the cache nor to be had from" in error
+    assert (
+        "tokenizer: no folder 'owner/name', and as a hub id it is neither in the cache nor can it be fetched from"
+        in error
+    )
     assert url in error and float(seconds) < 10, done.stderr

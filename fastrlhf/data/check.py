@@ -33,7 +33,7 @@ from fastrlhf.data.statistics import (
 from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.settings.data import DataCheckConfig
 
-TEXTS = ("prompt", "completion", "messages", "chosen", "rejected", "responses", "text", "tools")  # columns of texts
+TEXTS = ("prompt", "completion", "messages", "chosen", "rejected", "responses", "text")  # columns of texts
 SHARES = (0, 50, 90, 99, 100)
 
 
@@ -144,9 +144,9 @@ def _lengths(items: Sequence[Item], count: Callable[[Tokens], int], unit: str) -
 
 def _contents(items: Sequence[Item], count: Callable[[Tokens], int]) -> list[str]:
     found = repetitions(items)
-    lines = [f"rows that say what one before them says: {found.rows}"]
+    lines = [f"rows that repeat an earlier row: {found.rows}"]
     if any(item.prompt for item in items):
-        lines.append(f"rows whose prompt one before them has: {found.prompts}")
+        lines.append(f"rows that repeat an earlier prompt: {found.prompts}")
     if any(item.ranks for item in items):
         lines.append(f"pairs labelled both ways: {found.contradictions}")
         longer, same = chosen_is_longer(items, count)
@@ -158,7 +158,7 @@ def _contents(items: Sequence[Item], count: Callable[[Tokens], int]) -> list[str
         prompts, spared = shared_prompts(items, count)
         of = "of a row" if len(items[0].responses) > 1 else "to one prompt"
         lines.append(
-            f"prompts are {prompts:.1%} of what is read; reading that of the responses {of} once spares {spared:.1%}"
+            f"prompts are {prompts:.1%} of what is read; reading it once for all responses {of} saves {spared:.1%}"
         )
     for name in ("rater", "head", "split"):
         values = [str(item.columns[name]) for item in items if item.columns.get(name) is not None]
@@ -168,23 +168,36 @@ def _contents(items: Sequence[Item], count: Callable[[Tokens], int]) -> list[str
 
 
 def _spelled(config: DataCheckConfig, tokenizer: Any) -> list[str]:
-    """A line on what looks like control tokens in the texts of the file, if anything does."""
-    found: Counter[str] = Counter()
-    rows = 0
-    pattern, plain = re.compile(LOOKS), config.template == "none"
+    """Lines on what looks like control tokens in the texts of the file, if anything does, and how it is read."""
+    find: Callable[[str], list[str]] = re.compile(LOOKS).findall
+    chat = config.template != "none"
     if not isinstance(tokenizer, Characters):
         renderer = Renderer(tokenizer, config.template, config.template_kwargs)
-        pattern, plain = renderer.controls.pattern, not renderer.chat
-    for _, row in read_rows(config.file):
-        texts = [text for name in TEXTS if name in row for text in texts_in(row[name])]
-        spelled = [match for text in texts for match in pattern.findall(text)]
-        found.update(spelled)
-        rows += bool(spelled)
-    if not found:
-        return []
-    most = ", ".join(f"{text}: {number}" for text, number in found.most_common(5))
-    what = "read as control tokens, without a chat template" if plain else "read as text with a chat template"
-    return [f"texts that look like control tokens: {found.total()} in {rows} rows ({most}), {what}"]
+        find, chat = renderer.controls.spelled, renderer.chat
+    read = [*_read(config.file), *(["tools"] if chat else [])]
+    ways = {"read as control tokens, without a chat template": [] if chat else read}
+    if chat:
+        ways["read as text with a chat template"] = [name for name in read if name != "text"]
+        ways["read as control tokens: a column text does not pass the chat template"] = [n for n in read if n == "text"]
+    lines = []
+    for how, names in ways.items():
+        found: Counter[str] = Counter()
+        rows = 0
+        for _, row in read_rows(config.file) if names else ():
+            spelled = [match for name in names if name in row for text in texts_in(row[name]) for match in find(text)]
+            found.update(spelled)
+            rows += bool(spelled)
+        most = ", ".join(f"{text}: {number}" for text, number in found.most_common(5))
+        if found:
+            lines.append(f"texts that look like control tokens: {found.total()} in {rows} rows ({most}), {how}")
+    return lines
+
+
+def _read(path: str) -> list[str]:
+    """The columns of texts that some command reads."""
+    columns = _columns(path)
+    fits = [next((c for c in layouts if columns >= set(c)), ()) for layouts in READERS.values()]
+    return [name for name in TEXTS if any(name in used for used in fits)]
 
 
 def _labels(items: Sequence[Item]) -> list[str]:

@@ -27,17 +27,35 @@ def added_tokens(tokenizer: Any, *, special: bool = False) -> dict[str, int]:
 
 
 class Controls:
-    """The control tokens of a tokenizer. texts: what they are spelled as; more: of those that are not special"""
+    """The control tokens of a tokenizer. more: the texts of those that are not special"""
 
     def __init__(self, tokenizer: Any, more: Iterable[str] = ()) -> None:
         self.ids = added_tokens(tokenizer)
         self.texts = {*added_tokens(tokenizer, special=True), *more}
         self.pattern = _any_of(self.texts)
+        self.normal = self._normalised(tokenizer)
 
     def first_in(self, text: str) -> str | None:
         """The first added token in what a template wrote."""
         found = _any_of(self.ids).search(text)
         return found[0] if found else None
+
+    def _normalised(self, tokenizer: Any) -> tuple[Callable[[str], str], re.Pattern[str]] | None:
+        """How the tokenizer changes a text before it looks for some control tokens, and a pattern that finds these."""
+        normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+        found = [each.content for each in tokenizer.added_tokens_decoder.values() if each.normalized]
+        texts = [text for text in found if text in self.texts]
+        if normalizer is None or not texts:
+            return None
+        return normalizer.normalize_str, _any_of(map(normalizer.normalize_str, texts))
+
+    def spelled(self, text: str) -> list[str]:
+        """What spells a control token in a text, as the tokenizer finds it."""
+        found: list[str] = self.pattern.findall(text)
+        if self.normal is None:
+            return found
+        normalise, pattern = self.normal
+        return [*found, *pattern.findall(normalise(self.pattern.sub("", text)))]
 
     def mark(self, value: Any) -> tuple[Any, tuple[str, str] | None]:
         """(value with marks around all that spells a control token in it, the marks); None: nothing does."""
@@ -82,8 +100,8 @@ def changed(value: Any, change: Callable[[str], str]) -> Any:
 def unmarked(text: str, marks: tuple[str, str] | None) -> tuple[str, list[Span], Callable[[int], int]]:
     """(text without marks, the spans that stood between them, where a place of the marked text is now).
 
-    A template that takes a text to pieces can part two marks; one that is alone is a span of no length, so that what
-    stands on its two sides cannot join into a control token."""
+    A template may separate the two marks. A single mark becomes an empty span, so that the texts on its sides do not
+    join."""
     if marks is None:
         return text, [], lambda place: place
     start, end = marks

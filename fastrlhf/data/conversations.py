@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastrlhf.data.controls import texts_in
 from fastrlhf.data.rendering import REASONING, Message
 from fastrlhf.data.report import Reason, Rejected
 
-Conversation = str | list[Message]
+Conversation = str | Sequence[Message]
 Answer = str | Message  # a message where there is more to it than a text
 # which roles may come after each
 FOLLOWERS = {"system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
@@ -152,6 +152,16 @@ def _answer(message: Message) -> Answer:
     if any(message.get(name) for name in ("tool_calls", *REASONING)):
         return message
     return text_of(message["content"], Reason.EMPTY_RESPONSE)
+
+
+def messages_of(prompt: Conversation) -> list[Message]:
+    """A prompt as messages: a text is one message of the user."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def answer_message(answer: Answer) -> Message:
+    """A response as the assistant's message."""
+    return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
 
 
 def only_text(answer: Answer) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 from fastrlhf.data.controls import Controls, Span, added_tokens
 from fastrlhf.data.report import Reason, Rejected
+
+TRIES = 4  # to find all control tokens that others spelled: taking one out may join what is on its two sides
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class Encoder:
         self.tokenizer, self.controls = tokenizer, controls
         special = added_tokens(tokenizer, special=True)
         self.special, self.longest = {*special.values()}, max(map(len, special), default=0)
+        # text may become the token for unknown words
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        unknown = getattr(tokenizer, "unk_token_id", None) if _has_unknown(backend) else None
+        self.control = {controls.ids[each] for each in controls.texts} - {unknown}
         self.last: tuple[str, Encoded] = ("", Encoded([], (), ()))
         self.newline = self._piece("\n").ids
 
@@ -64,6 +71,65 @@ class Encoder:
             starts += [start + place for place in piece.starts]
             ends += [start + place for place in piece.ends]
         return Encoded(ids, starts, ends)
+
+    def guarded(
+        self,
+        text: str,
+        spans: Sequence[Span],
+        borders: Sequence[int] = (),
+        *,
+        others: Sequence[Span],
+        forms: frozenset[str] | None = None,
+    ) -> Encoded:
+        """The tokens of a text, without control tokens that the tokenizer finds in what others wrote: it may normalise
+        a text before it looks for them, or find one across the border of two texts.
+
+        others: where others wrote; forms: how control tokens look elsewhere, None: in any way
+
+        Raises: Rejected where what looks like a control token cannot be written as text."""
+        others = sorted(span for span in others if span[0] < span[1])
+        for _ in range(TRIES):
+            encoded = self(text, spans, borders)
+            found = self._forged(text, spans, encoded, others, forms)
+            if not found:
+                return encoded
+            cuts = sorted({place for span in others for place in span} | {*borders})
+            spans = sorted([*spans, *(piece for span in found for piece in _cut(span, cuts))])
+        raise Rejected(Reason.SPELLS_CONTROL, repr(text[slice(*found[0])]))
+
+    def _forged(
+        self, text: str, spans: Sequence[Span], encoded: Encoded, others: Sequence[Span], forms: frozenset[str] | None
+    ) -> list[Span]:
+        """Where the control tokens stand that no template wrote."""
+        if self.tokenizer.is_fast:
+            places = [(encoded.starts[n], encoded.ends[n]) for n, i in enumerate(encoded.ids) if i in self.control]
+        else:
+            inside = [place for start, stop in spans for place in range(start, stop)]
+            found = [match.span() for match in self.controls.pattern.finditer(text)]
+            places = [span for span in found if span[0] not in inside]
+            if sum(i in self.control for i in encoded.ids) > len(places):
+                raise Rejected(Reason.SPELLS_CONTROL, "in a way that this tokenizer does not tell the place of")
+        forged = []
+        for first, last in places:
+            part = text[first:last]  # a token may take the white space around it along
+            start, stop = first + len(part) - len(part.lstrip()), last - len(part) + len(part.rstrip())
+            n = bisect_left(others, start, key=lambda span: span[1])
+            n += n < len(others) and others[n][1] == start
+            touches = n < len(others) and others[n][0] < stop
+            if start < stop and (touches or (forms is not None and text[start:stop] not in forms)):
+                forged.append((start, stop))
+        return forged
+
+    def forms(self, *texts: str) -> frozenset[str]:
+        """How the control tokens in texts of a template look, and how they are called."""
+        encoded = [(text, self(text)) for text in texts] if self.tokenizer.is_fast else []
+        found = [
+            text[start:stop].strip()
+            for text, each in encoded
+            for i, start, stop in zip(each.ids, each.starts, each.ends, strict=True)
+            if i in self.control
+        ]
+        return frozenset({*found, *self.controls.texts})
 
     def _like_the_last(self, text: str) -> Encoded:
         before, known = self.last
@@ -86,7 +152,7 @@ class Encoder:
         return self(text, spans).ids if spans else list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def behind(self, text: str) -> list[int]:
-        """The tokens of a text that goes on from another: without the space that some tokenizers begin a text with."""
+        """The tokens of a text that follows another: without the space that some tokenizers put before a first word."""
         return self._behind(text, plain=False).ids
 
     def _behind(self, text: str, *, plain: bool) -> Encoded:
@@ -160,6 +226,19 @@ def _num_same(first: str, second: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _has_unknown(backend: Any) -> bool:
+    """Whether the model of a tokenizer gives a token of its own to what it has no token for."""
+    if backend is None:
+        return True
+    return type(backend.model).__name__ == "Unigram" or getattr(backend.model, "unk_token", None) is not None
+
+
+def _cut(span: Span, places: Sequence[int]) -> list[Span]:
+    """A span, cut at the places within it."""
+    edges = [span[0], *(place for place in places if span[0] < place < span[1]), span[1]]
+    return list(itertools.pairwise(edges))
 
 
 def _pieces(text: str, spans: Sequence[Span]) -> list[tuple[int, int, bool]]:

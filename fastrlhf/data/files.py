@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,12 @@ JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 PARQUET = ".parquet"
 # what `datasets` and models keep beside rows
 NO_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
-HELD_OUT = {"test", "testing", "validation", "valid", "val", "dev", "eval", "heldout"}  # parts of the names of files
+# a file is of the split that its name tells; of the training split where it tells none of these
+SPLIT = re.compile(
+    r"(?<![a-z])(test|testing|validation|valid|val|dev|development|eval|evaluation|held[^a-z]?out|hold[^a-z]?out)"
+    r"(?:s|set|split|data)?(?![a-z])"
+)
+ABOUT = ("readme", "licen", "notice", "copying", "citation")  # how names of texts about rows start
 WRITE = "pandas.read_{}({!r}{}).to_json('{}.jsonl', orient='records', lines=True) writes it as .jsonl"
 UNPACK = "unpack it first: {} {}"
 
@@ -60,7 +65,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def data_files(path: str | Path) -> list[Path]:
     """Returns the files that a path names, in sorted order: itself, those in a folder, or those that match a glob.
 
-    Raises: DataError where there is none, and for a folder that holds files of several splits."""
+    Raises: DataError where there is none, for a folder of several splits, and for one with rows that are not read."""
     path = Path(os.path.expanduser(path))
     if path.is_file():
         return [path]
@@ -85,14 +90,39 @@ def _in_folder(folder: Path) -> list[Path]:
         else:
             hint = f"; there are some in {', '.join(map(str, deeper[:5]))}" if deeper else ""
         raise DataError(f"data: {folder} is a folder, and {kinds}{hint}")
-    held_out = [path for path in files if HELD_OUT & set(re.split("[^a-z]+", path.name.lower()))]
-    if held_out and len(held_out) < len(files):
-        other = next(path for path in files if path not in held_out)
+    splits: dict[str, list[Path]] = {}
+    for path in files:
+        splits.setdefault(_split(path), []).append(path)
+    if len(splits) > 1:
+        first, second, *_ = [splits[split] for split in sorted(splits)]
         raise DataError(
-            f"data: the folder {folder} holds files of several splits, such as {other.name} and {held_out[0].name}; "
-            f"give a file, or a glob as '{folder}/train*'"
+            f"data: the folder {folder} holds files of several splits, such as {first[0].name} and {second[0].name}; "
+            f"name those of one, for instance {_glob(first)!r}"
+        )
+    others = [path.name for path in inside if path.is_file() and not _is_data(path) and _how_to_make_it(path)]
+    others = [name for name in others if not name.lower().startswith(ABOUT)]
+    if others:
+        raise DataError(
+            f"data: the folder {folder} holds {', '.join(others[:5])}{', ...' if len(others) > 5 else ''} too, of a "
+            f"kind that is not read; name the files to be read, for instance {_glob(files)!r}"
         )
     return files
+
+
+def _split(path: Path) -> str:
+    found = SPLIT.search(path.name.lower())
+    return found[1] if found else ""
+
+
+def _glob(wanted: Sequence[Path]) -> str:
+    """A short glob that names the wanted files of a folder and no others; the first of them where there is none."""
+    first, last = min(path.name for path in wanted), max(path.name for path in wanted)
+    start = first[: next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+    for pattern in ("train*", f"{start}*", *(f"*{suffix}" for suffix in (*JSON, PARQUET))):
+        there = sorted(path for path in wanted[0].parent.glob(pattern) if path.is_file())
+        if there == sorted(wanted):
+            return str(wanted[0].parent / pattern)
+    return str(wanted[0])
 
 
 def _is_data(path: Path) -> bool:

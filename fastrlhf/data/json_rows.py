@@ -56,7 +56,9 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"data: {path}, after line {number}: not a whole gzip file ({error})") from None
     except UnicodeError as error:
-        raise DataError(f"data: {path}, after line {number}: not the text that it begins as ({error})") from None
+        encoding = getattr(error, "encoding", "other text")
+        why = f"its first bytes say that it is {encoding}, but it cannot be decoded ({error})"
+        raise DataError(f"data: {path}, after line {number}: {why}") from None
     except OSError as error:
         raise DataError(f"data: {path} cannot be read: {error.strerror or error}") from None
 

@@ -27,11 +27,10 @@ def measured(
 
 
 def check_characters(value: Any, tokenizer: Any, max_tokens: int, reason: Reason = Reason.TOO_LONG) -> None:
-    """Raises Rejected for a text, or messages, of so many characters that they cannot be max_tokens tokens: none has
-    more of them than the longest entry of the vocabulary.
+    """Raises Rejected for a text, or messages, of more characters than max_tokens tokens can have: no token is longer
+    than the longest entry of the vocabulary.
 
-    (A tokenizer that turns many letters into one unknown token, or a template that leaves most of a conversation out,
-    could make less of them; of a text beyond FEW characters nothing worth reading would be left.)"""
+    (Unknown tokens, or a template that drops text, could make fewer tokens. Such a row is rejected all the same.)"""
     number = _characters(value)
     if number <= FEW:
         return

@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 from fastrlhf.data.conversations import (
     Answer,
     Conversation,
+    answer_message,
     conversation,
+    messages_of,
     preference_of,
     prompt_of,
     response_of,
@@ -21,7 +23,7 @@ from fastrlhf.data.files import DataError, data_files, read_rows
 from fastrlhf.data.lengths import check_characters, measured
 from fastrlhf.data.rendering import Message
 from fastrlhf.data.report import Reason, Rejected, Report
-from fastrlhf.data.rows import Demonstration, Loaded, Prompt
+from fastrlhf.data.rows import REWARD_ARGUMENTS, Demonstration, Loaded, Prompt
 from fastrlhf.data.template import Renderer
 
 T = TypeVar("T")
@@ -37,7 +39,6 @@ DEMONSTRATION_COLUMNS: tuple[Columns, ...] = (
     ("chosen", "rejected"),
     ("text",),
 )
-REWARD_ARGUMENTS = {"prompts", "responses", "response_ids", "finished"}
 
 
 def load_prompts(
@@ -73,7 +74,7 @@ def load_prompts(
         return Prompt(tokens, _as_text(prompt), columns, prompt)
 
     loaded = _load(path, "prompts", PROMPT_COLUMNS, make, notes=renderer.notes, **options)
-    own = REWARD_ARGUMENTS & {name for row in loaded.rows for name in row.columns}
+    own = set(REWARD_ARGUMENTS) & {name for row in loaded.rows for name in row.columns}
     if own:  # a function that asks for one of them by name is refused (scorer.py)
         loaded.report.notes.append(
             f"columns not used, as reward functions have arguments so named: {', '.join(sorted(own))}"
@@ -241,9 +242,8 @@ def answers_of(
 def _answered(renderer: Renderer, prompt: Conversation, answer: Answer, tools: Any) -> Demonstration:
     """A prompt with a response, which is what is learned."""
     if renderer.chat:
-        message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return _learning(renderer, [*turns, message], [len(turns)], tools)
+        turns = messages_of(prompt)
+        return _learning(renderer, [*turns, answer_message(answer)], [len(turns)], tools)
     start, (end,) = answers_of(renderer, prompt, [answer])
     return Demonstration(start + end, [False] * len(start) + [True] * len(end))
 

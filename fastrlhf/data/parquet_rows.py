@@ -9,7 +9,8 @@ from typing import Any
 
 from fastrlhf.data.json_rows import LONGEST, DataError
 
-ROWS = 256  # read at a time: a small file may unpack to very long rows
+ROWS = 256  # at most so many are read at a time
+BYTES = 2**29  # that they may unpack to: a small file may hold very long rows
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -27,7 +28,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = pyarrow.schema([(field.name, _plain(field.type)) for field in file.schema_arrow])
             names = [field.name for field in schema if _has_bytes(field.type)]
-            for batch in file.iter_batches(batch_size=ROWS):
+            for batch in _batches(file):
                 table = pyarrow.Table.from_batches([batch])
                 table = table if table.schema.equals(schema) else table.cast(schema)
                 step = 1 if table.nbytes > LONGEST else ROWS
@@ -45,6 +46,14 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"data: {path}, after row {number}: of a type that cannot be read ({_line(error)})") from None
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"data: {path}, after row {number}: not a whole Parquet file ({_line(error)})") from None
+
+
+def _batches(file: Any) -> Iterator[Any]:
+    """Batches of few enough rows that they fit into BYTES, or of one row: none unpacks to more than its row group. (The
+    mean length of rows is no bound: one may be long, and a text that many rows share is stored once.)"""
+    for n in range(file.num_row_groups):
+        longest = max(1, file.metadata.row_group(n).total_byte_size)
+        yield from file.iter_batches(batch_size=min(ROWS, max(1, BYTES // longest)), row_groups=[n])
 
 
 def _line(error: Exception) -> str:

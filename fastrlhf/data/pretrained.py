@@ -21,7 +21,7 @@ NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
 def read_pretrained(auto: Any, path: str | Path, **options: Any) -> Any:
     """Returns auto.from_pretrained(path), of an Auto class of transformers.
 
-    Raises: FileNotFoundError for a folder that is not there or lacks files, or a hub id that is not to be had;
+    Raises: FileNotFoundError for a folder that is not there or lacks files, or a hub id that cannot be fetched;
     ValueError for files that cannot be read. Both name the path."""
     text = os.fspath(path)
     what = "tokenizer" if auto.__name__ == "AutoTokenizer" else "model"
@@ -60,14 +60,14 @@ def _check_hub_id(text: str, what: str) -> None:
     if text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise FileNotFoundError(f"{what}: no folder {text!r}, and no hub id OWNER/NAME either")
     cached = isinstance(huggingface_hub.try_to_load_from_cache(text, CONFIG), str)
-    if cached or huggingface_hub.constants.HF_HUB_OFFLINE:  # of these transformers makes short work
+    if cached or huggingface_hub.constants.HF_HUB_OFFLINE:  # transformers is quick with these
         return
     try:
         huggingface_hub.file_exists(text, CONFIG)
-    except HfHubHTTPError:  # of a hub that was reached: transformers says more of it
+    except HfHubHTTPError:  # the hub was reached: transformers tells more of this error
         return
     except Exception as error:  # each version has other libraries to connect with
         raise FileNotFoundError(
-            f"{what}: no folder {text!r}, and as a hub id it is neither in the cache nor to be had from "
+            f"{what}: no folder {text!r}, and as a hub id it is neither in the cache nor can it be fetched from "
             f"{huggingface_hub.constants.ENDPOINT} ({type(error).__name__}: {error})"
         ) from error

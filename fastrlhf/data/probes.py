@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.data.conversations import prompt_of, response_of
+from fastrlhf.data.lengths import measured
 from fastrlhf.data.loading import Columns, Row, _load, answers_of
 from fastrlhf.data.report import Reason, Rejected
 from fastrlhf.data.rows import Loaded
@@ -47,7 +48,7 @@ def load_probes(
         plain, (agreeing, disagreeing) = answers_of(renderer, questions[0], answers)
         told, others = answers_of(renderer, questions[1], answers)
         if others != [agreeing, disagreeing]:
-            raise Rejected(Reason.TEMPLATE_REWRITES, "an answer has other tokens behind each of the questions")
+            raise Rejected(Reason.TEMPLATE_REWRITES, "the answer is tokenised differently after the two questions")
         if agreeing == disagreeing:
             raise Rejected(Reason.SAME, "agreeing and disagreeing")
         longest = max(len(plain), len(told)) + max(len(agreeing), len(disagreeing))
@@ -56,4 +57,4 @@ def load_probes(
         columns = {name: value for name, value in row.items() if name not in used}
         return Probe(plain, told, agreeing, disagreeing, columns)
 
-    return _load(path, "sycophancy probes", PROBE_COLUMNS, make, **options)
+    return _load(path, "sycophancy probes", PROBE_COLUMNS, measured(make, tokenizer, max_tokens), **options)

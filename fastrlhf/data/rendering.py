@@ -116,17 +116,27 @@ class ChatTemplate:
 
         Raises: Rejected where the template fails, leaves out or rewrites what it is given."""
         text = self.render(messages, tools)
-        values, worded, shape = _worded(messages, tools, range(len(messages)))
-        places = _match(text, self._skeleton(worded, shape), values)
+        places = self.places(text, messages, tools)
         if places is None:  # what it writes depends on what is said
             answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
             values, worded, _ = _worded(messages, tools, answers)
             places = _match(text, self._skeleton(worded, None), values)
         if places is None:
             raise Rejected(Reason.TEMPLATE_REWRITES, "it changes what an answer says")
-        _check_answers(messages, values, places)
+        _check_answers(messages, places)
         self.check_all(messages, tools)
         return Rendering(text, places)
+
+    def places(
+        self, text: str, messages: Sequence[Message], tools: Any = None, *, generation: bool = False
+    ) -> list[Place] | None:
+        """Where the texts of a conversation stand in its rendering; None where the template writes other things around
+        them than around made-up words."""
+        values, worded, shape = _worded(messages, tools, range(len(messages)))
+        try:
+            return _match(text, self._skeleton(worded, shape, generation=generation), values)
+        except Rejected:
+            return None
 
     def check_all(self, messages: Sequence[Message], tools: Any = None, *, generation: bool = False) -> None:
         """Raises Rejected where the template leaves out tools, tool messages or calls, a system message, or the
@@ -252,10 +262,10 @@ def _ways(text: str) -> Iterator[str]:
     yield json.dumps(text.strip(), ensure_ascii=False)[1:-1]
 
 
-def _check_answers(messages: Sequence[Message], values: Mapping[Slot, str], places: Sequence[Place]) -> None:
+def _check_answers(messages: Sequence[Message], places: Sequence[Place]) -> None:
     """Raises Rejected where an answer does not stand in the rendering once."""
-    for slot in values:
-        if slot[1] == "content" and messages[slot[0]]["role"] == "assistant":
-            num = sum(place.slot == slot for place in places)
+    for n, message in enumerate(messages):
+        if message["role"] == "assistant" and message.get("content", "").strip():
+            num = sum(place.slot == (n, "content") for place in places)
             if num != 1:
                 raise Rejected(Reason.TEMPLATE_REWRITES, f"it writes an answer {num} times")

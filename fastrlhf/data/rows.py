@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 from fastrlhf.data.report import Report
 
 T = TypeVar("T")
+# what a reward function is told of responses, never a column of prompts
+REWARD_ARGUMENTS = ("prompts", "responses", "response_ids", "finished")
 
 
 @dataclass(frozen=True)

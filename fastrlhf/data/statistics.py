@@ -17,7 +17,7 @@ from fastrlhf.data.items import Item, Tokens, item_of
 
 @dataclass(frozen=True)
 class Repetitions:
-    """rows: those that say what one before them says; prompts: rows whose prompt an earlier one has; contradictions:
+    """rows: those that repeat an earlier row; prompts: rows that repeat an earlier prompt; contradictions:
     pairs (or responses) that are labelled in opposite (or different) ways"""
 
     rows: int
@@ -61,7 +61,7 @@ def warnings(rows: Sequence[Any], held_out: Sequence[Any]) -> list[str]:
     items, others = ([item_of(row) for row in each] for each in (rows, held_out))
     lines = []
     if repeated := repetitions(items).rows:
-        lines.append(f"  {repeated} of the {len(items)} rows to train on say what one before them says")
+        lines.append(f"  {repeated} of the {len(items)} rows to train on repeat an earlier row")
     prompts = {digest(item.prompt) for item in items if item.prompt}
     if shared := sum(digest(item.prompt) in prompts for item in others):
         lines.append(f"warning: the prompts of {shared} of the {len(others)} held-out rows are trained on too")

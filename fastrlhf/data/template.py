@@ -10,14 +10,12 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from fastrlhf.data.controls import Controls, Span, added_tokens, unmarked
+from fastrlhf.data.conversations import Answer, Conversation, answer_message, messages_of
 from fastrlhf.data.encoding import Encoded, Encoder, common_start
 from fastrlhf.data.pretrained import read_pretrained
 from fastrlhf.data.rendering import ChatTemplate, Message
 from fastrlhf.data.report import Reason, Rejected
 from fastrlhf.data.turns import Turns
-
-Conversation = str | Sequence[Message]
-Answer = str | Message  # a message where there is more to it than a text
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -45,9 +43,10 @@ def end_of_turn(tokenizer: Any) -> int:
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
     try:
-        return Renderer(tokenizer, "chat").end
+        _, turns, controls = followed(tokenizer)
     except ValueError:
         return tokenizer.eos_token_id
+    return tokenizer.eos_token_id if turns.end is None else controls.ids[turns.end]
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,10 @@ class Renderer:
 
     A response ends with the token that ends the turn. What the template writes behind the last one, such as a line
     feed, is part of a demonstration, where it is not learned, and no part of a response that is judged: a reward model
-    reads its score at the end of the turn, where a sampled response ends too. Where the template writes no end behind
-    the last turn, that of turns before it is put there, or EOS. Nothing is decoded and encoded again.
+    reads its score at the end of the turn, where a sampled response ends too. If the template writes no end token after
+    the last turn, we add that of earlier turns, or EOS. Nothing is decoded and encoded again.
 
-    Plain texts keep their control tokens, which people wrote who rendered them, but those within a `Quoted` span.
+    Plain texts keep their control tokens, since their author rendered them; those within a `Quoted` span become text.
 
     Raises: ValueError for "chat", or for messages, without a chat template, and for a template that cannot be followed.
     """
@@ -86,16 +85,17 @@ class Renderer:
         self.chat = template == "chat" or (template == "auto" and tokenizer.chat_template is not None)
         if self.chat and tokenizer.chat_template is None:
             raise self._no_template("template is chat")
-        self.controls, self.end = Controls(tokenizer), tokenizer.eos_token_id
+        self.end = tokenizer.eos_token_id
         if self.chat:
-            self.template = ChatTemplate(tokenizer, keywords)
-            self.turns = Turns(self.template, self.controls, tokenizer.name_or_path)
-            self.controls = Controls(tokenizer, around_turns(tokenizer, self.turns.written))
+            self.template, self.turns, self.controls = followed(tokenizer, keywords)
             if self.turns.end is not None:
                 self.end = self.controls.ids[self.turns.end]
         elif keywords:
             raise ValueError("template_kwargs: they are the chat template's, and there is none: leave them out")
+        else:
+            self.controls = Controls(tokenizer)
         self.encode = Encoder(tokenizer, self.controls)
+        self.forms = self.encode.forms(self.turns.asked, self.turns.answered) if self.chat else None
         self.start = _start_tokens(tokenizer)
 
     @property
@@ -124,10 +124,13 @@ class Renderer:
         """The tokens of a prompt, up to where the response starts. Raises: Rejected where the template refuses it."""
         if not self.chat:
             return self._started(self._plain_text(prompt))
-        (messages, tools), marks = self.controls.mark((_stripped(_messages(prompt)), tools))
+        (messages, tools), marks = self.controls.mark((_stripped(messages_of(prompt)), tools))
         self.template.check_all(messages, tools, generation=True)
-        text, spans, _ = unmarked(self.template.render(messages, tools, generation=True), marks)
-        return self.encode.ids(text, spans)
+        rendered = self.template.render(messages, tools, generation=True)
+        text, spans, place = unmarked(rendered, marks)
+        found = self.template.places(rendered, messages, tools, generation=True) or []
+        others = [(place(each.start), place(each.stop)) for each in found]
+        return self.encode.guarded(text, spans, others=others, forms=self.forms).ids
 
     def answers(
         self, prompt: Conversation, answers: Sequence[Answer], finished: Sequence[bool], tools: Any = None
@@ -172,7 +175,9 @@ class Renderer:
             cut = place(turns[-1].stop if finished else turns[-1].said)
             text, spans = text[:cut], [(a, min(b, cut)) for a, b in spans if a < cut]
             borders[-1] = (*borders[-1][:2], cut)
-        encoded = self.encode(text, spans, [border for turn in borders for border in turn[1:]])
+        others = [(place(each.start), place(each.stop)) for each in rendering.places]
+        places = [border for turn in borders for border in turn[1:]]
+        encoded = self.encode.guarded(text, spans, places, others=others, forms=self.forms)
         ids, found = encoded.ids, [(n, encoded.from_(start), encoded.until(stop)) for n, start, stop in borders]
         if finished and not turns[-1].ended:  # the template writes no end
             ids = [*ids, self.end]
@@ -182,8 +187,7 @@ class Renderer:
     def _answer(self, prompt: Conversation, answer: Answer, finished: bool, tools: Any) -> tuple[list[int], int]:
         """(the tokens of a prompt and a response, how many of them are the prompt's)."""
         if self.chat:
-            message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
-            tokens = self.conversation([*_messages(prompt), message], tools, finished=finished)
+            tokens = self.conversation([*messages_of(prompt), answer_message(answer)], tools, finished=finished)
             _, start, stop = tokens.turns[-1]
             return tokens.ids[:stop], start
         start_text, text = self._plain_text(prompt), self._plain_text(answer)
@@ -203,7 +207,7 @@ class Renderer:
     def _encoded(self, text: str, quoted: Sequence[Span], border: int = 0) -> Encoded:
         """The tokens of a plain text; what spells a control token in a quoted span is text."""
         spans = [(a + m.start(), a + m.end()) for a, b in quoted for m in self.controls.pattern.finditer(text[a:b])]
-        return self.encode(text, spans, [border])
+        return self.encode.guarded(text, spans, [border], others=quoted)
 
     def _started(self, text: str) -> list[int]:
         return self._with_start(self._encoded(text, _spans(text)).ids)
@@ -224,14 +228,30 @@ class Renderer:
         return ValueError(f"template: {why}, but {problem}; {remedy}")
 
 
+def followed(tokenizer: Any, keywords: Mapping[str, Any] | None = None) -> tuple[ChatTemplate, Turns, Controls]:
+    """A tokenizer's chat template, what it writes around turns, and the control tokens. The tokenizer keeps them, so
+    that a template is tried once, as long as it, its keywords and the added tokens are the same.
+
+    Raises: ValueError for a template that cannot be followed."""
+    known = vars(tokenizer).setdefault("_followed", {})
+    key = repr((tokenizer.chat_template, keywords or {}, tokenizer.eos_token_id, added_tokens(tokenizer)))
+    if key not in known:
+        template, controls = ChatTemplate(tokenizer, keywords), Controls(tokenizer)
+        try:
+            turns = Turns(template, controls, tokenizer.name_or_path)
+            known[key] = template, turns, Controls(tokenizer, around_turns(tokenizer, turns.written))
+        except ValueError as error:
+            known[key] = str(error)
+    if isinstance(known[key], str):
+        raise ValueError(known[key])
+    found: tuple[ChatTemplate, Turns, Controls] = known[key]
+    return found
+
+
 def around_turns(tokenizer: Any, written: str) -> set[str]:
     """The added tokens that a template puts around turns, but for those that mark reasoning: an answer may hold its own
     reasoning, with <think> as the token that it is."""
     return {text for text in added_tokens(tokenizer) if text in written and "think" not in text.lower()}
-
-
-def _messages(prompt: Conversation) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def _stripped(messages: Sequence[Message]) -> list[Message]:

@@ -50,7 +50,9 @@ class Turns:
         prompt, before, after = asked.fixed[-1], answered.fixed[answer], answered.fixed[answer + 1]
         bare = self._tried(_talk(1))
         closing = common_start(bare.fixed[-1], prompt) if bare and asked.slots else 0
-        known = asked.slots and answered.slots[:answer]  # otherwise the question is not in them, and nothing to go by
+        known = (
+            asked.slots and answered.slots[:answer]
+        )  # without the question in the rendering the answer's start cannot be found
         befores, afters = [before], [after]
         if twice and (1, "content") in twice.slots:
             place = twice.slots.index((1, "content"))

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from fastrlhf.data.controls import Quoted
-from fastrlhf.data.conversations import Conversation
+from fastrlhf.data.conversations import Conversation, messages_of
 from fastrlhf.feedback.rows import read_text
 
 ONLY = "Reply with the rewritten response alone, as if it were your first."
@@ -67,7 +67,7 @@ def ask_critique(prompt: Conversation, response: str, principle: Principle, *, c
         request = f"\n\nCritique request: {principle.critique}\n\nCritique:"
         return Quoted.of((str(prompt), False), (response, True), (request, False))
     return [
-        *_messages(prompt),
+        *messages_of(prompt),
         {"role": "assistant", "content": response},
         {"role": "user", "content": principle.critique},
     ]
@@ -86,7 +86,3 @@ def ask_revision(
         {"role": "assistant", "content": critique},
         {"role": "user", "content": f"{principle.revision} {ONLY}"},
     ]
-
-
-def _messages(prompt: Conversation) -> list:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.data import Reason, Rejected
+from fastrlhf.data.encoding import common_start
 from fastrlhf.data.lengths import NO_LIMIT, check_characters
 from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.feedback.judge import PLACEHOLDERS, Both, Judge, Question, Reply
@@ -103,9 +104,9 @@ class LocalJudge:
         try:
             for question in questions:
                 check_characters(question, self.renderer.tokenizer, self.context or NO_LIMIT)
+            tokens = list(map(self.renderer.prompt, questions))
         except Rejected as rejected:
             return rejected
-        tokens = list(map(self.renderer.prompt, questions))
         longest = max(map(len, tokens))
         if self.context is not None and longest >= self.context:
             return Rejected(Reason.TOO_LONG, f"{longest} tokens, the judge reads {self.context}")
@@ -235,9 +236,3 @@ def tokens_of(tokenizer: Any, answer: str) -> list[int]:
     if not tokens:
         raise ValueError(f"answers: the judge's vocabulary has no token {answer!r}; give other answers")
     return tokens
-
-
-def common_start(first: Sequence[int], second: Sequence[int]) -> int:
-    """Returns how many items two sequences have in common before they part."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.data import Prompt
+from fastrlhf.data.rows import REWARD_ARGUMENTS
 from fastrlhf.data.template import check_same_vocabulary, load_tokenizer
 from fastrlhf.generation.engine import Sample
 from fastrlhf.models.loading import NO_HEAD, check_heads, heads_in
@@ -25,7 +26,6 @@ from fastrlhf.packing import Packed
 from fastrlhf.runs import ranks
 from fastrlhf.scoring.combining import Combined, combine, parse_reward, sources_of
 
-OURS = ("response_ids", "finished")  # keywords that tell of responses, never columns of prompts
 RewardFunction = Callable[..., Sequence[float] | Tensor]
 
 
@@ -244,8 +244,8 @@ def is_on(base: Policy, adapter: Path) -> bool:
 def check_keywords(function: RewardFunction, columns: Collection[str]) -> None:
     """Raises TypeError for a function that needs another column of the prompts than these; ValueError for one that asks
     by name for what is both an argument of ours and a column."""
-    taken = keywords_of(function, [*columns, *OURS])
-    for name in set(OURS) & set(columns) & set(taken):
+    taken = keywords_of(function, [*columns, *REWARD_ARGUMENTS])
+    for name in set(REWARD_ARGUMENTS) & set(columns) & set(taken):
         if name in inspect.signature(function).parameters:
             told = getattr(function, "__qualname__", repr(function))
             raise ValueError(
