@@ -65,7 +65,9 @@ def test_every_option_that_is_a_path_by_its_help_is_known_as_one(command, home):
         for field in dataclasses.fields(config)
         if "str" in str(field_types(config)[field.name]) and named.search(field.metadata["help"])
     }
-    assert paths - {"rater"} <= PATHS and (config is RunConfig or "output" in paths or command.startswith(("data", "info")))
+    assert paths - {"rater"} <= PATHS and (
+        config is RunConfig or "output" in paths or command.startswith(("data", "info"))
+    )
     required = {f.name for f in dataclasses.fields(config) if f.default is REQUIRED}
     given = {name: f"~/{name}.jsonl" for name in required} | ({"format": "gsm8k"} if "format" in required else {})
     given |= {"gold": "~/gold"} if command == "iterate" else {}
