@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import fastrlhf
 from fastrlhf.__main__ import main
-from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.runs.optim import NonFiniteError
 from fastrlhf.runs.streams import plain_warnings
 

@@ -23,7 +23,7 @@ from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.feedback import label
 from fastrlhf.feedback.iterate import Iterate
 from fastrlhf.loops.ppo import PPO
-from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.settings.feedback import IterateConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")

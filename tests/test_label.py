@@ -13,7 +13,7 @@ from fastrlhf.__main__ import main
 from fastrlhf.data import DataError, Reason, load_pairs
 from fastrlhf.feedback.label import Label
 from fastrlhf.generation.server import ServerError
-from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.settings.feedback import LabelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from fastrlhf.runs.metrics import MetricsLog, cut_back, forget_peak, peak_memory_gib, read_jsonl, short
+from fastrlhf.runs.lines import cut_back, read_jsonl
+from fastrlhf.runs.metrics import MetricsLog, forget_peak, peak_memory_gib, short
 
 
 def test_metrics_hold_what_was_given_and_timing_the_clock(tmp_path):

@@ -15,8 +15,8 @@ from loops import ROOT
 from fastrlhf.runs import whole
 from fastrlhf.runs.checkpoint import load_state, restore_lines, save_checkpoint
 from fastrlhf.runs.inputs import BLOCK, WHOLE, fingerprint_of
+from fastrlhf.runs.lines import cut_back, read_jsonl
 from fastrlhf.runs.lock import FolderInUseError, Lock
-from fastrlhf.runs.metrics import cut_back, read_jsonl
 from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.whole import DiskFullError, write_file, write_whole
 from fastrlhf.settings.ppo import PPOConfig

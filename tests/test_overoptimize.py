@@ -12,7 +12,7 @@ from benchmarks.overoptimization import config as toy
 from fastrlhf.__main__ import main
 from fastrlhf.jobs.labels import split_by_prompt
 from fastrlhf.loops.ppo import PPO
-from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.settings.best_of_n import OveroptimizeConfig
 from fastrlhf.studies.overoptimize import PRODUCTS, Overoptimize
 from fastrlhf.studies.overoptimize_report import points_of, summarise

@@ -12,7 +12,7 @@ from fastrlhf.__main__ import main
 from fastrlhf.data import DataError
 from fastrlhf.jobs.pipeline import PRODUCTS, Run
 from fastrlhf.loops.ppo import PPO
-from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.settings.run import RunConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")

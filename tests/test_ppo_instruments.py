@@ -4,7 +4,7 @@ import pytest
 from test_ppo import config, make_folder
 
 from fastrlhf import PPO
-from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.scoring.scorer import short_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")

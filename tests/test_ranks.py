@@ -17,7 +17,7 @@ from tiny import ARCHITECTURES, tiny_tokenizer
 
 from fastrlhf.models.policy import RewardModel
 from fastrlhf.runs import ranks
-from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.lines import read_jsonl
 
 WORKER = str(ROOT / "tests" / "rank_worker.py")
 ENVIRONMENT = {

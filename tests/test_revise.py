@@ -13,7 +13,7 @@ from fastrlhf.data.template import load_tokenizer
 from fastrlhf.feedback.constitution import Principle, draw, load_principles
 from fastrlhf.feedback.revise import Revise
 from fastrlhf.generation.sampling import Sample
-from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.settings.feedback import ReviseConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,7 +7,7 @@ from loops import assert_resumes_bit_for_bit, demonstrations, model_folder, writ
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastrlhf.loops.sft import SFT
-from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.runs.optim import NonFiniteError
 from fastrlhf.settings.training import SFTConfig
 

@@ -66,30 +66,21 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_and_resumes_bit_for_bit
 
 REWARD = """
 import multiprocessing
-import subprocess
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 
-POOLS = [multiprocessing.get_context(kind).Pool(1, maxtasksperchild=1) for kind in ("fork", "spawn")]
-EXECUTOR = ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"))
+POOL = multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1)
 
 
 def reward(prompts, responses, **_):
-    waiting = [pool.map_async(time.sleep, [0.7, 0.8]) for pool in POOLS]  # the second one in a worker of its own
-    called = EXECUTOR.submit(time.sleep, 1.5)
-    program = subprocess.Popen(["sleep", "1.5"])
-    time.sleep(0.5)  # all have begun
+    waiting = POOL.map_async(time.sleep, [0.7, 0.8])  # the second one in a worker of its own
+    time.sleep(0.5)
     print("1/ all have begun", flush=True)
-    assert program.wait() == 0
-    called.result()
-    for each in waiting:
-        each.get()
+    waiting.get()
     return [float(len(response)) for response in responses]
 """
 
 
-def test_ctrl_c_leaves_the_processes_of_a_reward_function_to_finish_the_step(tmp_path):
+def test_ctrl_c_leaves_the_pool_of_a_reward_function_to_finish_the_step(tmp_path):
     """The terminal sends it to all of them."""
     (tmp_path / "rewards_in_processes.py").write_text(REWARD)
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"say {n}"} for n in range(8)])

@@ -8,7 +8,7 @@ import pytest
 from test_best_of_n import arguments, search_settings
 
 from fastrlhf.__main__ import main
-from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.scoring.combining import parse_reward
 from fastrlhf.settings.best_of_n import SweepConfig
 

@@ -17,7 +17,7 @@ from fastrlhf.loops import base
 from fastrlhf.loops.base import Clock
 from fastrlhf.loops.sft import SFT
 from fastrlhf.runs.checkpoint import newest_checkpoint
-from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.runs.optim import learning_rate_at
 from fastrlhf.settings.training import SFTConfig
 

@@ -31,7 +31,8 @@ from fastrlhf.loops.held_out import mean_and_error
 from fastrlhf.loops.ppo import PPO
 from fastrlhf.loops.reward import RewardTrainer
 from fastrlhf.models.policy import Policy
-from fastrlhf.runs.metrics import MetricsLog, read_jsonl
+from fastrlhf.runs.lines import read_jsonl
+from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.options import read_further
 from fastrlhf.runs.same import check_finished
 from fastrlhf.runs.whole import write_file, write_json, write_whole

@@ -31,7 +31,8 @@ from fastrlhf.feedback.rows import (
 from fastrlhf.generation.engine import Sampling
 from fastrlhf.jobs.evaluate import answer
 from fastrlhf.models.policy import Policy
-from fastrlhf.runs.metrics import MetricsLog, append, cut_back, read_jsonl
+from fastrlhf.runs.lines import append, cut_back, read_jsonl
+from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.whole import write_file, write_json
 from fastrlhf.settings.feedback import LabelConfig

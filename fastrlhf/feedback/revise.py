@@ -30,7 +30,8 @@ from fastrlhf.feedback.rows import (
 )
 from fastrlhf.generation.engine import Engine, Sampling
 from fastrlhf.models.policy import Policy, autocasting
-from fastrlhf.runs.metrics import MetricsLog, read_jsonl
+from fastrlhf.runs.lines import read_jsonl
+from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.whole import write_file, write_json
 from fastrlhf.settings.feedback import MAX_ROUNDS, ReviseConfig

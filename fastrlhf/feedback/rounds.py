@@ -12,7 +12,7 @@ from fastrlhf.data.template import load_tokenizer
 from fastrlhf.feedback.rows import Row
 from fastrlhf.models.policy import RewardModel
 from fastrlhf.packing import pack
-from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.settings.feedback import IterateConfig
 
 GOLD = {"heldout_gold": "eval/score", "heldout_gold_error": "eval/score_error"}  # of metrics, where gold judges

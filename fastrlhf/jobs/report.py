@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.jobs import plots
-from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.runs.whole import write_file
 
 STAGES = ("data", "sft", "pairs", "reward", "ppo", "evaluation")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.runs import signals
-from fastrlhf.runs.metrics import append
+from fastrlhf.runs.lines import append
 from fastrlhf.runs.output import OutputFolder
 
 

@@ -2,21 +2,19 @@
 
 Only the command line handles signals. In a program or a notebook they do what they do there, and nothing here acts.
 
-A terminal sends Ctrl-C to the children of a command too, whose work the step needs: workers of a reward function, or
-programs that it runs. They ignore it while the command handles signals. SIGTERM ends them as ever.
+A terminal sends Ctrl-C to the children of a command too, whose work the step may need, such as a pool of a reward
+function. Forks ignore it while the command handles signals; SIGTERM ends them as ever. Programs that it starts end.
 """
 
 from __future__ import annotations
 
-import _posixsubprocess
 import os
 import signal
-import subprocess
 import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -51,8 +49,7 @@ def handled() -> Iterator[None]:
             if handler is not signal.SIG_IGN:
                 signal.signal(number, _handle)
     try:
-        with _blocked_in_programs() if signal.getsignal(signal.SIGINT) is _handle else nullcontext():
-            yield
+        yield
     finally:
         _pending = None
         for number, handler in before.items():
@@ -78,29 +75,6 @@ def stop_if_asked() -> None:
     """Raises Interrupted if a signal came while a loop ran that has ended since."""
     if _pending is not None:
         raise Interrupted(_pending[0])
-
-
-@contextmanager
-def _blocked_in_programs() -> Iterator[None]:
-    """Programs that Python starts meanwhile (subprocess, multiprocessing's spawn and forkserver) have SIGINT blocked,
-    which they inherit. multiprocessing starts its own resource tracker so; it has no public way for others."""
-    places = ((_posixsubprocess, "fork_exec"), (subprocess, "_fork_exec"))
-    original = _posixsubprocess.fork_exec
-
-    def fork_exec(*given: Any) -> int:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return int(original(*given))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    for module, name in places:
-        setattr(module, name, fork_exec)
-    try:
-        yield
-    finally:
-        for module, name in places:
-            setattr(module, name, original)
 
 
 def _set_in_fork() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -292,10 +293,7 @@ def parse_missing_eos(rule: str) -> tuple[str, float]:
     if rule == "none":
         return "none", 0.0
     if kind in ("subtract", "replace"):
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if math.isfinite(number):
-            return kind, number
+        with suppress(ValueError):
+            if math.isfinite(number := float(value)):
+                return kind, number
     raise ValueError(f"missing_eos: expected none, subtract:V or replace:V with a number V, got {rule!r}")

@@ -24,7 +24,8 @@ from fastrlhf.generation.engine import Sampling
 from fastrlhf.jobs.evaluate import Answers, Mean, answer, best_of_n_kl
 from fastrlhf.models.policy import Policy
 from fastrlhf.models.shared_prompts import can_share_prompts
-from fastrlhf.runs.metrics import MetricsLog, read_jsonl, whole_lines
+from fastrlhf.runs.lines import read_jsonl, whole_lines
+from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.whole import append_text, write_file, write_json
 from fastrlhf.scoring.scorer import Scorer, check_reward

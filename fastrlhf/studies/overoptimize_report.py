@@ -15,7 +15,7 @@ import torch
 from fastrlhf.formulas.gao_forms import Fit, fit
 from fastrlhf.jobs import plots
 from fastrlhf.jobs.report import STYLE, read_json, reward_model_line, table
-from fastrlhf.runs.metrics import read_jsonl
+from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.runs.whole import write_file, write_json
 
 Row = dict[str, Any]
