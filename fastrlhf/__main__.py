@@ -193,16 +193,16 @@ def _run(command: str, arguments: list[str]) -> int:
     logging.disable_progress_bar()  # transformers' bar of loaded weights, for every one of four models
     before = _settings_stamp(config)
     try:
-        with signals.handled(), plain_warnings():
-            best = _do(command, config)
-    except KeyboardInterrupt as error:
-        number = error.number if isinstance(error, signals.Interrupted) else signal.SIGINT
-        if ranks.is_first():
-            left = _how_to_go_on(command, config)
-            if hasattr(config, "resume") and _settings_stamp(config) == before:
-                left = "nothing had been written yet; give the same command again"
-            _fail(command, f"interrupted; {left}", 1)
-        return 128 + number
+        with plain_warnings(), signals.handled():
+            try:
+                best = _do(command, config)
+            except KeyboardInterrupt as error:  # told in here, where a further signal ends the process without a word
+                number = error.number if isinstance(error, signals.Interrupted) else signal.SIGINT
+                if ranks.is_first():
+                    is_new = hasattr(config, "resume") and _settings_stamp(config) == before
+                    left = "nothing had been written yet; give the same command again" if is_new else ""
+                    _fail(command, f"interrupted; {left or _how_to_go_on(command, config)}", 1)
+                return 128 + number
     except Exception as error:
         if isinstance(error, BrokenPipeError) and unread():
             raise
@@ -216,7 +216,7 @@ def _run(command: str, arguments: list[str]) -> int:
         path = Path(config.output) / name
         is_empty = path.is_file() and path.stat().st_size == 0
         ranks.say(f"{what}: none, {path} is empty" if is_empty else f"{what}: {path}")
-    if best:
+    if best and (Path(config.output) / "best").exists():
         of = "of the start" if best["step"] == 0 else f"after step {best['step']}"
         ranks.say(f"best: {Path(config.output) / 'best'} ({of}, held-out score {best['score']:.4g})")
     ranks.stop()

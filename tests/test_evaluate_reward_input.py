@@ -1,5 +1,7 @@
 """What `fastrlhf evaluate reward` refuses, before it scores a pair or replaces a report."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from loops import model_folder
@@ -63,6 +65,11 @@ def test_an_earlier_report_is_replaced_only_when_told(files, tmp_path):
     (tmp_path / "mine.txt").write_text("stays")
     with pytest.raises(FileExistsError, match=r"earlier report.*--overwrite"):
         EvaluateReward(settings(files, tmp_path, **config))
+    own = {**config, "data": str(Path(settings(files, tmp_path, **config).output) / "scores.jsonl")}
+    with pytest.raises(
+        ValueError, match=r"overwrite: data reads .*scores.jsonl, which lies in .* and would be deleted"
+    ):
+        EvaluateReward(settings(files, tmp_path, **own, overwrite=True))
     summary, *_ = report(settings(files, tmp_path, **{**config, "limit": 6}, overwrite=True))
     assert summary["overall"]["num"] == 6 and (tmp_path / "mine.txt").exists()
 

@@ -95,6 +95,39 @@ def test_a_folder_in_which_another_process_holds_a_part_is_not_overwritten(tmp_p
         OutputFolder(config(tmp_path, overwrite=True))
 
 
+def test_a_part_of_a_folder_of_another_process_is_refused(tmp_path, hold):
+    """As the folder of a stage, while the job works on another one."""
+    (tmp_path / "job").mkdir()
+    other = hold(tmp_path / "job")
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(FolderInUseError, match=rf"/job is in use by process {other.pid}"):
+            OutputFolder(config(tmp_path, output=str(tmp_path / "job" / "sft"), **how))
+    assert [path.name for path in (tmp_path / "job").iterdir()] == [".lock"]
+
+
+def test_a_file_of_somebody_else_named_as_the_lock_stays(tmp_path):
+    out, mine = tmp_path / "out", tmp_path / "mine.txt"
+    out.mkdir()
+    mine.write_text("precious")
+    (out / ".lock").write_text("held by a tool of mine")
+    with pytest.raises(FileExistsError, match=r"out/.lock is no lock of ours"):
+        OutputFolder(config(tmp_path, overwrite=True))
+    assert (out / ".lock").read_text() == "held by a tool of mine"
+    (out / ".lock").unlink()
+    (out / ".lock").symlink_to(mine)
+    with pytest.raises(FileExistsError, match=r"out/.lock is a link"):
+        OutputFolder(config(tmp_path))
+    assert mine.read_text() == "precious"
+
+
+def test_a_lock_that_is_deleted_ends_the_run(tmp_path):
+    folder = OutputFolder(config(tmp_path))
+    folder.open()
+    (folder.path / ".lock").unlink()
+    with pytest.raises(RuntimeError, match=r"\.lock was deleted while the run went on"):
+        folder.check()
+
+
 def test_a_newer_run_of_the_same_process_takes_the_folder_over(tmp_path):
     first = OutputFolder(config(tmp_path))
     second = OutputFolder(config(tmp_path))
@@ -124,7 +157,11 @@ def test_a_fork_does_not_keep_the_lock(tmp_path, hold):
     lock = Lock(tmp_path / "out")
     child = os.fork()
     if child == 0:
-        signal.pause()
+        try:
+            lock.check()
+        except RuntimeError:
+            signal.pause()
+        os._exit(1)  # a fork may not write
     lock.release()
     try:
         hold(tmp_path / "out")

@@ -1,6 +1,7 @@
 """The main job, with a tiny random model: every stage, a run that is stopped, and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fastrlhf.__main__ import main
 from fastrlhf.data import DataError
 from fastrlhf.jobs.pipeline import PRODUCTS, Run
 from fastrlhf.loops.ppo import PPO
+from fastrlhf.loops.sft import SFT
 from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.settings.run import RunConfig
 
@@ -161,6 +163,16 @@ def test_overwrite_removes_the_stages_and_nothing_else(settings):
     again.folder.open()
     again.folder.close()
     assert sorted(path.name for path in output.iterdir()) == ["config.yaml", "inputs.json", "notes.txt"]
+
+
+def test_nothing_is_taken_of_another_run_in_the_folder_of_a_stage(settings):
+    stages = Run(RunConfig(**settings))
+    next(stages)
+    next(stages)
+    stages.folder.close()
+    SFT(replace(stages.sft_config(), epochs=7, overwrite=True, resume=False)).run()
+    with pytest.raises(ValueError, match=r"resume: epochs was 7 and is \d"):
+        Run(RunConfig(**settings, resume=True))
 
 
 @pytest.mark.parametrize(

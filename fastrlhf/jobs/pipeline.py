@@ -29,6 +29,7 @@ from fastrlhf.loops.reward import RewardTrainer
 from fastrlhf.loops.sft import SFT
 from fastrlhf.models.policy import Policy
 from fastrlhf.runs.metrics import MetricsLog
+from fastrlhf.runs.same import check_finished
 from fastrlhf.runs.whole import write_whole
 from fastrlhf.scoring.scorer import Scorer
 from fastrlhf.settings.ppo import PPOConfig
@@ -61,6 +62,10 @@ class Run(Stages):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config, PRODUCTS, always=("report",))
+        loops = {"sft": self.sft_config, "reward": self.reward_config, "ppo": self.ppo_config}
+        for name in loops if config.resume else ():
+            if (self.output / name).exists():
+                check_finished(loops[name]())  # nothing is taken of another run in the folder of a stage
 
     def outcome(self, name: str) -> str:
         """A line on what a finished stage left."""
@@ -106,7 +111,11 @@ class Run(Stages):
 
     def sft(self) -> None:
         """Fine-tunes the model on the demonstrations."""
-        config = SFTConfig(
+        SFT(self.sft_config()).run()
+
+    def sft_config(self) -> SFTConfig:
+        """The settings of SFT."""
+        return SFTConfig(
             model=str(smollm2.fetch()) if self.config.model == "smollm2" else self.config.model,
             data=str(self.output / "data/demonstrations.jsonl"),
             epochs=self.config.sft_epochs,
@@ -115,7 +124,6 @@ class Run(Stages):
             max_length=self.config.max_prompt_tokens + self.config.max_new_tokens,
             **self.loop_options("sft"),
         )
-        SFT(config).run()
 
     def pairs(self) -> None:
         """Samples pairs of responses from the SFT policy and lets the gold reward say which is better."""
@@ -134,7 +142,11 @@ class Run(Stages):
 
     def reward(self) -> None:
         """Trains the reward model on the pairs; its last metrics hold the accuracy on the held-out ones."""
-        config = RewardConfig(
+        RewardTrainer(self.reward_config()).run()
+
+    def reward_config(self) -> RewardConfig:
+        """The settings of the reward model."""
+        return RewardConfig(
             model=str(self.output / "sft/model"),
             data=str(self.output / "pairs/train.jsonl"),
             eval_data=str(self.output / "pairs/heldout.jsonl"),
@@ -146,7 +158,6 @@ class Run(Stages):
             max_length=self.config.max_prompt_tokens + 2 * self.config.max_new_tokens,
             **self.loop_options("reward"),
         )
-        RewardTrainer(config).run()
 
     def ppo(self) -> None:
         """Trains the SFT policy against the reward model."""

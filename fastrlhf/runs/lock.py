@@ -47,7 +47,7 @@ class Lock:
     Raises: FolderInUseError, naming the process that holds the folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.resolve()
+        self.folder, self.pid = folder.resolve(), os.getpid()
         self.held: _Held | None = _HELD.get(self.folder) or _Held(self.folder)
         _HELD[self.folder] = self.held
         self.has_claimed = False
@@ -64,8 +64,10 @@ class Lock:
 
     def check(self) -> None:
         """Raises RuntimeError when this process has begun another run in the folder, or the lock was released."""
-        if self.held is None or self.held.owner is None or self.held.owner() is not self:
+        if self.held is None or self.held.owner is None or self.held.owner() is not self or self.pid != os.getpid():
             raise RuntimeError(f"output: {self.folder} is no longer held by this run: it was closed, or begun anew")
+        if not _is_same(self.held.file, self.folder / LOCK):
+            raise RuntimeError(f"output: {self.folder / LOCK} was deleted while the run went on, so it stops here")
 
     def release(self) -> None:
         """Lets others have the folder; removes it if nothing was written there."""
@@ -74,35 +76,54 @@ class Lock:
         self.held = None
 
 
+def check_free_above(folder: Path) -> None:
+    """Raises FolderInUseError when another process holds a folder that this one is in, as that of a job."""
+    for parent in folder.resolve().parents:
+        _check_free(parent / LOCK)
+
+
 def check_free_below(folder: Path) -> None:
     """Raises FolderInUseError when another process holds the folder or one under it."""
     for path in [folder / LOCK, *folder.rglob(LOCK)] if folder.is_dir() and not folder.is_symlink() else []:
-        if path.is_file() and path.parent.resolve() not in _HELD:
-            _take(path).close()
+        _check_free(path.resolve())
+
+
+def _check_free(path: Path) -> None:
+    if path.parent in _HELD or not path.is_file():
+        return
+    with suppress(PermissionError), open(path, encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _in_use(path, file) from None
+        except OSError:  # a file system without locks
+            return
 
 
 def _take(path: Path) -> IO[str]:
     """The lock file, open and locked."""
     while True:
+        if path.is_symlink():
+            raise FileExistsError(f"output: {path} is a link, and no lock of ours; give another output")
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it stays open as long as the lock is held
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _holder(file)
+            error = _in_use(path, file)
             file.close()
-            raise FolderInUseError(
-                f"output: {path.parent} is in use by {holder}; wait until it has ended, stop it, or give another output"
-            ) from None
+            raise error from None
         except OSError as error:
             warnings.warn(
                 f"output: the file system of {path.parent} has no locks ({error.strerror}): start no second process "
                 "on this folder",
                 stacklevel=4,
             )
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                break
+        if _is_same(file, path):
+            break
         file.close()  # whoever held it has deleted it in the meantime
+    if _read(file) is None:
+        file.close()
+        raise FileExistsError(f"output: {path} is no lock of ours; give another output")
     file.truncate(0)
     command = " ".join(["fastrlhf" if sys.argv[0].endswith("__main__.py") else Path(sys.argv[0]).name, *sys.argv[1:4]])
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": time.time()}
@@ -111,22 +132,40 @@ def _take(path: Path) -> IO[str]:
     return file
 
 
-def _holder(file: IO[str]) -> str:
-    """The process that holds a lock file, as text."""
+def _is_same(file: IO[str], path: Path) -> bool:
+    """Whether the open file is still the one under its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except (OSError, ValueError):
+        return False
+
+
+def _read(file: IO[str]) -> dict[str, Any] | None:
+    """What a lock file says of its process, nothing if that has not written its name yet; None: it is none of ours."""
     try:
         file.seek(0)
-        holder: dict[str, Any] = json.loads(file.read())
+        holder = json.loads(file.read() or "{}")
+        return holder if not holder or {"pid", "host", "command", "since"} <= holder.keys() else None
+    except (ValueError, AttributeError, OSError):
+        return None
+
+
+def _in_use(path: Path, file: IO[str]) -> FolderInUseError:
+    """The error that names the process that holds a lock file."""
+    who, holder = "another process", _read(file)
+    if holder:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))
         host = "" if holder["host"] == socket.gethostname() else f" on {holder['host']}"
-        return f"process {holder['pid']}{host} ({holder['command']}, since {since})"
-    except (ValueError, KeyError, TypeError, OSError):  # it has not written its name yet
-        return "another process"
+        who = f"process {holder['pid']}{host} ({holder['command']}, since {since})"
+    return FolderInUseError(
+        f"output: {path.parent} is in use by {who}; wait until it has ended, stop it, or give another output"
+    )
 
 
 def _release(file: IO[str], path: Path, made: list[Path], pid: int) -> None:
     if os.getpid() == pid and not file.closed:
         with suppress(OSError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            if _is_same(file, path):
                 path.unlink()  # while it is still locked
         for folder in made:
             with suppress(OSError):  # it is not empty

@@ -19,7 +19,7 @@ from typing import Any
 
 from fastrlhf.runs.checkpoint import LINES, newest_whole, settings_of_checkpoints
 from fastrlhf.runs.inputs import base_of, inputs_of, pieces_of
-from fastrlhf.runs.lock import LOCK, Lock, check_free_below
+from fastrlhf.runs.lock import LOCK, Lock, check_free_above, check_free_below
 from fastrlhf.runs.same import CONFIG, INPUTS, MAY_DIFFER, check_same, read, settings_in
 from fastrlhf.runs.whole import REPLACED, discard, recover, remove, write_file, write_json
 from fastrlhf.settings.values import PATHS, dump
@@ -58,6 +58,8 @@ class OutputFolder:
         self.lock = Lock(self.path) if hold else None
         self.changes: list[str] = []
         try:
+            check_free_above(self.path)
+            self._check_writable()
             if hold:
                 self._finish_what_was_killed()
             self.is_resumed = self._is_resumed()
@@ -129,16 +131,7 @@ class OutputFolder:
         return work
 
     def _check_reads_nothing_deleted(self) -> None:
-        deleted = [(self.path / name).resolve() for name in self.ours if name != CONFIG and (self.path / name).exists()]
-        for name in sorted(PATHS - {"output"}):
-            pieces = [*pieces_of(getattr(self.config, name, None))]
-            pieces += filter(None, map(base_of, pieces))
-            for path in (path for piece in pieces for path in _places(piece)):
-                if any(path.is_relative_to(each) or path == each.parent for each in deleted):
-                    raise ValueError(
-                        f"overwrite: {name} reads {path}, which lies in {self.path} and would be deleted; "
-                        "give another output, or copy it elsewhere first"
-                    )
+        check_reads_none_of(self.config, [self.path / name for name in self.ours if name != CONFIG])
         for name in self.ours:
             check_free_below(self.path / name)
 
@@ -150,6 +143,11 @@ class OutputFolder:
             raise ValueError(f"output: {what}, and no checkpoint has a copy; --overwrite starts anew")
         warnings.warn(f"resume: {what}; that of {found[0]} is taken", stacklevel=2)
         return settings_in(read(found[0])) or {}
+
+    def _check_writable(self) -> None:
+        for path in [self.path, *(self.path / name for name in self.ours)]:
+            if path.is_dir() and not path.is_symlink() and not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError(f"output: {path} is write-protected, so a run cannot write or replace it")
 
     def _finish_what_was_killed(self) -> None:
         for pattern in (f"*{REPLACED}", f"checkpoints/*{REPLACED}"):
@@ -171,6 +169,20 @@ class OutputFolder:
 
     def _inputs(self) -> Any:
         return inputs_of(self.config, leave_out=MAY_DIFFER)
+
+
+def check_reads_none_of(config: Any, deleted: Iterable[Path]) -> None:
+    """Raises ValueError when the settings name one of these files and folders, or what is in them, to be read."""
+    there = [path.resolve() for path in deleted if path.exists()]
+    for name in sorted(PATHS - {"output"}):
+        pieces = [*pieces_of(getattr(config, name, None))]
+        pieces += filter(None, map(base_of, pieces))
+        for path in (path for piece in pieces for path in _places(piece)):
+            if any(path.is_relative_to(each) or path == each.parent for each in there):
+                raise ValueError(
+                    f"overwrite: {name} reads {path}, which lies in {config.output} and would be deleted; "
+                    "give another output, or copy it elsewhere first"
+                )
 
 
 def _is_ours(folder: Path) -> bool:

@@ -27,8 +27,9 @@ from fastrlhf.models.policy import RewardModel
 from fastrlhf.models.shared_prompts import can_share_prompts
 from fastrlhf.packing import pack
 from fastrlhf.runs import ranks
-from fastrlhf.runs.lock import Lock
+from fastrlhf.runs.lock import Lock, check_free_above
 from fastrlhf.runs.metrics import MetricsLog
+from fastrlhf.runs.output import check_reads_none_of
 from fastrlhf.runs.whole import write_file
 from fastrlhf.scoring.combining import parse_reward, sources_of
 from fastrlhf.scoring.scorer import Scorer, is_function, short_names, split_head
@@ -51,6 +52,7 @@ class EvaluateReward:
             raise ValueError("evaluate reward: one process does it all; start it without torchrun")
         check_output(config)
         self.lock = Lock(Path(config.output))
+        check_free_above(Path(config.output))
         for source in config.models:
             if [*sources_of(parse_reward(source))] != [source]:
                 raise ValueError(f"model: {source!r} is not one reward model or function; separate several by commas")
@@ -206,6 +208,7 @@ def check_output(config: EvaluateRewardConfig) -> None:
     there = [name for name in FILES if (output / name).exists()]
     if there and not config.overwrite:
         raise FileExistsError(f"output: {config.output} holds an earlier report ({there[0]}); --overwrite replaces it")
+    check_reads_none_of(config, [output / name for name in there])
 
 
 def names_of(sources: Sequence[str]) -> list[str]:
