@@ -166,7 +166,7 @@ def test_a_reward_function_gets_only_the_keywords_that_it_names(folder):
 @pytest.mark.parametrize(
     ("reward", "text"),
     [
-        (lambda prompts, responses, *, answer: [0.0], "(missing a required )?argument: 'answer'"),
+        (lambda prompts, responses, *, answer: [0.0], "(missing a required .*)?argument: 'answer'"),
         (lambda prompts: [0.0], "too many positional arguments"),
     ],
 )
