@@ -125,3 +125,15 @@ def test_parts_that_are_no_text_reject_the_row(part):
         conversation([{"role": "user", "content": [{"text": "a"}, {"type": "text", "text": "b"}]}])[0]["content"]
         == "ab"
     )
+
+
+@pytest.mark.parametrize("num", [2, 3, 4, 5])
+def test_calls_of_glm_end_with_the_token_that_begins_what_the_tool_says(num):
+    tokenizer, more = chat_templates.tokenizer_of("glm4moe"), {"role": "tool", "name": "add", "content": "5"}
+    talks = {2: WITH_TOOLS[:2], 3: [*WITH_TOOLS[:3], WITH_TOOLS[1]], 4: WITH_TOOLS}
+    talk = [{"content": "", **m} for m in talks.get(num, [*WITH_TOOLS[:3], more, WITH_TOOLS[3]])]
+    marked = chat_templates.template("glm4moe_training")
+    theirs = tokenizer.apply_chat_template(talk, chat_template=marked, return_assistant_tokens_mask=True)
+    tokens = Renderer(tokenizer).conversation(talk)
+    ours = [any(start <= n < stop for _, start, stop in tokens.turns) for n in range(len(tokens.ids))]
+    assert (tokens.ids, ours) == (theirs["input_ids"], [mask == 1 for mask in theirs["assistant_masks"]])

@@ -97,10 +97,8 @@ class ChatTemplate:
             ({"a": 1}, '{"a": 1}'), ({}, {"content": ""}, {"content": None})
         )
         for given, content in tried:
-            call = {"id": "123456789", "type": "function", "function": {"name": word(1, "call"), "arguments": given}}
-            talk = [{"role": "user", "content": "?"}, {"role": "assistant", **content, "tool_calls": [call]}]
             try:
-                if word(1, "call") in self.render(talk):
+                if word(1, "call") in self.render(called(given, content)):
                     return isinstance(given, str)
             except Rejected:
                 continue
@@ -189,6 +187,12 @@ class ChatTemplate:
 def word(number: int, name: str) -> str:
     """A made-up word, to stand for a text of a message."""
     return f"Zq{number + 1}{name}qZ"
+
+
+def called(arguments: Any, content: Mapping[str, Any]) -> list[Message]:
+    """A question and the call of a tool, by a made-up word."""
+    call = {"id": "123456789", "type": "function", "function": {"name": word(1, "call"), "arguments": arguments}}
+    return [{"role": "user", "content": "?"}, {"role": "assistant", **content, "tool_calls": [call]}]
 
 
 def skeleton_of(text: str) -> Skeleton:

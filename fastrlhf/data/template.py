@@ -181,7 +181,8 @@ class Renderer:
         encoded = self.encode.guarded(text, spans, places, others=others, forms=self.forms)
         ids, found = encoded.ids, [(n, encoded.from_(start), encoded.until(stop)) for n, start, stop in borders]
         if finished and not turns[-1].ended:  # the template writes no end
-            ids = [*ids, self.end]
+            end = turns[-1].end
+            ids = [*ids, self.end if end is None else self.controls.ids[end]]
             found[-1] = (*found[-1][:2], len(ids))
         return Tokens(ids, found)
 
