@@ -415,6 +415,7 @@ def test_a_template_is_tried_once_a_tokenizer_and_again_once_either_changes(monk
     tokenizer, tried = tiny_tokenizer(), []
     render = type(tokenizer).apply_chat_template
     monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda *a, **k: tried.append(0) or render(*a, **k))
+    tokenizer.chat_template = "{{ a }}" + tokenizer.chat_template
     first = Renderer(tokenizer)
     once = len(tried)
     assert once > 0 and end_of_turn(tokenizer) == Renderer(tokenizer).end == first.end and len(tried) == once

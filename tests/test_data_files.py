@@ -213,3 +213,35 @@ def test_the_documented_rows_are_read_by_the_commands_that_are_named(tmp_path, r
 
 def test_thirteen_rows_are_documented():
     assert len(DOCUMENTED) == 13
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"prompt": "a", "completion": "b", "completion": "c"}\n',
+        '{"prompt": "a", "completion": [{"role": "user", "role": "assistant", "completion": 1, "completion": "b"}]}\n',
+        '[{"prompt": "a", "completion": "b", "completion": "c"}]\n',
+    ],
+)
+def test_an_object_with_two_values_of_a_key_is_an_error(tmp_path, text):
+    file = tmp_path / "rows.json"
+    file.write_text(text)
+    key = "role" if "role" in text else "completion"
+    with pytest.raises(DataError, match=f"rows.json, (line|row) 1: the key '{key}' stands twice"):
+        list(read_rows(file))
+
+
+def test_folders_that_are_not_read_are_said(tmp_path):
+    for name in ("rows1.jsonl", "rows2.d/a.jsonl", "rows3.d/b/c.jsonl", "rows4.d/readme.txt", ".rows5/a.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"prompt": "a", "completion": "b"}\n')
+    wanted = f"folders with rows that are not read: {tmp_path / 'rows2.d'}, {tmp_path / 'rows3.d'}"
+    for path in (tmp_path, tmp_path / "rows*"):
+        report = load_demonstrations(path, tiny_tokenizer(), max_tokens=99).report
+        assert report.num_rows == 1 and wanted in report.notes
+    for path in (tmp_path / "rows1.jsonl", tmp_path / "*.jsonl", tmp_path / "rows2.d"):
+        assert not any(
+            "folders" in note for note in load_demonstrations(path, tiny_tokenizer(), max_tokens=9).report.notes
+        )
+    with pytest.raises(DataError, match=r"rows\*\.d' matches folders only, such as .*rows2\.d"):
+        list(read_rows(tmp_path / "rows*.d"))

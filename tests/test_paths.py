@@ -73,3 +73,10 @@ def test_every_option_that_is_a_path_by_its_help_is_known_as_one(command, home):
     given |= {"gold": "~/gold"} if command == "iterate" else {}
     made = config(**given)
     assert all(getattr(made, name) == f"{home}/{name}.jsonl" for name in required - {"format"})
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+@pytest.mark.parametrize("name", sorted(PATHS))
+def test_an_empty_path_is_not_the_current_folder(name, empty):
+    with pytest.raises(ValueError, match=f"^{name} is empty"):
+        expand(name, empty)

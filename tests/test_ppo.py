@@ -146,6 +146,7 @@ def test_reward_functions_get_texts_ids_and_the_other_columns(folder):
     [
         (lambda prompts, responses, **_: [1.0], r"must return 8 scores, got \(1,\)"),
         (lambda prompts, responses, **_: [float("nan")] * len(prompts), "gave nan for response 0"),
+        (lambda prompts, responses, **_: [10**5000] * len(prompts), "returned a number that is too large for a float"),
         (lambda prompts, responses, **_: None, "must return 8 numbers, got None"),
         (lambda prompts, responses, **_: ["good"] * len(prompts), r"must return 8 numbers, got \['good', 'good'"),
     ],
@@ -218,7 +219,7 @@ def test_nan_weights_stop_the_run_and_name_step_and_checkpoint(folder):
         ({"reward": ":f"}, ValueError, "':f' names no module"),
         ({"reward": "json:dumps=much"}, ValueError, "the weight in 'json:dumps=much' is no number"),
         ({"reward": "json:dumps=nan"}, ValueError, "the weight in 'json:dumps=nan' is no number"),
-        ({"reward": ""}, ValueError, "give a reward model folder"),
+        ({"reward": ""}, ValueError, "^reward is empty; give a path"),
         ({"reward": "math:hypot", "max_new_tokens": 400}, ValueError, "context of 256"),
         ({"reward": "math:hypot", "missing_eos": "drop"}, ValueError, "missing_eos: expected none, subtract:V"),
         ({"reward": "math:hypot", "data": "missing.jsonl"}, ValueError, "no file 'missing.jsonl'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ Conversation = str | Sequence[Message]
 Answer = str | Message  # a message where there is more to it than a text
 # which roles may come after each
 FOLLOWERS = {"system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
+PLAIN = {"role", "content", "weight", "name", "tool_call_id", "thinking", "reasoning_content"}
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -79,8 +81,18 @@ def _check_calls(role: str, calls: Any) -> None:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
             raise Rejected(Reason.TOOL_CALL, "a call has no name of a function")
+        _check_arguments(function.get("arguments"))
     for text in texts_in(calls):
         _unicode(text)
+
+
+def _check_arguments(given: Any) -> None:
+    """Raises Rejected unless these are an object or one as JSON, as OpenAI writes them."""
+    if isinstance(given, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            given = json.loads(given)
+    if given is not None and not isinstance(given, Mapping):
+        raise Rejected(Reason.TOOL_CALL, f"arguments must be an object, or one as JSON text, got {given!r:.60}")
 
 
 def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
@@ -99,12 +111,17 @@ def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
 def _content(content: Any) -> str:
     """The text of a message; a list of text parts is joined."""
     if isinstance(content, list):
-        if any(not isinstance(part, Mapping) or not isinstance(part.get("text"), str) for part in content):
+        if not all(map(_is_text, content)):
             raise Rejected(Reason.NOT_A_MESSAGE, "its content has a part that is not text")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise Rejected(Reason.NOT_A_MESSAGE, f"its content is of type {type(content).__name__}")
     return _unicode(content)
+
+
+def _is_text(part: Any) -> bool:
+    typed = isinstance(part, Mapping) and (part.get("type") or "text") in ("text", "input_text", "output_text")
+    return typed and isinstance(part.get("text"), str)
 
 
 def _unicode(text: str) -> str:
@@ -149,7 +166,7 @@ def response_of(value: Any) -> Answer:
 
 
 def _answer(message: Message) -> Answer:
-    if any(message.get(name) for name in ("tool_calls", *REASONING)):
+    if any(message.get(name) for name in ("tool_calls", *REASONING)) or message.keys() - PLAIN:
         return message
     return text_of(message["content"], Reason.EMPTY_RESPONSE)
 
@@ -165,9 +182,9 @@ def answer_message(answer: Answer) -> Message:
 
 
 def only_text(answer: Answer) -> str:
-    """A response as text. Raises: Rejected for one that has reasoning or calls tools."""
+    """A response as text. Raises: Rejected for one that has more to it."""
     if not isinstance(answer, str):
-        raise Rejected(Reason.NOT_TEXT, "a response with reasoning or tool calls")
+        raise Rejected(Reason.NOT_TEXT, "a response that is more than a text: reasoning, tool calls or other keys")
     return answer
 
 

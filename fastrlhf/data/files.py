@@ -12,7 +12,7 @@ from typing import Any
 from fastrlhf.data.json_rows import DataError, json_rows
 from fastrlhf.data.parquet_rows import parquet_rows
 
-__all__ = ["DataError", "Place", "data_files", "read_rows"]
+__all__ = ["DataError", "Place", "data_files", "folders_left_out", "read_rows"]
 
 JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 PARQUET = ".parquet"
@@ -73,10 +73,25 @@ def data_files(path: str | Path) -> list[Path]:
         return _in_folder(path)
     if not glob.has_magic(str(path)):
         raise DataError(f"data: no file {str(path)!r}" + (" (it is no regular file)" if path.exists() else ""))
-    found = sorted(name for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+    matching = sorted(glob.glob(str(path), recursive=True))
+    found = [name for name in matching if os.path.isfile(name)]
+    if not found and matching:
+        hint = "name one of them, or the files in them with a glob that ends with /*"
+        raise DataError(f"data: {str(path)!r} matches folders only, such as {matching[0]}; {hint}")
     if not found:
         raise DataError(f"data: no file matches {str(path)!r}")
     return [Path(name) for name in found]
+
+
+def folders_left_out(path: str | Path, files: Sequence[Path]) -> list[str]:
+    """The folders with rows that a folder holds, or that a glob matches, besides the files that it stands for."""
+    path = Path(os.path.expanduser(path))
+    if path.is_file():
+        return []
+    inside = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    read = {file.parent for file in files}
+    folders = (each for each in inside if each.is_dir() and not each.name.startswith((".", "_")) and each not in read)
+    return sorted(str(each) for each in folders if any(_is_data(file) for file in each.rglob("*") if file.is_file()))
 
 
 def _in_folder(folder: Path) -> list[Path]:

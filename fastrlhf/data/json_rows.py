@@ -32,6 +32,22 @@ class DataError(ValueError):
     """A file that cannot be used: missing, malformed, of unknown layout, or with too many rejected rows."""
 
 
+class RepeatedKey(ValueError):
+    """An object with two values of one key, of which JSON's readers keep one."""
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        key = next(key for n, key in enumerate(keys) if key in keys[:n])
+        raise RepeatedKey(f"the key {key!r} stands twice in one object; which of its values counts is not said")
+    return made
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object_of)
+
+
 def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (number, row): the number of its line, or of its place in the array, from 1.
 
@@ -106,7 +122,9 @@ class _Recoded:
 
 def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = DECODER.decode(line.decode("utf-8", "surrogatepass"))
+    except RepeatedKey as error:
+        raise DataError(f"data: {path}, line {number}: {error}") from None
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number or a nesting too long
         cut = isinstance(error, json.JSONDecodeError) and (
             error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string")
@@ -140,6 +158,8 @@ def _array(path: Path, start: bytes, file: IO[bytes]) -> Iterator[tuple[int, dic
         pieces.take("")
     except DataError:
         raise
+    except RepeatedKey as error:
+        raise DataError(f"data: {path}, row {max(1, number)}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"data: {path}, row {max(1, number)}: not JSON ({error})") from None
 
@@ -149,7 +169,7 @@ class _Pieces:
 
     def __init__(self, start: bytes, file: IO[bytes]) -> None:
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
-        self.scan = json.JSONDecoder().raw_decode
+        self.scan = DECODER.raw_decode
         self.file, self.text, self.at, self.ended = file, self.decode(start), 0, False
 
     def read_on(self, size: int) -> bool:

@@ -19,7 +19,7 @@ from fastrlhf.data.conversations import (
     text_of,
     tools_of,
 )
-from fastrlhf.data.files import DataError, data_files, read_rows
+from fastrlhf.data.files import DataError, data_files, folders_left_out, read_rows
 from fastrlhf.data.lengths import check_characters, measured
 from fastrlhf.data.rendering import Message
 from fastrlhf.data.report import Reason, Rejected, Report
@@ -154,6 +154,8 @@ def _load(
     files = data_files(path)
     if len(files) > 1:
         report.notes.append(f"{len(files)} files: {', '.join(file.name for file in files)}")
+    if left := folders_left_out(path, files):
+        report.notes.append(f"folders with rows that are not read: {', '.join(left[:5])}{', ...' if left[5:] else ''}")
     for place, (number, row) in enumerate(read_rows(path)):
         if place < offset:
             continue

@@ -8,6 +8,8 @@ and the first must be just that with the texts in it. Rows of one shape share th
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,6 +88,21 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.keywords = {"date_string": DATE, **(keywords or {})}
         self.skeletons: dict[str, Skeleton] = {}
+        self.keys: dict[str, bool] = {}  # of messages: whether the template reads them
+
+    @functools.cached_property
+    def takes_text(self) -> bool:
+        """Whether the arguments of calls must be JSON, as DeepSeek's templates want them; most take objects."""
+        tried: Iterator[tuple[Any, Any]] = itertools.product(
+            ({"a": 1}, '{"a": 1}'), ({}, {"content": ""}, {"content": None})
+        )
+        for given, content in tried:
+            try:
+                if word(1, "call") in self.render(called(given, content)):
+                    return isinstance(given, str)
+            except Rejected:
+                continue
+        return False
 
     def render(self, messages: Sequence[Message], tools: Any = None, *, generation: bool = False) -> str:
         """What the template writes; generation: up to where the assistant's answer starts.
@@ -170,6 +187,12 @@ class ChatTemplate:
 def word(number: int, name: str) -> str:
     """A made-up word, to stand for a text of a message."""
     return f"Zq{number + 1}{name}qZ"
+
+
+def called(arguments: Any, content: Mapping[str, Any]) -> list[Message]:
+    """A question and the call of a tool, by a made-up word."""
+    call = {"id": "123456789", "type": "function", "function": {"name": word(1, "call"), "arguments": arguments}}
+    return [{"role": "user", "content": "?"}, {"role": "assistant", **content, "tool_calls": [call]}]
 
 
 def skeleton_of(text: str) -> Skeleton:

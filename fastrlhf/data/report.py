@@ -13,6 +13,7 @@ class Reason(StrEnum):
     NOT_TEXT = "not text"
     NOT_UNICODE = "text with half a surrogate pair, which is no character"
     NOT_A_MESSAGE = "a message is no object with a role and text as content"
+    UNKNOWN_KEY = "a message has a key that neither we nor the chat template read"
     TOOL_CALL = "a tool is called in a way that is not read"
     BAD_WEIGHT = "the weight of a message is neither 0 nor 1"
     BAD_MARGIN = "the margin is no finite number"

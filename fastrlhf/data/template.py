@@ -13,6 +13,7 @@ from fastrlhf.data.controls import Controls, Span, added_tokens, unmarked
 from fastrlhf.data.conversations import Answer, Conversation, answer_message, messages_of
 from fastrlhf.data.encoding import Encoded, Encoder, common_start
 from fastrlhf.data.pretrained import read_pretrained
+from fastrlhf.data.reads import check_keywords, prepared
 from fastrlhf.data.rendering import ChatTemplate, Message
 from fastrlhf.data.report import Reason, Rejected
 from fastrlhf.data.turns import Turns
@@ -124,7 +125,7 @@ class Renderer:
         """The tokens of a prompt, up to where the response starts. Raises: Rejected where the template refuses it."""
         if not self.chat:
             return self._started(self._plain_text(prompt))
-        (messages, tools), marks = self.controls.mark((_stripped(messages_of(prompt)), tools))
+        (messages, tools), marks = self.controls.mark((prepared(self.template, messages_of(prompt)), tools))
         self.template.check_all(messages, tools, generation=True)
         rendered = self.template.render(messages, tools, generation=True)
         text, spans, place = unmarked(rendered, marks)
@@ -164,7 +165,7 @@ class Renderer:
         Raises: Rejected where the template refuses or rewrites it."""
         if not self.chat:
             raise self._no_template("the data holds messages")
-        (marked, tools), marks = self.controls.mark((_stripped(messages), tools))
+        (marked, tools), marks = self.controls.mark((prepared(self.template, messages), tools))
         rendering = self.template.locate(marked, tools)
         turns = self.turns.of(marked, rendering, tools, "".join(marks or ()))
         if not turns or turns[-1].number != len(messages) - 1:
@@ -180,7 +181,8 @@ class Renderer:
         encoded = self.encode.guarded(text, spans, places, others=others, forms=self.forms)
         ids, found = encoded.ids, [(n, encoded.from_(start), encoded.until(stop)) for n, start, stop in borders]
         if finished and not turns[-1].ended:  # the template writes no end
-            ids = [*ids, self.end]
+            end = turns[-1].end
+            ids = [*ids, self.end if end is None else self.controls.ids[end]]
             found[-1] = (*found[-1][:2], len(ids))
         return Tokens(ids, found)
 
@@ -238,6 +240,7 @@ def followed(tokenizer: Any, keywords: Mapping[str, Any] | None = None) -> tuple
     if key not in known:
         template, controls = ChatTemplate(tokenizer, keywords), Controls(tokenizer)
         try:
+            check_keywords(tokenizer, keywords or {})
             turns = Turns(template, controls, tokenizer.name_or_path)
             known[key] = template, turns, Controls(tokenizer, around_turns(tokenizer, turns.written))
         except ValueError as error:
@@ -252,18 +255,6 @@ def around_turns(tokenizer: Any, written: str) -> set[str]:
     """The added tokens that a template puts around turns, but for those that mark reasoning: an answer may hold its own
     reasoning, with <think> as the token that it is."""
     return {text for text in added_tokens(tokenizer) if text in written and "think" not in text.lower()}
-
-
-def _stripped(messages: Sequence[Message]) -> list[Message]:
-    """The messages, without white space around answers and without what is no template's."""
-    return [
-        {
-            name: value.strip() if name == "content" and message["role"] == "assistant" else value
-            for name, value in message.items()
-            if name != "weight"
-        }
-        for message in messages
-    ]
 
 
 def _spans(text: str, start: int = 0) -> list[Span]:

@@ -11,25 +11,29 @@ rendering allows: a generation prompt may go on where the rendering does not, as
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastrlhf.data.controls import Controls
 from fastrlhf.data.encoding import common_start
-from fastrlhf.data.rendering import ChatTemplate, Message, Rendering, Skeleton, skeleton_of, word
+from fastrlhf.data.rendering import ChatTemplate, Message, Rendering, Skeleton, called, skeleton_of, word
 from fastrlhf.data.report import Rejected
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Places in a rendering. said: where the last text of the turn ends; stop: behind its end token, if it has one."""
+    """Places in a rendering. said: where the last text of the turn ends; stop: behind its end token, if it has one.
+
+    end: the token that ends such a turn, None: the template writes none"""
 
     number: int
     start: int
     said: int
     stop: int
     ended: bool
+    end: str | None
 
 
 class Turns:
@@ -41,7 +45,7 @@ class Turns:
     Raises: ValueError for a template that fails, or that does not write an answer as it is."""
 
     def __init__(self, template: ChatTemplate, controls: Controls, name: str) -> None:
-        self.template, self.name = template, name
+        self.template, self.controls, self.name = template, controls, name
         self.asked, self.answered = self._probe()
         asked, answered, twice = skeleton_of(self.asked), skeleton_of(self.answered), self._tried(_talk(4))
         if (num := answered.slots.count((1, "content"))) != 1:
@@ -63,10 +67,21 @@ class Turns:
         self.added = before[starts[0] :] if starts else ""
         found = [controls.first_in(each) for each in afters]
         # GLM's template writes none behind the last answer: a turn ends where the user's token begins the next
-        self.end = found[0] or found[-1]
+        self.end, self.ends_last = found[0] or found[-1], found[0] is not None
         self.ends, self.tokens = {each for each in found if each}, tuple(controls.ids)
         self.header = prompt[closing:]
         self.written = prompt + before + after
+
+    @functools.cached_property
+    def call_end(self) -> str | None:
+        """The token that ends a turn with calls. Where a turn ends as the next begins, that is the tool's."""
+        talk = called('{"a": 1}' if self.template.takes_text else {"a": 1}, {"content": ""})
+        answer = {"role": "tool", "name": word(1, "call"), "tool_call_id": "123456789", "content": word(2, "content")}
+        try:
+            before, after = self.template.render(talk).rstrip(), self.template.render([*talk, answer])
+        except Rejected:
+            return self.end
+        return (self.controls.first_in(after[len(before) :]) if after.startswith(before) else None) or self.end
 
     def _probe(self) -> tuple[str, str]:
         """A question with its generation prompt, and one that is answered."""
@@ -104,12 +119,15 @@ class Turns:
         stops = {place.start for place in rendering.places}
         turns = []
         for number, (gap, first, said) in spans.items():
-            start = gap + self._start(rendering.text[gap:first])
+            start, end = gap + self._start(rendering.text[gap:first]), self.end
             limit = min((stop for stop in stops if stop >= said), default=len(rendering.text))
             stop = self._stop(rendering.text, said, limit, marks)
             if stop is None:
                 stop = self._stop_by_rendering(messages[: number + 1], rendering.text, said, tools)
-            turns.append(Turn(number, start, said, stop, rendering.text.endswith(self.tokens, said, stop)))
+                if not self.ends_last and messages[number].get("tool_calls") and self.call_end:
+                    end = self.call_end
+                    stop += len(end) if rendering.text.startswith(end, stop) else 0
+            turns.append(Turn(number, start, said, stop, rendering.text.endswith(self.tokens, said, stop), end))
         return sorted(turns, key=lambda turn: turn.start)
 
     def _start(self, gap: str) -> int:

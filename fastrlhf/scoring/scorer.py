@@ -156,6 +156,8 @@ class Scorer:
         )
         try:
             scores = torch.as_tensor(returned, dtype=torch.float32)
+        except OverflowError:  # its digits may be too many to be shown
+            raise ValueError(f"reward: {name} returned a number that is too large for a float") from None
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"reward: {name} must return {len(samples)} numbers, got {returned!r:.80}") from None
         if scores.shape != (len(samples),):

@@ -25,10 +25,14 @@ HOME = re.compile(r"(?<![^,|(=\s])~[\w.-]*(?=[/,|)=#;]|$)")  # where a path begi
 
 
 def expand(name: str, value: Any) -> Any:
-    """Returns the value of an option; of a path with the home folder in place of ~, and a Path as text."""
+    """Returns the value of an option; of a path with the home folder in place of ~, and a Path as text.
+
+    Raises: ValueError for a path that is empty, which would be the current folder."""
     if name not in PATHS:
         return value
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(f"{name} is empty; give a path (an unset variable of a shell is empty), or leave it out")
     if not isinstance(value, str) or "~" not in value:
         return value
     return HOME.sub(lambda found: os.path.expanduser(found[0]), value)
