@@ -104,8 +104,9 @@ def test_a_key_of_a_message_that_nothing_reads_rejects_the_row_by_its_name(extra
     for row in rows:
         with pytest.raises(DataError, match=f"{Reason.UNKNOWN_KEY} .*'{key}' of role"):
             load_demonstrations(write(row), tokenizer, max_tokens=99)
-    nulls = {"messages": [user("q"), assistant("a", **dict.fromkeys(extra))]}
-    assert len(load_demonstrations(write(nulls), tokenizer, max_tokens=99).rows) == 1
+    for harmless in (dict.fromkeys(extra), {"id": 7, "timestamp": "now"}):
+        row = {"messages": [user("q"), assistant("a", **harmless)]}
+        assert len(load_demonstrations(write(row), tokenizer, max_tokens=99).rows) == 1
 
 
 def test_a_key_of_a_message_that_the_template_reads_reaches_it():

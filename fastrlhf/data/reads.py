@@ -18,6 +18,19 @@ from fastrlhf.data.report import Reason, Rejected
 
 # a template that has no use for one of these may leave it out; `check_all` sees to what must not be lost
 KEYS = {"role", "content", "name", "weight", "tool_calls", "tool_call_id", *REASONING}
+# what data sets say about a message, which is neither said in it nor changes what is learned: left out
+METADATA = {
+    "id",
+    "message_id",
+    "parent_id",
+    "conversation_id",
+    "index",
+    "turn",
+    "timestamp",
+    "created_at",
+    "create_time",
+}
+METADATA |= {"date", "model", "source", "author", "lang", "language", "score", "rank", "tokens", "metadata"}
 GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")  # tags of transformers, unknown to jinja
 ASKS = ("defined", "undefined", "default", "d")  # whether a template was given something
 # what we or transformers give every template
@@ -82,6 +95,8 @@ def prepared(template: ChatTemplate, messages: Sequence[Message]) -> list[Messag
 def _prepared(template: ChatTemplate, message: Message) -> Iterator[tuple[str, Any]]:
     for key, value in message.items():
         if key not in KEYS and not reads_key(template, key):
+            if key in METADATA:
+                continue
             raise Rejected(Reason.UNKNOWN_KEY, f"{key!r} of role {message['role']}; remove it if it means nothing")
         if key == "content" and message["role"] == "assistant":
             yield key, value.strip()
