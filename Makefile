@@ -24,8 +24,8 @@ test: $(VENV)/dev
 PYTHON_OLDEST ?= $(shell tests/environments/python.sh PYTHON_OLDEST 3.12)
 PYTHON_NEWEST ?= $(shell tests/environments/python.sh PYTHON_NEWEST 3.13 3.12 3.11)
 OLDEST = torch==2.11.0 transformers==5.17.0 triton==3.6.0
-# with numpy 2.5 Triton 3.6's interpreter fails
-BESIDE_OLDEST = numpy==2.4.6
+# with numpy 2.4 Triton 3.6's interpreter fails
+BESIDE_OLDEST = numpy==2.3.5
 WITHOUT_CUDA = INSTALL_TORCH=tests/environments/install_torch.py FASTRLHF_CUDA=0
 
 test-oldest:

@@ -150,10 +150,27 @@ def _read(file: IO[str]) -> dict[str, Any] | None:
         return None
 
 
+def _locker(file: IO[str]) -> int | None:
+    """The process that the system says holds the lock; None where it does not say."""
+    try:
+        inode = f":{os.fstat(file.fileno()).st_ino} "
+        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines() if inode in line]
+        return next(
+            (int(line[4]) for line in lines if line[1] == "FLOCK" and line[3] == "WRITE" and line[4] != "0"), None
+        )
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def _in_use(path: Path, file: IO[str]) -> FolderInUseError:
-    """The error that names the process that holds a lock file."""
-    who, holder = "another process", _read(file)
-    if holder:
+    """The error that names the process that holds a lock file, which writes its name there after it has locked it."""
+    pid, until = _locker(file), time.monotonic() + 1
+    holder = _read(file)
+    while time.monotonic() < until and (not holder or (pid is not None and holder["pid"] != pid)):
+        time.sleep(0.01)
+        pid, holder = _locker(file), _read(file)
+    who = "another process" if pid is None else f"process {pid}"
+    if holder and pid in (None, holder["pid"]):
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))
         host = "" if holder["host"] == socket.gethostname() else f" on {holder['host']}"
         who = f"process {holder['pid']}{host} ({holder['command']}, since {since})"
