@@ -9,6 +9,7 @@ from fastrlhf.settings.feedback import IterateConfig, LabelConfig, ReviseConfig
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.run import RunConfig
 from fastrlhf.settings.training import DPOConfig, RewardConfig, SFTConfig
+from fastrlhf.settings.values import dump
 
 GIVEN = ["--model", "m", "--data", "d.jsonl", "--output", "o"]
 
@@ -146,3 +147,13 @@ def test_help_all_has_every_option_and_help_says_how_many_it_leaves_out():
     assert len(every) == 1 + len(dataclasses.fields(PPOConfig))
     assert usual[-1].split(maxsplit=1) == ["--help-all", f"{len(every) - len(usual) + 1} more options"]
     assert max(map(len, every)) <= 115
+
+
+def test_a_resumed_run_keeps_its_plan_unless_another_is_given(tmp_path):
+    given = ["--model", "m", "--data", "d", "--output", str(tmp_path), "--reward", "r"]
+    begun = parse(PPOConfig, [*given, "--steps=150", "--learning-rate=3e-5", "--batch-size=8"])
+    (tmp_path / "config.yaml").write_text(dump(begun))
+    resumed = parse(PPOConfig, [*given, "--resume", "--learning-rate=1e-6"])
+    assert (resumed.steps, resumed.learning_rate) == (150, 1e-6)
+    assert resumed.batch_size == PPOConfig.batch_size, "which a resumed run is refused for, by its name"
+    assert parse(PPOConfig, given).steps == PPOConfig.steps

@@ -82,7 +82,8 @@ def begin(loop: Trainer, data: Iterable[Sequence[int]]) -> None:
     )
     loop.clock = Clock(config.save_minutes)
     if checkpoint is not None:
-        loop.log.say(f"resuming from {checkpoint}")
+        done = loop.num_steps_done == loop.num_steps
+        loop.log.say(f"resuming from {checkpoint}" + (f": all {loop.num_steps} steps are done" if done else ""))
         for change in changes:
             loop.log.say(f"resume: {change}")
         best = Path(config.output) / "best"

@@ -31,11 +31,27 @@ def parse(config_class: type[T], arguments: Sequence[str]) -> T:
     given = read_arguments(config_class, arguments)
     if "config" in given:
         given = {**read_yaml(config_class, given.pop("config")), **given}
+    given = {**_planned(config_class, given), **given}
     fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
     missing = [_shown(field) for field in fields if field.default is REQUIRED and field.name not in given]
     if missing:
         raise UsageError(f"missing {', '.join(missing)}")
     return config_class(**given)
+
+
+def _planned(config_class: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run that is resumed had planned (`may_change` of its settings), which stays unless another is given."""
+    output, resume = given.get("output"), str(given.get("resume", "false")).lower() == "true"
+    if not (output and resume):
+        return {}
+    settings = Path(str(expand("output", output))) / "config.yaml"
+    if not settings.is_file():
+        return {}
+    try:
+        saved = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        return {name: saved[name] for name in getattr(config_class, "may_change", ()) if name in saved}
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError):  # damaged: the run itself says more of it
+        return {}
 
 
 def read_arguments(config_class: type, arguments: Sequence[str]) -> dict[str, str]:

@@ -74,6 +74,8 @@ class OutputFolder:
         if self.lock is not None:
             self.lock.claim()
         discard(self.path / f"{DELETING}.partial")  # of an overwriting run that was killed before it began
+        for leftover in (self.path / "checkpoints").glob("*.partial"):  # of a checkpoint that was being deleted
+            discard(leftover)
         if not self.is_resumed:
             there = [name for name in self.ours if name != CONFIG and os.path.lexists(self.path / name)]
             if there:
