@@ -86,7 +86,7 @@ def test_a_micro_batch_keeps_for_its_backward_what_was_planned(tmp_path, arch, d
     """Five layers of the model itself, on a pack of other lengths."""
     depth = {"n_layer": 5} if arch == "gpt2" else {"num_hidden_layers": 5}
     folder = model_folder(tmp_path / "model", arch=arch, **depth)
-    settings = SFTConfig(model=folder, data="", output="", dtype=dtype, max_tokens=100)
+    settings = SFTConfig(model=folder, data="d", output="o", dtype=dtype, max_tokens=100)
     planned = plan_training(settings, num_tokens=1000).rest["activations of 100 tokens"]
     policy = Policy.from_pretrained(folder, autocast=settings.autocast_dtype())
     own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
@@ -110,7 +110,7 @@ def test_a_micro_batch_keeps_for_its_backward_what_was_planned(tmp_path, arch, d
 def test_recomputation_plans_a_fraction(tmp_path):
     folder = model_folder(tmp_path / "model", num_hidden_layers=6)
     plans = [
-        plan_training(SFTConfig(model=folder, data="", output="", gradient_checkpointing=on), num_tokens=500)
+        plan_training(SFTConfig(model=folder, data="d", output="o", gradient_checkpointing=on), num_tokens=500)
         for on in (False, True)
     ]
     kept = [plan.rest["activations of 500 tokens"] for plan in plans]
