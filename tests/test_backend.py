@@ -179,6 +179,6 @@ def test_servers_without_the_weights_of_the_policy_are_noticed_once(folder, serv
     run(folder, "never", **never, **changes)
     said = capsys.readouterr().out
     assert said.count("warning: log-probabilities of the servers are") == 1 and "a prefix cache" in said
-    run(folder, "always", **never | {"weight_sync": served.bring}, **changes)
     run(folder, "stale_fast", **never | {"weight_sync": "stale"}, **changes)
+    run(folder, "always", **never | {"weight_sync": served.bring}, **changes)
     assert "log-probabilities of the servers" not in capsys.readouterr().out

@@ -118,16 +118,14 @@ def test_weights_are_brought_before_each_rollout(server):
     assert seen == [0, 3]
 
 
-def test_a_response_cut_for_repetition_is_not_finished(server):
-    server.change = lambda body, answer: (
-        answer["choices"][0].update(finish_reason="repetition", token_ids=[3, 4, 4]) or answer
-    )
-    (sample,) = backend_of(server).generate([[2]], Sampling(4, repeat_ngram=1, repeat_times=2), seeds=ENDS[:1])
-    assert not sample.finished
-
-
 def changed(**fields):
     return lambda body, answer: answer["choices"][0].update(fields) or answer
+
+
+def test_a_response_cut_for_repetition_is_not_finished(server):
+    server.change = changed(finish_reason="repetition", token_ids=[3, 4, 4])
+    (sample,) = backend_of(server).generate([[2]], Sampling(4, repeat_ngram=1, repeat_times=2), seeds=ENDS[:1])
+    assert not sample.finished
 
 
 def logprobs(*values):
