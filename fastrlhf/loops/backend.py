@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastrlhf.data.template import eos_token_ids
@@ -11,6 +13,7 @@ from fastrlhf.generation.rollout_server import ServerBackend
 from fastrlhf.generation.sampling import RolloutBackend
 from fastrlhf.models.policy import Policy
 from fastrlhf.runs import ranks
+from fastrlhf.runs.output import ROLLOUT_WEIGHTS
 from fastrlhf.scoring.scorer import load_function
 from fastrlhf.settings.ppo import STALE, PPOConfig
 
@@ -43,15 +46,28 @@ def make_backend(config: PPOConfig, policy: Policy, tokenizer: Any) -> RolloutBa
 
 
 def weight_hook(config: PPOConfig, policy: Policy) -> Callable[[], None] | None:
-    """What brings the policy's weights to the servers: the first process does, the others wait for it."""
+    """What brings the policy's weights to the servers: the first process does, the others wait for it.
+
+    The function gets those of the keywords folder and model that it names."""
     given = config.weight_sync
     if given == STALE:
         return None
     function: Callable[..., Any] = given if callable(given) else load_function(str(given), "weight_sync")
 
+    offered = {"folder": Path(config.output) / ROLLOUT_WEIGHTS, "model": config.rollout_model}
+    options = _wanted(function, offered)
+
     def bring() -> None:
         if ranks.is_first():
-            function(policy, config.rollout_urls)
+            function(policy, config.rollout_urls, **options)
         ranks.gather(None)
 
     return bring
+
+
+def _wanted(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
+    """Those of the keywords that a function takes."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return offered
+    return {name: value for name, value in offered.items() if name in {each.name for each in parameters}}
