@@ -16,20 +16,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from transformers import PreTrainedModel
-
 from fastrlhf.models.policy import Policy
+from fastrlhf.models.tied_head import write_tied_head
 from fastrlhf.runs.http import Server, ServerError
 
 TIMEOUT = 600.0  # seconds a server may take to load weights
 RESET_TIMEOUT = 30.0  # seconds until its cache must be free
 LORA_FLAGS = "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
 DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1"
-HEAD, INDEX = "tied_head.safetensors", "model.safetensors.index.json"
-_kept: weakref.WeakKeyDictionary[Policy, weakref.finalize[Any, Any]] = (
-    weakref.WeakKeyDictionary()
-)  # the last folder's end
+# what deletes the folder of a policy's last adapter
+_kept: weakref.WeakKeyDictionary[Policy, weakref.finalize[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def lora(
@@ -76,7 +72,7 @@ def whole(
     _delete_others(new)
     try:
         policy.save_pretrained(new)
-        _write_tied_head(policy.model, new)
+        write_tied_head(policy.model, new)
         for server in _servers(urls, api_key):
             _call(server, "update_config", overrides={"load_config": {"load_format": "auto"}})
             _call(server, "reload_weights", weights_path=str(new))
@@ -118,19 +114,6 @@ def _delete_others(new: Path) -> None:
 def _servers(urls: Sequence[str], api_key: str | None) -> list[Server]:
     plain = [url.rstrip("/").removesuffix("/v1") for url in urls]
     return [Server("weight_sync", url, timeout=TIMEOUT, key=api_key) for url in plain]
-
-
-def _write_tied_head(model: PreTrainedModel, folder: Path) -> None:
-    """Adds the head's weight, which transformers leaves out where it is that of the embeddings."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embeddings.weight:
-        return
-    (name,) = (f"{name}.weight" for name, module in model.named_modules() if module is head)
-    save_file({name: head.weight.detach().cpu().clone()}, folder / HEAD)
-    if (folder / INDEX).is_file():  # of several files servers read those in the index
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        index["weight_map"][name] = HEAD
-        (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
 def _call(server: Server, method: str, **arguments: Any) -> None:
