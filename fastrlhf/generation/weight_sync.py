@@ -16,9 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fastrlhf.generation.server import ModelServer, ServerError
+from fastrlhf.models.lora import Adapter
 from fastrlhf.models.policy import Policy
 from fastrlhf.models.tied_head import write_tied_head
-from fastrlhf.runs.http import Server, ServerError
 
 TIMEOUT = 600.0  # seconds a server may take to load weights
 RESET_TIMEOUT = 30.0  # seconds until its cache must be free
@@ -40,12 +41,11 @@ def lora(
 
     The last folder stays while the policy lives, since a server may read it again.
     Raises: ValueError for a policy without an adapter; ServerError for a server that does not load it."""
-    if policy.adapter is None:
-        raise ValueError("weight_sync: lora brings an adapter, and the policy has none: set lora_rank, or take whole")
+    adapter = check_adapter(policy)
     new = _new_folder(folder)
     try:
-        policy.adapter.save(new)
-        for server in _servers(urls, api_key):
+        adapter.save(new)
+        for server in _servers(urls, model, api_key):
             with _missing_is_fine():
                 server.post_text("/v1/unload_lora_adapter", {"lora_name": model}, repeat=False)
             _tell(server, "/v1/load_lora_adapter", {"lora_name": model, "lora_path": str(new)}, LORA_FLAGS)
@@ -56,6 +56,13 @@ def lora(
         _kept[policy]()
     _kept[policy] = weakref.finalize(policy, _delete, new)
     _delete_others(new)
+
+
+def check_adapter(policy: Policy) -> Adapter:
+    """The policy's adapter. Raises: ValueError where it has none."""
+    if policy.adapter is None:
+        raise ValueError("weight_sync: lora brings an adapter, and the policy has none: set lora_rank, or take whole")
+    return policy.adapter
 
 
 def whole(
@@ -73,7 +80,7 @@ def whole(
     try:
         policy.save_pretrained(new)
         write_tied_head(policy.model, new)
-        for server in _servers(urls, api_key):
+        for server in _servers(urls, model, api_key):
             _call(server, "update_config", overrides={"load_config": {"load_format": "auto"}})
             _call(server, "reload_weights", weights_path=str(new))
             _reset_prefixes(server)
@@ -111,17 +118,16 @@ def _delete_others(new: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _servers(urls: Sequence[str], api_key: str | None) -> list[Server]:
-    plain = [url.rstrip("/").removesuffix("/v1") for url in urls]
-    return [Server("weight_sync", url, timeout=TIMEOUT, key=api_key) for url in plain]
+def _servers(urls: Sequence[str], model: str, api_key: str | None) -> list[ModelServer]:
+    return [ModelServer("weight_sync", url, model, timeout=TIMEOUT, key=api_key) for url in urls]
 
 
-def _call(server: Server, method: str, **arguments: Any) -> None:
+def _call(server: ModelServer, method: str, **arguments: Any) -> None:
     """Calls a method of the server's workers."""
     _tell(server, "/collective_rpc", {"method": method, "kwargs": arguments}, DEV_MODE)
 
 
-def _reset_prefixes(server: Server) -> None:
+def _reset_prefixes(server: ModelServer) -> None:
     """Empties the server's cache of prefixes, which it refuses while a request runs."""
     until = time.monotonic() + RESET_TIMEOUT
     while json.loads(_tell(server, "/reset_prefix_cache", {}, DEV_MODE) or "{}").get("success") is False:
@@ -131,7 +137,7 @@ def _reset_prefixes(server: Server) -> None:
         time.sleep(0.1)
 
 
-def _tell(server: Server, path: str, request: dict[str, Any], flags: str) -> str:
+def _tell(server: ModelServer, path: str, request: dict[str, Any], flags: str) -> str:
     """The text of the server's answer. flags: what a server that does not know the path lacks."""
     try:
         return server.post_text(path, request, repeat=False)
