@@ -317,4 +317,4 @@ def test_an_interrupt_ends_a_process_whose_requests_wait():
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=20)
-        assert time.monotonic() - start < 3 and b"KeyboardInterrupt" in errors and process.returncode != 0
+        assert time.monotonic() - start < 15 and b"KeyboardInterrupt" in errors and process.returncode != 0

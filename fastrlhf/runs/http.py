@@ -133,7 +133,7 @@ class Server:
         if max(length, len(data)) > self.max_bytes:
             raise self.error(path, f"answered with more than {self.max_bytes / 2**20:g} MiB")
         if 300 <= status < 400:
-            where = shown(urljoin(self.url + path, headers.get("Location") or "nowhere"))
+            where = shown(urljoin(self.url + path, headers.get("Location") or ""))
             raise self.error(path, f"answered {status}, a redirect to {where}: give that address, if you trust it")
         if not 200 <= status < 300:
             wait = _seconds(headers.get("Retry-After")) if status in BUSY else None
