@@ -19,6 +19,7 @@ from fastrlhf.runs import ranks, signals
 from fastrlhf.runs.checkpoint import newest_checkpoint
 from fastrlhf.runs.options import help_text, parse
 from fastrlhf.runs.streams import mute, plain_warnings, unread
+from fastrlhf.scoring.time_limit import leave_if_interrupted
 from fastrlhf.settings.best_of_n import BestOfNConfig, OveroptimizeConfig, SweepConfig
 from fastrlhf.settings.data import DataCheckConfig, DataConvertConfig
 from fastrlhf.settings.feedback import IterateConfig, LabelConfig, ReviseConfig
@@ -141,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         mute(unread())  # whoever reads what is printed has enough, as `| head`
         return 1
+    leave_if_interrupted(status)
     return status
 
 

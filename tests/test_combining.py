@@ -13,7 +13,8 @@ from fastrlhf.loops.ppo import PPO
 from fastrlhf.models.policy import RewardModel
 from fastrlhf.packing import pack
 from fastrlhf.scoring.combining import FORMS, Combined, combine, parse_reward, sources_of
-from fastrlhf.scoring.scorer import Scorer, is_function, reward_folders, short_names, split_head
+from fastrlhf.scoring.scorer import Scorer
+from fastrlhf.scoring.sources import is_function, reward_folders, short_names, split_head
 from fastrlhf.settings.ppo import PPOConfig
 
 rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from fastrlhf.generation.rollout_server import ServerBackend
 from fastrlhf.generation.sampling import RolloutBackend
 from fastrlhf.models.policy import Policy
 from fastrlhf.runs import ranks
-from fastrlhf.scoring.scorer import load_function
+from fastrlhf.scoring.sources import load_function
 from fastrlhf.settings.ppo import STALE, PPOConfig
 
 
