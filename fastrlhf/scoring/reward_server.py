@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from fastrlhf.runs.http import Server, read_key, shown
@@ -22,6 +22,7 @@ FOREVER = 1e9  # seconds
 class RewardServer:
     """A reward function that asks a server.
 
+    columns: the names of those that it will be sent
     timeout: seconds for a request, with its further tries; None: without end; batch: responses in one, None: all
     key_file: file with the key that goes with each request, and to no other address
 
@@ -29,13 +30,16 @@ class RewardServer:
 
     has_own_timeout = True  # of each request
 
-    def __init__(self, url: str, *, timeout: float | None, batch: int | None, key_file: str | None) -> None:
+    def __init__(
+        self, url: str, *, columns: Collection[str], timeout: float | None, batch: int | None, key_file: str | None
+    ) -> None:
         if "?" in url:
             raise ValueError(f"reward: {url!r} has a ?, after which an = would be read as a weight; give a path alone")
         key = None if key_file is None else read_key(key_file, "reward_key_file")
         self.server = Server("reward", url, timeout=timeout or FOREVER, key=key)
         self.batch = batch
-        nothing: dict[str, Any] = {"prompts": [], "responses": [], "response_ids": [], "finished": [], "columns": {}}
+        nothing: dict[str, Any] = {"prompts": [], "responses": [], "response_ids": [], "finished": []}
+        nothing["columns"] = {name: [] for name in sorted(columns)}
         self._ask(nothing, tries=FIRST_TRIES)
 
     def __repr__(self) -> str:

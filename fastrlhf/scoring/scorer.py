@@ -87,7 +87,9 @@ class Scorer:
 
     def _function(self, source: str, batch: int | None, key_file: str | None) -> RewardFunction:
         if is_server(source):
-            return RewardServer(source, timeout=self.timeout, batch=batch, key_file=key_file)
+            return RewardServer(
+                source, columns=self.columns or (), timeout=self.timeout, batch=batch, key_file=key_file
+            )
         return load_function(source)
 
     def check_columns(self, columns: Collection[str]) -> None:
