@@ -58,7 +58,7 @@ def test_standard_scores_of_their_own_moments_have_mean_0_and_deviation_1():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "give a reward model folder or module:function"),
+        ("", "give a reward model folder, module:function or http\\(s\\)://URL"),
         ("a=much", "the weight in 'a=much' is no number; write SOURCE=WEIGHT"),
         ("a=nan", "the weight in 'a=nan' is no number"),
         ("a,", "no source in ''"),

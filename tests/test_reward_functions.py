@@ -1,4 +1,4 @@
-"""Reward functions get copies of all that they are given, and a name that is misspelled is answered with the right one."""
+"""Reward functions get copies of all that they are given; a misspelled name is answered with the right one."""
 
 import copy
 

@@ -83,7 +83,7 @@ def test_ppo_against_the_shipped_server_is_ppo_against_the_function_bit_for_bit(
             with PPO(PPOConfig(output=str(tmp_path / name), **settings, **reward)) as trainer:
                 assert len(list(trainer)) == 2
         with pytest.raises(ServerError, match="answered 401: the key is missing or wrong"):
-            PPO(PPOConfig(output=str(tmp_path / "no"), reward=url, **settings))
+            RewardServer(url, columns=[], timeout=5.0, batch=None, key_file=None)
     finally:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()

@@ -63,9 +63,11 @@ def is_model(source: str) -> bool:
         return False
     check_spelling(source, "reward")
     if ":" not in source and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        module, _, name = source.rpartition(".")
-        is_file = module and Path(*module.split(".")).with_suffix(".py").is_file()
-        written = f"write {module}:{name}" if is_file else "a function is given as module:function"
+        before, _, after = source.rpartition(".")
+        written = "a function is given as module:function"
+        for module, name in ((source, "FUNCTION"), (before, after)):
+            if module.replace(".", "_").isidentifier() and Path(f"{module.replace('.', '/')}.py").is_file():
+                written = f"write {module}:{name}"
         raise FileNotFoundError(f"reward: no folder {source!r}; {written}")
     return ":" not in source
 
