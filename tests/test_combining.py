@@ -114,6 +114,7 @@ def test_a_head_stands_after_the_folder(tmp_path):
     assert split_head(f"{folder}#harmless") == (str(folder), "harmless")
     assert not is_function(f"{folder}#harmless") and is_function("rules:brief")
     assert short_names([f"{folder}#harmless", f"{folder}#helpful"]) == ["reward#1#harmless", "reward#1#helpful"]
+    assert short_names(["http://host:80/", "https://host/a/b", "rules:c"]) == ["host:80", "b", "c"]
     assert list(reward_folders(f"min({folder}#x|{folder})")) == [str(folder)]
     with pytest.raises(ValueError, match="no head in"):
         is_function(f"{folder}#")

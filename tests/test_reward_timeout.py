@@ -138,7 +138,7 @@ def test_a_slow_function_is_told_of_once(monkeypatch, capfd):
 
 
 SCRIPT = """
-import ctypes, importlib.util, re, signal, sys, threading, time
+import concurrent.futures, ctypes, importlib.util, re, signal, sys, threading, time
 spec = importlib.util.spec_from_file_location("time_limit", sys.argv[2])  # without torch, which takes seconds
 time_limit = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(time_limit)
@@ -172,6 +172,9 @@ def in_c_with_the_lock():
     for _ in range(2):
         ctypes.PyDLL(None).pthread_mutex_lock(mutex)
 
+def leaves_a_worker():
+    concurrent.futures.ThreadPoolExecutor(1).submit(time.sleep, 60).result()
+
 called = []
 function = globals()[sys.argv[1]]
 if function is in_another_thread:
@@ -179,7 +182,8 @@ if function is in_another_thread:
 try:
     time_limit.within_reward_timeout(0.2, "f", 4, function)
 except TimeoutError as error:
-    print(error, called)
+    print(error, called, flush=True)
+    time_limit.leave_if_interrupted(4)
     sys.exit(3)
 """
 
@@ -195,6 +199,7 @@ except TimeoutError as error:
         ),
         ("catches_everything", 1, "in catches_everything: time.sleep(60). Mend the function"),
         ("in_another_thread", 1, "in sleeps: time.sleep(60). Mend the function"),
+        ("leaves_a_worker", 4, "in leaves_a_worker: concurrent.futures"),
         ("in_c_with_the_lock", 1, "in within_reward_timeout"),
     ],
 )

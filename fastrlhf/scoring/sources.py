@@ -40,8 +40,9 @@ def load_function(source: str, option: str = "reward") -> Callable[..., Any]:
 
 
 def short_names(sources: Sequence[str]) -> list[str]:
-    """Returns a name for each source: its last part, or all of it where last parts are the same."""
-    names = [re.split("[/:]", source.rstrip("/"))[-1] for source in sources]
+    """Returns a name for each source: its last part, of a server's address with the port, or all of it where last parts
+    are the same."""
+    names = [re.split("/" if is_server(source) else "[/:]", source.rstrip("/"))[-1] for source in sources]
     return names if len(set(names)) == len(names) else list(sources)
 
 
