@@ -3,6 +3,7 @@
 <output>/config.yaml    the resolved configuration; its first line marks the folder as ours
 <output>/inputs.json    fingerprints of the models, files and functions that the configuration names
 <output>/steps.json     after which steps the models in model/ and best/ were written; how many are planned
+<output>/rollout_weights  weights on their way to the servers of PPO's rollouts
 <output>/.lock          the process that writes here; .deleting: what an overwriting run has yet to delete
 """
 
@@ -28,10 +29,11 @@ from fastrlhf.settings.values import PATHS, dump
 MARK = "# settings of a fastrlhf run\n"
 KIND = "# kind: "  # of the settings, on the second line
 STEPS, DELETING = "steps.json", ".deleting"
-OURS = (CONFIG, INPUTS, STEPS, *LINES, "checkpoints", "model", "best", "tensorboard")
+ROLLOUT_WEIGHTS = "rollout_weights"
+OURS = (CONFIG, INPUTS, STEPS, *LINES, "checkpoints", "model", "best", "tensorboard", ROLLOUT_WEIGHTS)
 BEGUN = {LOCK, f"{CONFIG}.partial", f"{DELETING}.partial"}  # what there may be before config.yaml
 # what holds no work: a folder of ours without anything else is free
-NO_WORK = {LOCK, CONFIG, INPUTS, STEPS, "rows.crc32", "timing.jsonl", "samples.jsonl"}
+NO_WORK = {LOCK, CONFIG, INPUTS, STEPS, "rows.crc32", "timing.jsonl", "samples.jsonl", ROLLOUT_WEIGHTS}
 
 
 class OutputFolder:

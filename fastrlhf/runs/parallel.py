@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 def concurrently(
     function: Callable[[Item], Result], items: Sequence[Item], limit: int
-) -> Iterator[tuple[int, Item, Result]]:
+) -> Generator[tuple[int, Item, Result], None, None]:
     """Yields (number, item, result) of a function of each item as they are done, so many under way at once.
 
     The first error ends it, and so does an interrupt: at once, as threads that still wait for a server do not keep the

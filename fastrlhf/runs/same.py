@@ -37,6 +37,8 @@ MAY_DIFFER = {
     "reward_batch",
     "reward_key_file",
     "rollout_url",
+    "rollout_timeout",
+    "rollout_key_file",
     "weight_sync",
     "tensorboard",
     "device",
