@@ -11,8 +11,9 @@ from fastrlhf.data import Prompt
 from fastrlhf.generation.engine import Sample
 from fastrlhf.loops.ppo import PPO
 from fastrlhf.packing import pack
+from fastrlhf.scoring.named import load_function
 from fastrlhf.scoring.scorer import Scorer
-from fastrlhf.scoring.sources import is_model, load_function
+from fastrlhf.scoring.sources import is_model
 from fastrlhf.settings.ppo import PPOConfig
 
 NESTED = {"facts": {"list": [1, {"deep": [2]}]}, "labels": ["a", "b"], "word": "w"}

@@ -249,7 +249,7 @@ def test_a_run_whose_reward_hangs_ends_with_a_line_and_goes_on_bit_for_bit(tmp_p
         "fastrlhf ppo: error: reward: score on 4 responses had not returned after 0.5 s; it was at "
     )
     assert "hanging_rules.py:10 in score: time.sleep(0.01)" in lines[line]
-    assert lines[line + 1 :] == [f"--resume continues from {outputs[1]}/checkpoints/step-000001"]
+    assert f"{outputs[1]}/checkpoints/step-000001" in lines[line + 1] and "--resume" in lines[-1]
     (tmp_path / "hang").unlink()
     assert main([*arguments, f"--output={outputs[1]}", "--resume", "--reward-timeout=60"]) == 0
     for name in ("metrics.jsonl", "model/model.safetensors"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastrlhf.data import Prompt
 from fastrlhf.data.rows import REWARD_ARGUMENTS
 from fastrlhf.generation.engine import Sample
+from fastrlhf.scoring.named import keywords_of, name_of
 from fastrlhf.scoring.time_limit import within_reward_timeout
 
 RewardFunction = Callable[..., Sequence[float] | Tensor]
@@ -56,12 +57,6 @@ def call_function(
     return scores
 
 
-def name_of(function: RewardFunction) -> str:
-    """What a function is called in messages."""
-    name: str = getattr(function, "__qualname__", None) or repr(function)
-    return name
-
-
 def check_keywords(function: RewardFunction, columns: Collection[str]) -> None:
     """Raises TypeError for a function that needs another column of the prompts than these; ValueError for one that asks
     by name for what is both an argument of ours and a column."""
@@ -73,26 +68,3 @@ def check_keywords(function: RewardFunction, columns: Collection[str]) -> None:
                 f"reward: {told} takes {name!r}, by which functions are told of the response, and the prompts have a "
                 "column of that name: rename the column, or leave it out"
             )
-
-
-def keywords_of(function: RewardFunction, available: Collection[str]) -> list[str]:
-    """Returns which of the available keywords the function takes: all of them if it has **columns.
-
-    Raises: TypeError when it cannot be called with two positional arguments and these."""
-    name = name_of(function)
-    # prompts and responses come first, without their names
-    available = [keyword for keyword in dict.fromkeys(available) if keyword not in ("prompts", "responses")]
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # of a builtin
-        return available
-    kinds = {parameter.kind for parameter in signature.parameters.values()}
-    every = inspect.Parameter.VAR_KEYWORD in kinds
-    taken = [keyword for keyword in available if every or keyword in signature.parameters]
-    try:
-        signature.bind(None, None, **dict.fromkeys(taken))
-    except TypeError as error:
-        expected = "(prompts, responses, *, response_ids, finished, **columns)"
-        got = ", ".join(sorted(available))
-        raise TypeError(f"reward: {name}{signature} must take {expected}, here with {got}: {error}") from None
-    return taken

@@ -20,9 +20,10 @@ from fastrlhf.models.policy import ADAPTER, Policy, RewardModel
 from fastrlhf.packing import Packed
 from fastrlhf.runs import ranks
 from fastrlhf.scoring.combining import Combined, combine, parse_reward, sources_of
-from fastrlhf.scoring.functions import RewardFunction, call_function, check_keywords, name_of
+from fastrlhf.scoring.functions import RewardFunction, call_function, check_keywords
+from fastrlhf.scoring.named import load_function, name_of
 from fastrlhf.scoring.reward_server import RewardServer
-from fastrlhf.scoring.sources import check_reward, is_model, is_server, load_function, short_names, split_head
+from fastrlhf.scoring.sources import check_reward, is_model, is_server, short_names, split_head
 
 
 class Scorer:

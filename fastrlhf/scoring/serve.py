@@ -11,15 +11,12 @@ import argparse
 import hmac
 import json
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
-import torch
-
 from fastrlhf.runs.http import read_key
-from fastrlhf.scoring.functions import RewardFunction, keywords_of
-from fastrlhf.scoring.sources import load_function
+from fastrlhf.scoring.named import keywords_of, load_function
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -51,19 +48,18 @@ class _Handler(BaseHTTPRequestHandler):
 class RewardHTTPServer(HTTPServer):
     """A server of a reward function. key: that clients must send"""
 
-    def __init__(self, address: tuple[str, int], function: RewardFunction, key: str | None = None) -> None:
+    def __init__(self, address: tuple[str, int], function: Callable[..., Any], key: str | None = None) -> None:
         super().__init__(address, _Handler)
         self.function, self.key = function, key
 
 
-def scores_of(function: RewardFunction, request: dict[str, Any]) -> list[float]:
+def scores_of(function: Callable[..., Any], request: dict[str, Any]) -> list[float]:
     """Returns what a function says of the responses in a request."""
     if not request["responses"]:  # the first request, which asks whether there is a server
         return []
     given = {**request["columns"], "response_ids": request["response_ids"], "finished": request["finished"]}
     taken = {name: given[name] for name in keywords_of(function, given)}
-    scores: list[float] = torch.as_tensor(function(request["prompts"], request["responses"], **taken)).tolist()
-    return scores
+    return [float(score) for score in function(request["prompts"], request["responses"], **taken)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

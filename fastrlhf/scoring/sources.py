@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastrlhf.models.loading import NO_HEAD, check_heads, heads_in
 from fastrlhf.scoring.combining import parse_reward, sources_of
-
-
-def load_function(source: str, option: str = "reward") -> Callable[..., Any]:
-    """Returns the function named by "module:function"; the working folder is on the path, as for python -m.
-
-    option: that gave it, for errors"""
-    module_name, _, name = source.partition(":")
-    if not module_name or module_name.startswith("."):
-        raise ValueError(f"{option}: {source!r} names no module; write module:function")
-    check_spelling(source, option)
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, and an import inside it failed
-        turned = f"; write {name}:{module_name}" if name.isidentifier() and Path(f"{name}.py").is_file() else ""
-        raise ValueError(f"{option}: no module named {module_name!r} (working folder {Path.cwd()}){turned}") from None
-    if not hasattr(module, name):
-        raise ValueError(f"{option}: module {module_name!r} has no function {name!r}{_others(module, name)}")
-    function: Callable[..., Any] = getattr(module, name)
-    if not callable(function):
-        raise TypeError(f"{option}: {source} must be a function, got {type(function).__name__}")
-    return function
+from fastrlhf.scoring.named import check_spelling
 
 
 def short_names(sources: Sequence[str]) -> list[str]:
@@ -78,22 +51,6 @@ def is_function(source: str) -> bool:
     return not is_model(source) and not is_server(source)
 
 
-def check_spelling(source: str, option: str) -> None:
-    """Raises ValueError, with the right spelling, for a file in the place of a module, and for an URL without http."""
-    module, _, name = source.partition(":")
-    if "://" in source:
-        raise ValueError(f"{option}: {source!r} is no server; one is given as http://... or https://...")
-    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", source):
-        raise ValueError(f"{option}: {source!r} is no module:function; a server is given as http://{source}")
-    if not module.endswith(".py"):
-        return
-    path = Path(module).with_suffix("")
-    inside = not path.is_absolute() and all(part.isidentifier() for part in path.parts)
-    written = f"{'.'.join(path.parts) if inside else path.name}:{name or 'FUNCTION'}"
-    where = "" if inside else f", with {path.parent} as the working folder or in PYTHONPATH"
-    raise ValueError(f"{option}: {source!r} names a file; a function is given by its module: write {written}{where}")
-
-
 def split_head(source: str) -> tuple[str, str | None]:
     """Returns folder and head of "FOLDER#HEAD"; a folder whose own name has a # is one."""
     folder, mark, head = source.rpartition("#")
@@ -121,13 +78,3 @@ def check_reward(*rewards: Any) -> None:
             raise ValueError(NO_HEAD.format(folder))
         for head in heads:
             check_heads(f"reward model: {folder}", names, head, ())
-
-
-def _others(module: Any, name: str) -> str:
-    """The function of a module that is spelled most like a name, or all of its own."""
-    own = [other for other, value in vars(module).items() if callable(value) and not other.startswith("_")]
-    own = [other for other in own if getattr(vars(module)[other], "__module__", None) == module.__name__]
-    near = difflib.get_close_matches(name, own, 1)
-    if near:
-        return f"; did you mean {module.__name__}:{near[0]}?"
-    return f"; it has {', '.join(own[:8])}" if own else ""
