@@ -26,9 +26,11 @@ def group_advantages_ref(scores: Tensor, cu_groups: Tensor, kind: int, eps: floa
     advantages = torch.zeros_like(scores)
     for start, end in itertools.pairwise(cu_groups.tolist()):
         group, others = scores[start:end], max(end - start - 1, 1)
-        mean = group.mean() if end > start else 0
+        if end == start:
+            continue
+        mean = group.mean()
         centred = group - mean
-        if kind == KINDS["grpo"] and end > start:
+        if kind == KINDS["grpo"]:
             deviation = (centred.square().sum() / others).sqrt()
             centred = centred * torch.where(is_level(deviation, mean, scores.dtype), 0, 1 / (deviation + eps))
         elif kind == KINDS["rloo"]:

@@ -22,7 +22,7 @@ from typing import Any
 from fastrlhf.data import DataError
 from fastrlhf.data.template import load_tokenizer
 from fastrlhf.generation.engine import Sampling
-from fastrlhf.jobs.evaluate import Mean, answer, kl_of_responses
+from fastrlhf.jobs.evaluate import answer, kl_of_responses
 from fastrlhf.jobs.labels import label_pairs, split_by_prompt
 from fastrlhf.jobs.stages import Stages, write_tables
 from fastrlhf.loops.ppo import PPO
@@ -39,6 +39,7 @@ from fastrlhf.settings.training import RewardConfig
 from fastrlhf.studies.best_of_n import OURS as CANDIDATES
 from fastrlhf.studies.best_of_n import candidates, curve, moments, prompts_of, scores_of
 from fastrlhf.studies.overoptimize_report import describe, write_report
+from fastrlhf.trust.means import Mean
 
 PRODUCTS = {  # of each stage, in order
     "pairs": "pairs",
