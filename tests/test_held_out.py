@@ -182,16 +182,26 @@ WELL = {"objective/kl": 1.0, "objective/entropy": 2.0, "response/length": 10.0, 
 
 
 @pytest.mark.parametrize(
-    ("reward", "score", "ill"), [(3.0, 0.5, True), (3.0, 0.8, False), (1.0, 0.5, False), (3.0, 1.5, False)]
+    ("reward", "fall", "ill"), [(3.0, 0.5, True), (3.0, 0.2, False), (1.0, 0.5, False), (3.0, math.nan, False)]
 )
-def test_a_reward_that_rises_while_the_held_out_score_falls_is_told(reward, score, ill):
-    """By more than two standard errors of the difference: 2 sqrt(0.1^2 + 0.1^2) = 0.28."""
+def test_a_reward_that_rises_while_the_held_out_score_falls_is_told(reward, fall, ill):
+    """By more than chance makes of it, as `Falls.limit` says."""
     health = Health()
     for scores in ((2.0, 1.0), (2.5, 0.9)):
         judged = dict(zip(("objective/scores", "eval/score"), scores, strict=True))
-        assert health.check({**WELL, **judged, "eval/score_error": 0.1}) == []
+        assert health.check({**WELL, **judged, "eval/fall": 0.1, "eval/fall_limit": 0.3}) == []
     assert health.check({**WELL, "objective/scores": 9.0}) == []  # a step without held-out answers says nothing
     resumed = Health()
     resumed.state = json.loads(json.dumps(health.state))
-    found = resumed.check({**WELL, "objective/scores": reward, "eval/score": score, "eval/score_error": 0.1})
-    assert len(found) == ill and all("fell from 1 to 0.5" in text for text in found)
+    judged = {"objective/scores": reward, "eval/score": 0.5, "eval/fall": fall, "eval/fall_limit": 0.3}
+    found = resumed.check({**WELL, **judged})
+    assert len(found) == ill and all("fell from 1, the best so far, to 0.5 (by 0.5 on" in text for text in found)
+
+
+def test_falls_are_measured_from_the_best_by_half_of_the_prompts_since_the_start(folder):
+    steps = [m for m in PPO(config(folder, **changes(folder))) if names(m)]
+    lines = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["eval/fall"] == 0 and all(m["eval/fall_limit"] >= 0 for m in steps)
+    older = PPO(config(folder, **changes(folder), output=str(folder / "older")))
+    state = older.held_out.state_dict()
+    older.held_out.load_state_dict({name: value for name, value in state.items() if name != "falls"})

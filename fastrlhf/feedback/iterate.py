@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from fastrlhf.data import DataError, Prompt, Rejected, batch_rows, shuffled
+from fastrlhf.data.order import SPLIT
 from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.feedback.label import Label
 from fastrlhf.feedback.rounds import accuracy, last_evaluated, round_line, round_row
@@ -98,7 +99,7 @@ class Iterate(Stages):
         if len(kept) <= config.num_heldout:
             raise DataError(f"data: {config.data} has {len(kept)} prompts, of which {config.num_heldout} are held out")
         print(report)
-        rows = [{**kept[n].columns, "prompt": kept[n].prompt} for n in shuffled(len(kept), config.seed)]
+        rows = [{**kept[n].columns, "prompt": kept[n].prompt} for n in shuffled(len(kept), config.seed, purpose=SPLIT)]
         held_out = rows[: config.num_heldout]
         tables = {"heldout.jsonl": held_out, "prompts.jsonl": rows[config.num_heldout :]}
         if config.comparisons is not None:

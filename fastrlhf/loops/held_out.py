@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 from fastrlhf.data import Prompt, load_prompts
@@ -12,6 +13,7 @@ from fastrlhf.runs import ranks
 from fastrlhf.runs.checkpoint import fingerprint
 from fastrlhf.scoring.scorer import Scorer
 from fastrlhf.settings.ppo import PPOConfig
+from fastrlhf.trust.falls import Falls
 from fastrlhf.trust.means import Mean
 
 FIRST = 2**31  # number of the first held-out answer, above that of any answer that is trained on
@@ -28,6 +30,7 @@ class HeldOut:
         self.config, self.trained, self.scorer = config, trained, trained
         self.prompts: list[Prompt] = []
         self.best: dict[str, Any] = {}
+        self.falls = Falls()
         if config.eval_data is None:
             return
         loaded = load_prompts(
@@ -62,13 +65,18 @@ class HeldOut:
     def judge(self, step: int, samples: Sequence[Sample], batch: Packed) -> dict[str, float]:
         """The metrics of the answers after a step, of which `best` takes note; batch: the pack of the samples.
 
-        eval/score_error is the standard error of the mean eval/score; NaN of one answer."""
-        found = Mean.of(self.scorer(self.prompts, samples, batch))
+        eval/score_error is the standard error of the mean eval/score, NaN of one answer. eval/fall is by how much it
+        has fallen since the best step, as half of the prompts choose it and the other half measures, and
+        eval/fall_limit what chance may make of that."""
+        scores = self.scorer(self.prompts, samples, batch)
+        found, fall = Mean.of(scores), self.falls.add(scores)
         if not self.best or found.mean > self.best["score"]:
             self.best.update(step=step, score=found.mean)
         metrics = {
             "eval/score": found.mean,
             "eval/score_error": found.error,
+            "eval/fall": fall.mean,
+            "eval/fall_limit": self.falls.limit(fall),
             "eval/length": sum(len(sample.response) for sample in samples) / len(samples),
             "eval/eos_rate": sum(sample.finished for sample in samples) / len(samples),
             "eval/best_step": self.best["step"],
@@ -79,11 +87,13 @@ class HeldOut:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The best so far, and a checksum of the prompts."""
-        return {"best": dict(self.best), "prompts": fingerprint(prompt.tokens for prompt in self.prompts)}
+        """The best so far, what falls are measured from, and a checksum of the prompts."""
+        prompts = fingerprint(prompt.tokens for prompt in self.prompts)
+        return {"best": dict(self.best), "falls": deepcopy(self.falls.state), "prompts": prompts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what state_dict gave; raises ValueError when the prompts are others."""
         if state["prompts"] != self.state_dict()["prompts"]:
             raise ValueError(f"resume: the tokens of {self.config.eval_data} are no longer those of the checkpoint")
         self.best.update(state["best"] or {})
+        self.falls.state = state.get("falls", self.falls.state)  # an older checkpoint has none
