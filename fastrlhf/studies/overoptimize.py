@@ -148,9 +148,9 @@ class Overoptimize(Stages):
         judges = {"proxy": str(self.output / "proxy/model"), "gold": self.config.gold}
         rows = candidates(config, judges, OutputFolder(config, CANDIDATES))
         scores = {name: scores_of(rows, name) for name in ("proxy", "gold")}
-        points = curve(scores["proxy"], scores)
+        points, gold = curve(scores["proxy"], scores), best_of_k(scores["proxy"], scores["gold"])
         for k in efforts(len(points)):
-            points[k - 1]["gold_of_prompts"] = best_of_k(scores["proxy"], scores["gold"])[:, k - 1].tolist()
+            points[k - 1]["gold_of_prompts"] = gold[:, k - 1].tolist()
         self.write("best_of_n.json", {"points": points, "moments": moments(rows)})
 
     def ppo(self) -> None:
