@@ -1,6 +1,6 @@
 """How often intervals hold the truth, and how often tests see what is not there, in 500 simulated data sets each.
 
-    python -m benchmarks.coverage                 # a minute or two of one core; into results/cpu/coverage.csv
+    python -m benchmarks.coverage                 # a minute or two of one core; into results/cpu/coverage
     python -m benchmarks.coverage falls drift     # some of them
 
 An interval of 95 % should hold the truth in 95 % of the data sets, a test of level 5 % see something in 5 % of those
@@ -26,7 +26,7 @@ from fastrlhf.trust.drift import drift
 from fastrlhf.trust.falls import Falls, fall_after_best, t_quantile
 from fastrlhf.trust.means import Mean
 
-RESULTS = Path(__file__).parent / "results" / "cpu" / "coverage.csv"
+RESULTS = Path(__file__).parent / "results" / "cpu" / "coverage" / "coverage.csv"
 NUM = 500  # data sets
 COLUMNS = ("what", "data sets", "wanted", "found", "by chance")
 Line = tuple[str, float, list[bool]]  # what, the share that is wanted, and in which data sets it was so
