@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from fastrlhf.data import DataError, Prompt, Rejected, batch_rows, shuffled
-from fastrlhf.data.order import SPLIT
+from fastrlhf.data import SPLIT, DataError, Prompt, Rejected, batch_rows, shuffled
 from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.feedback.label import Label
 from fastrlhf.feedback.rounds import accuracy, last_evaluated, round_line, round_row
