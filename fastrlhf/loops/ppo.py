@@ -67,9 +67,8 @@ class PPO(Trainer):
         self.device = config.resolve_device()
         check_offload(config.offload, self.device)
         self.tokenizer = load_tokenizer(config.model)
-        options: dict[str, Any] = {
-            name: getattr(config, name) for name in ("template", "template_kwargs", "limit", "max_rejected")
-        }
+        names = ("template", "template_kwargs", "limit", "max_rejected")
+        options: dict[str, Any] = {name: getattr(config, name) for name in names}
         loaded = load_prompts(config.data, self.tokenizer, max_prompt_tokens=config.max_prompt_tokens, **options)
         self.prompts = loaded.rows
         self.plan = tell(plan_ppo, config, longest_prompt=max(len(prompt.tokens) for prompt in self.prompts))
@@ -100,8 +99,7 @@ class PPO(Trainer):
         self.kl_coef, self.moments = config.kl_coef, RunningMoments()
         synced = config.rollout_url is not None and config.weight_sync != STALE
         self.health = Health(ratios_start_at_one=config.truncation != "sampler", weights_are_synced=synced)
-        names = {field.name for field in fields(Sampling)} - {"greedy"}
-        self.sampling = Sampling(**{name: getattr(config, name) for name in names})
+        self.sampling = Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling) if f.name != "greedy"})
         make = partial(make_backend, config, tokenizer=self.tokenizer) if backend is None else backend
         self.engine, average = make(twin(self.policy)), self.roles.average
         self.final_engine = self.engine if average is None else make_engine(config, twin(average), self.tokenizer)
