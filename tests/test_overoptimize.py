@@ -84,7 +84,8 @@ def test_a_study_leaves_its_points_and_a_stopped_one_comes_to_the_same(settings,
     changed = {**settings, "output": str(tmp_path / "stopped")}
     assert main(["overoptimize", *arguments(changed)]) == 130
     told = capsys.readouterr()
-    assert "--resume continues" in told.err and "warning: 1 of the 4 prompts of" in told.out
+    assert told.err.splitlines()[-1].endswith(f"--config {changed['output']}/config.yaml --resume")
+    assert "warning: 1 of the 4 prompts of" in told.out
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert main(["overoptimize", *arguments(changed), "--resume"]) == 0

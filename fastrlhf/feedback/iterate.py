@@ -80,8 +80,8 @@ class Iterate(Stages):
         if config.gold is not None:
             parts = (self.tables[f"{name}.jsonl"] for name in ("prompts", "heldout"))
             columns = {name for rows in parts for row in rows for name in row} - {"prompt"}
-            tokens = config.max_tokens
-            self.judges["gold"] = Scorer(config.gold, self.tokenizer, max_tokens=tokens, columns=columns, **placing)
+            placing |= {"max_tokens": config.max_tokens, **config.reward_options()}
+            self.judges["gold"] = Scorer(config.gold, self.tokenizer, columns=columns, **placing)
 
     def read(self) -> dict[str, list[Row]]:
         """The tables of the data stage. Raises: DataError for rows that cannot be used, or too few."""
@@ -242,6 +242,7 @@ class Iterate(Stages):
             "temperature": config.temperature,
             "save_every": max(1, config.steps // 2),
             **self.shared(folder / "ppo"),
+            **config.reward_options(),
             "seed": self.seed(number, PPO_SEED),
             **self.further["ppo"],
             "model": str(self.policy(number)),

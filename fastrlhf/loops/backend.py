@@ -19,7 +19,7 @@ from fastrlhf.models.policy import Policy
 from fastrlhf.runs import ranks
 from fastrlhf.runs.http import ServerError, read_key, reason_in, shown
 from fastrlhf.runs.output import ROLLOUT_WEIGHTS
-from fastrlhf.scoring.scorer import load_function
+from fastrlhf.scoring.named import load_function
 from fastrlhf.settings.ppo import STALE, PPOConfig
 
 

@@ -165,9 +165,9 @@ class Trainer(ABC):
     def _write_model(self, name: str) -> None:
         """Writes <output>/name, the model as it is now, and then its step into steps.json beside it."""
         output = Path(self.config.output)
-        _note_step(output, name, None)
+        note_step(output, name, None)
         write_whole(output / name, self.save)
-        _note_step(output, name, self.num_steps_done)
+        note_step(output, name, self.num_steps_done)
 
     def save_checkpoint(self) -> Path:
         """Writes a checkpoint of the steps done so far, from which resume=True goes on. Returns its folder.
@@ -187,7 +187,7 @@ class Trainer(ABC):
         """Deletes best/. A run whose plan changed calls this when best/ is of a step that it will do again."""
         self.best.clear()
         self.save_checkpoint()  # first, or a kill would bring back the score of what is deleted
-        _note_step(Path(self.config.output), "best", None)
+        note_step(Path(self.config.output), "best", None)
         if ranks.is_first():
             remove(Path(self.config.output) / "best")
 
@@ -257,8 +257,9 @@ def _noted(output: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _note_step(output: Path, name: str, step: int | None) -> None:
-    """Notes the step of a model in the output folder, or that it is no longer known; the first process does."""
+def note_step(output: Path, name: str, step: int | None) -> None:
+    """Notes the step of a model in the output folder, or that it is no longer known, or how many steps are planned; the
+    first process does."""
     noted = _noted(output) if ranks.is_first() else {}
     if ranks.is_first() and noted.get(name) != step:
         write_json(output / STEPS, {**noted, name: step})

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fastrlhf.settings.scoring import ScoringConfig
 from fastrlhf.settings.training import REQUIRED, SCHEDULES, LoopConfig, above, at_least, choose, option, rare, within
 
 # summarize: Stiennon et al., as Huang et al. (arXiv 2403.17031) reproduce it; chat: Ouyang et al., as trainers do today
@@ -37,12 +38,12 @@ KL_OF = {"grpo": ("loss", "k3"), "dr_grpo": ("loss", "k3"), "reinforce++_baselin
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(LoopConfig):
+class PPOConfig(ScoringConfig, LoopConfig):
     """PPO against a reward with a KL penalty."""
 
     may_change = ("steps", *LoopConfig.may_change, "value_learning_rate", "value_schedule")
     reward: str | Callable[..., Any] = option(  # noqa: RUF009
-        REQUIRED, "reward model folder, module:function, or several (docs/combining.md)"
+        REQUIRED, "reward model folder, module:function, URL, or several (docs/combining.md)"
     )
     reference: str | None = option(None, "model that the KL is measured to; default: model")
     preset: str = option("summarize", "summarize or chat: which of the defaults a | b hold")

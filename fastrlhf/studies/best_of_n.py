@@ -28,7 +28,8 @@ from fastrlhf.runs.lines import read_jsonl, whole_lines
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.whole import append_text, write_file, write_json
-from fastrlhf.scoring.scorer import Scorer, check_reward
+from fastrlhf.scoring.scorer import Scorer
+from fastrlhf.scoring.sources import check_reward
 from fastrlhf.settings.best_of_n import BestOfNConfig, SearchConfig
 
 Row = dict[str, Any]
@@ -81,16 +82,14 @@ def candidates(config: SearchConfig, judges: dict[str, str], folder: OutputFolde
     A row: prompt; completions, finished: of n responses; scores: of n responses by judge, and by source
 
     Raises: what loading raises, before any response is drawn."""
-    for reward in judges.values():
-        check_reward(reward)
+    check_reward(*judges.values())
     path, tokenizer = Path(config.output) / "candidates.jsonl", load_tokenizer(config.model)
     device, autocast = config.resolve_device(), config.autocast_dtype()
     prompts = prompts_of(config, tokenizer, least=least)
     columns = {name for prompt in prompts for name in prompt.columns}
-    scorers = {
-        name: Scorer(reward, tokenizer, max_tokens=config.max_tokens, columns=columns, device=device, autocast=autocast)
-        for name, reward in judges.items()
-    }
+    options: dict[str, Any] = {"max_tokens": config.max_tokens, "device": device, "autocast": autocast}
+    options |= config.reward_options()
+    scorers = {name: Scorer(reward, tokenizer, columns=columns, **options) for name, reward in judges.items()}
     share_prompts = all(can_share_prompts(model, device) for s in scorers.values() for model, _ in s.models)
     policy = Policy.from_pretrained(config.model, device=device, autocast=autocast, freeze=True)
     folder.open()

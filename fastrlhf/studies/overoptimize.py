@@ -85,6 +85,7 @@ class Overoptimize(Stages):
             columns=set.union(*columns),
             device=device,
             autocast=autocast,
+            **config.reward_options(),
         )
         for names in columns:  # what one file lacks is told now, and not when it is read
             self.gold.check_columns(names)

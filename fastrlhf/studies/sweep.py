@@ -48,7 +48,8 @@ def sweep(config: SweepConfig) -> Iterator[str]:
             raise ValueError(f"{name}: give one reward without a weight, got {getattr(config, name)!r}")
     further, folder = read_further(PPOConfig, config.ppo, taken=TAKEN), OutputFolder(config, OURS)
     for weight in config.shares() if config.ppo else ():
-        ppo_config(config, weight, "x:y", further)  # refused now, and not after the responses are drawn
+        # refused now, and not after the responses are drawn
+        ppo_config(config, weight, f"{config.first},{config.second}", further)
     rows = candidates(config, {name: getattr(config, name) for name in NAMES}, folder, least=2)
     units = moments(rows)
     texts = [standard(getattr(config, name), units[name]) for name in NAMES]
@@ -102,7 +103,7 @@ def ppo_config(config: SweepConfig, weight: float, reward: str, further: dict[st
     """The settings of PPO for a weight; those of the YAML file win."""
     folder = Path(config.output) / "ppo" / f"{weight:g}"
     names = (*SHARED, "max_prompt_tokens", "max_new_tokens", "temperature")
-    options = {name: getattr(config, name) for name in names}
+    options = {name: getattr(config, name) for name in names} | config.reward_options()
     return PPOConfig(**{**options, **further, "reward": reward, "output": str(folder), "resume": folder.exists()})
 
 
@@ -117,7 +118,8 @@ def trained_point(config: SweepConfig, weight: float, reward: str, further: dict
     trainer.run()
     prompts = prompts_of(config, tokenizer)
     options: dict[str, Any] = {"device": trainer.device, "autocast": trainer.config.autocast_dtype()}
-    judges = {name: Scorer(getattr(config, name), tokenizer, max_tokens=config.max_tokens, **options) for name in NAMES}
+    options |= {"max_tokens": config.max_tokens, **config.reward_options()}
+    judges = {name: Scorer(getattr(config, name), tokenizer, **options) for name in NAMES}
     first = (config.seed << 32) + JUDGED
     answers = answer(
         trainer.roles.final,
