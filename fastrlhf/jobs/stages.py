@@ -14,6 +14,7 @@ from typing import Any
 from fastrlhf.runs import signals
 from fastrlhf.runs.lines import append
 from fastrlhf.runs.output import OutputFolder
+from fastrlhf.runs.whole import finite
 
 
 class Stages(ABC):
@@ -79,5 +80,5 @@ def write_tables(folder: Path, tables: dict[str, Any]) -> None:
         if name.endswith(".jsonl"):
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
         else:
-            text = json.dumps(table, indent=2) + "\n"
+            text = json.dumps(finite(table), indent=2, allow_nan=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")

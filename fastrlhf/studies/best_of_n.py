@@ -21,7 +21,7 @@ from torch import Tensor
 from fastrlhf.data import DataError, Prompt, load_prompts
 from fastrlhf.data.template import load_tokenizer
 from fastrlhf.generation.engine import Sampling
-from fastrlhf.jobs.evaluate import Answers, Mean, answer, best_of_n_kl
+from fastrlhf.jobs.evaluate import Answers, answer, best_of_n_kl
 from fastrlhf.models.policy import Policy
 from fastrlhf.models.shared_prompts import can_share_prompts
 from fastrlhf.runs.lines import read_jsonl, whole_lines
@@ -31,6 +31,7 @@ from fastrlhf.runs.whole import append_text, write_file, write_json
 from fastrlhf.scoring.scorer import Scorer
 from fastrlhf.scoring.sources import check_reward
 from fastrlhf.settings.best_of_n import BestOfNConfig, SearchConfig
+from fastrlhf.trust.means import Mean, with_error
 
 Row = dict[str, Any]
 BLOCK = 1024  # responses between two writes of candidates.jsonl
@@ -227,6 +228,6 @@ def table(points: Sequence[Row], names: Sequence[str]) -> str:
     lines = [f"{'k':>6}  {'KL <=':>6}  " + "  ".join(f"{name:>18}" for name in names)]
     for point in points:
         if point["k"] & (point["k"] - 1) == 0 or point is points[-1]:
-            cells = [f"{point[name]:>10.4f} ± {point[f'{name}_error']:.3f}" for name in names]
+            cells = [with_error(point[name], point[f"{name}_error"], ">10.4f") for name in names]
             lines.append(f"{point['k']:>6}  {point['kl']:>6.2f}  " + "  ".join(f"{cell:>18}" for cell in cells))
     return "\n".join(lines)

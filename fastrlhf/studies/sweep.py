@@ -19,7 +19,7 @@ from torch import Tensor
 from fastrlhf.data.template import load_tokenizer
 from fastrlhf.generation.engine import Sampling
 from fastrlhf.jobs import plots
-from fastrlhf.jobs.evaluate import Mean, answer, best_of_n, best_of_n_kl, kl_of_responses
+from fastrlhf.jobs.evaluate import answer, best_of_n, best_of_n_kl, kl_of_responses
 from fastrlhf.loops.ppo import PPO
 from fastrlhf.runs.options import read_further
 from fastrlhf.runs.output import OutputFolder
@@ -30,6 +30,7 @@ from fastrlhf.scoring.scorer import Scorer
 from fastrlhf.settings.best_of_n import SHARED, SweepConfig
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.studies.best_of_n import candidates, moments, prompts_of, scores_of
+from fastrlhf.trust.means import Mean, with_error
 
 Row = dict[str, Any]
 NAMES = ("first", "second")
@@ -155,7 +156,7 @@ def table(points: Sequence[Row]) -> str:
     lines = [f"{'method':>10}  {'weight':>6}  {'KL':>6}  {'first':>18}  {'second':>18}"]
     for point in points:
         weight = "" if point["weight"] is None else f"{point['weight']:g}"
-        cells = [f"{point[name]:>10.4f} ± {point[f'{name}_error']:.3f}" for name in NAMES]
+        cells = [with_error(point[name], point[f"{name}_error"], ">10.4f") for name in NAMES]
         lines.append(
             f"{point['method']:>10}  {weight:>6}  {point['kl']:>6.2f}  " + "  ".join(f"{c:>18}" for c in cells)
         )
