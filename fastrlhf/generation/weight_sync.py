@@ -6,7 +6,6 @@ Either writes a folder that the servers must see under the same path. For a sett
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 import uuid
@@ -130,17 +129,17 @@ def _call(server: ModelServer, method: str, **arguments: Any) -> None:
 def _reset_prefixes(server: ModelServer) -> None:
     """Empties the server's cache of prefixes, which it refuses while a request runs."""
     until = time.monotonic() + RESET_TIMEOUT
-    while json.loads(_tell(server, "/reset_prefix_cache", {}, DEV_MODE) or "{}").get("success") is False:
+    while server.post("/reset_prefix_cache", {}).get("success") is not True:
         if time.monotonic() > until:
             text = "runs requests of somebody else, so prefixes of old weights stay in its cache"
             raise ServerError(f"weight_sync: {server.url} {text}")
         time.sleep(0.1)
 
 
-def _tell(server: ModelServer, path: str, request: dict[str, Any], flags: str) -> str:
-    """The text of the server's answer. flags: what a server that does not know the path lacks."""
+def _tell(server: ModelServer, path: str, request: dict[str, Any], flags: str) -> None:
+    """Tells the server to do something. flags: what a server that does not know the path lacks."""
     try:
-        return server.post_text(path, request, repeat=False)
+        server.post_text(path, request, repeat=False)
     except ServerError as error:
         if error.status == 404 and "Not Found" in str(error):  # not a folder that it does not find
             raise ServerError(f"{error}; {flags}", error.status) from error

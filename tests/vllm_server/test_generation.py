@@ -64,6 +64,9 @@ def test_seeds_repeat_alone_and_in_company_and_differ_from_each_other(backend):
     alone = [backend.generate(many[:1], Sampling(24), seeds=[seed])[0].response for seed in range(3)]
     assert first == again and first[:3] == alone
     assert len({tuple(response) for response in first}) == 12
+    # a CPU server reads 32 bits of a seed, the first 32 of these 64 say which run it is
+    (other,) = backend.generate(many[:1], Sampling(24), seeds=[1 << 32])
+    assert other.response != first[0]
 
 
 def test_drawn_responses_end_with_the_token_that_completes_a_stop_string(backend, models):
@@ -86,6 +89,16 @@ def test_each_prompt_has_its_limit(backend):
         assert len(sample.response) == limit or (sample.finished and len(sample.response) < limit)
 
 
-def test_a_temperature_whose_log_probabilities_the_server_does_not_tell_is_refused(backend):
+def test_a_temperature_whose_log_probabilities_the_server_does_not_tell_is_refused(base_server, backend):
+    sampling = Sampling(4, temperature=0.7)
     with pytest.raises(ValueError, match="start it with --logprobs-mode processed_logprobs"):
-        backend.generate(PROMPTS, Sampling(4, temperature=0.7), seeds=range(4))
+        backend.generate(PROMPTS, sampling, seeds=range(4))
+    options = {"eos_token_ids": [EOS], "logprobs_mode": "processed_logprobs"}  # which is not true
+    with pytest.raises(ValueError, match=f"{base_server().url} tells log-probabilities of temperature 1, not 0.7"):
+        ServerBackend(base_server().url, "base", **options).check(PROMPTS, sampling)
+
+
+def test_prompts_that_the_server_cannot_read_are_refused_before_a_run(backend):
+    backend.check(PROMPTS, Sampling(256 - 180))
+    with pytest.raises(ValueError, match=r"reads 256 tokens \(max_model_len\), less than 180 tokens"):
+        backend.check(PROMPTS, Sampling(256 - 179))

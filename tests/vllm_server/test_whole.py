@@ -88,7 +88,9 @@ def test_an_adapter_is_brought_inside_the_weights(server, models, tmp_path, note
 def test_draws_at_another_temperature_have_its_log_probabilities(server, models, tmp_path, note, temperature):
     policy = Policy.from_pretrained(models / "base", freeze=True)
     sampling = Sampling(32, temperature=temperature)
-    samples = backend_of(server, policy, tmp_path).generate(PROMPTS * 4, sampling, seeds=range(12))
+    backend = backend_of(server, policy, tmp_path)
+    samples = backend.generate(PROMPTS * 4, sampling, seeds=range(12))
+    backend.check(PROMPTS, sampling)
     name = f"draws at temperature {temperature}: server and policy"
     assert note(name, differences(policy, samples, temperature)) < 1e-4
     assert max(differences(policy, samples)) > 0.1
