@@ -73,10 +73,10 @@ class ServerBackend:
         two log-probabilities; ServerError for a server that is not there, is too slow, does not serve the model,
         or returns something else than was asked for."""
         requests = self._requests(prompts, sampling, seeds, limits)
+        if self.update_weights is not None:  # also without a prompt: under torchrun all processes take part in it
+            self.update_weights()
         if not requests:
             return []
-        if self.update_weights is not None:
-            self.update_weights()
         for server in self.servers:
             server.check_model()
         samples: dict[int, Sample] = {}
@@ -95,7 +95,7 @@ class ServerBackend:
         those of the temperature; ServerError as `generate`."""
         longest = max(map(len, prompts))
         for server in self.servers:
-            if self.update_weights is None:  # which may be what loads the model
+            if self.update_weights is None or not server.models():  # update_weights may be what loads the model
                 server.check_model()
             limit, needed = server.max_model_len(), longest + sampling.max_new_tokens
             if limit is not None and needed > limit:

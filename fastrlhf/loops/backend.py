@@ -91,11 +91,14 @@ def weight_hook(config: PPOConfig, policy: Policy, key: str | None = None) -> Ca
 
 
 def _wanted(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
-    """Those of the keywords that a function takes."""
-    parameters = inspect.signature(function).parameters.values()
+    """The keywords that a function takes besides its first two arguments, the policy and the URLs, whatever it calls
+    those."""
+    parameters = list(inspect.signature(function).parameters.values())
+    positional = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    free = {name: value for name, value in offered.items() if name not in positional[:2]}
     if any(each.kind is each.VAR_KEYWORD for each in parameters):
-        return offered
-    return {name: value for name, value in offered.items() if name in {each.name for each in parameters}}
+        return free
+    return {name: value for name, value in free.items() if name in {each.name for each in parameters}}
 
 
 def _why(error: Exception) -> str:
