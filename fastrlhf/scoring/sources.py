@@ -46,11 +46,6 @@ def is_model(source: str) -> bool:
     return ":" not in source
 
 
-def is_function(source: str) -> bool:
-    """Whether a source names a function. Raises: as `is_model`."""
-    return not is_model(source) and not is_server(source)
-
-
 def split_head(source: str) -> tuple[str, str | None]:
     """Returns folder and head of "FOLDER#HEAD"; a folder whose own name has a # is one."""
     folder, mark, head = source.rpartition("#")
