@@ -35,7 +35,7 @@ def lora(
 ) -> None:
     """Brings the policy's adapter to servers that were started with --enable-lora.
 
-    folder: a folder for this alone; each call writes the adapter into a new one inside, and deletes those before it.
+    folder: each call writes the adapter into a new folder inside, and deletes earlier ones; no two runs may share it.
     A server keys its cached prefixes by the adapter's path, so it uses none of older weights
     model: the name under which they serve the adapter; it is loaded anew under that
     api_key: sent as the bearer token
@@ -63,7 +63,7 @@ def lora(
 
 
 def check_adapter(policy: Policy) -> Adapter:
-    """The policy's adapter. Raises: ValueError where it has none."""
+    """Returns the policy's adapter. Raises: ValueError if there is none."""
     if policy.adapter is None:
         raise ValueError("weight_sync: lora brings an adapter, and the policy has none: set lora_rank, or take whole")
     return policy.adapter
@@ -74,7 +74,7 @@ def whole(
 ) -> None:
     """Brings all of the policy's weights, with an adapter in them, to servers started with VLLM_SERVER_DEV_MODE=1.
 
-    folder: a folder for this alone; the weights lie in a new one inside until all servers have them
+    folder: the weights lie in a new folder inside until all servers have them; no two runs may share it
     model, api_key: as of `lora`
 
     A tied head is written too: a server that keeps a head of its own needs it, others pass over it.

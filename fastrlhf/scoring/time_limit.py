@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 GRACE = 10.0  # seconds that a function gets to end once it was interrupted
-NOTE = 60.0  # seconds after which it is said, once, that a function is slow
+NOTE = 60.0  # seconds after which one note says that a function is slow
 HAS_SIGNALS = hasattr(signal, "SIGURG") and hasattr(signal, "setitimer") and hasattr(signal, "pthread_kill")
 
-_noted: set[str] = set()  # the functions that were said to be slow
-_interrupted = False  # whether a function was: it may have left threads that never end
+_noted: set[str] = set()  # the functions that a note was about
+_interrupted = False  # whether a function was interrupted: it may have left threads that never end
 
 
 class _TimeIsUp(BaseException):
