@@ -18,7 +18,7 @@ import fastrlhf
 from fastrlhf.runs import ranks, signals
 from fastrlhf.runs.checkpoint import newest_checkpoint
 from fastrlhf.runs.options import help_text, parse
-from fastrlhf.runs.streams import mute, plain_warnings, unread
+from fastrlhf.runs.streams import mute, plain_warnings, print_error, printable, unread
 from fastrlhf.settings.best_of_n import BestOfNConfig, OveroptimizeConfig, SweepConfig
 from fastrlhf.settings.data import DataCheckConfig, DataConvertConfig
 from fastrlhf.settings.feedback import IterateConfig, LabelConfig, ReviseConfig
@@ -131,6 +131,8 @@ fastrlhf COMMAND --help lists the options of a command. fastrlhf --version print
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 1 for a run that failed, 2 for bad usage, 130 or 143 when
     SIGINT or SIGTERM stopped it."""
+    if arguments is None:
+        sys.excepthook = print_error
     try:
         status = _main(arguments)
         for stream in (sys.stdout, sys.stderr):
@@ -231,9 +233,9 @@ def _do(command: str, config: Any) -> Any:
             stack.callback(made.close)
         for done in made:
             if isinstance(done, str):
-                print(done, flush=True)
+                print(printable(done), flush=True)
             elif isinstance(done, tuple):  # a stage and what came out of it
-                print("{}: {}".format(*done), flush=True)
+                print(printable("{}: {}".format(*done)), flush=True)
     return getattr(made, "best", None)
 
 
@@ -279,7 +281,7 @@ def _of_a_file(error: Exception) -> bool:
 
 
 def _fail(command: str, text: str, status: int) -> int:
-    print(f"fastrlhf {command}".strip() + f": error: {text}", file=sys.stderr)
+    print(printable(f"fastrlhf {command}".strip() + f": error: {text}"), file=sys.stderr)
     return status
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.runs import signals
+from fastrlhf.runs import ranks, signals
 from fastrlhf.runs.lines import append
 from fastrlhf.runs.output import OutputFolder
 
@@ -55,7 +55,7 @@ class Stages(ABC):
             self.folder.close()
             raise
         if name in self.always or not (self.output / self.products[name]).exists():
-            print(f"\n== {name}", flush=True)
+            ranks.say(f"\n== {name}")
             start = time.perf_counter()
             self.do(name)
             append(self.output / "timing.jsonl", {"stage": name, "seconds": time.perf_counter() - start})

@@ -24,6 +24,7 @@ from fastrlhf.generation.engine import Sampling
 from fastrlhf.jobs.evaluate import Answers, Mean, answer, best_of_n_kl
 from fastrlhf.models.policy import Policy
 from fastrlhf.models.shared_prompts import can_share_prompts
+from fastrlhf.runs import ranks
 from fastrlhf.runs.lines import read_jsonl, whole_lines
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.output import OutputFolder
@@ -156,7 +157,7 @@ def prompts_of(config: SearchConfig, tokenizer: Any, *, least: int = 1) -> list[
     names = ("max_prompt_tokens", "limit", "template", "template_kwargs", "max_rejected")
     options = {name: getattr(config, name) for name in names}
     loaded = load_prompts(config.data, tokenizer, **options)
-    print(loaded.report, flush=True)
+    ranks.say(loaded.report)
     if len(loaded.rows) < least:
         raise DataError(f"data: {config.data} has {len(loaded.rows)} prompt; standard errors take at least {least}")
     return loaded.rows
