@@ -117,7 +117,9 @@ def check_same_items(path: Path, items: Sequence[Item]) -> None:
     if not path.exists():
         write_file(path, f"{checksum}\n".encode())
     elif path.read_text(encoding="utf-8").strip() != str(checksum):
-        raise ValueError(f"resume: the rows of the data are no longer those that {path.parent} was made from")
+        raise ValueError(
+            f"resume: the rows of the data are not those that {path} is of; give the same, or --overwrite to start anew"
+        )
 
 
 def check_two(item: Item) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from fastrlhf.runs import ranks, signals
 from fastrlhf.runs.lines import append
 from fastrlhf.runs.output import OutputFolder
+from fastrlhf.runs.products import PRODUCTS, check_products, forget, note_new
 
 
 class Stages(ABC):
@@ -35,7 +36,7 @@ class Stages(ABC):
         self.config, self.output = config, Path(config.output)
         self.products, self.always = products, always
         names = {Path(product).parts[0] for product in products.values()}
-        own = ("config.yaml", "inputs.json", "timing.jsonl", *sorted({*names, *ours}))
+        own = ("config.yaml", "inputs.json", PRODUCTS, "timing.jsonl", *sorted({*names, *ours}))
         self.folder = OutputFolder(config, own, cheap=("data",))
         self.names, self.is_open = iter(products), False
 
@@ -46,6 +47,8 @@ class Stages(ABC):
         """Does the next stage, unless its product is there already."""
         signals.stop_if_asked()  # by a signal that came during the last step of a loop
         if not self.is_open:
+            if self.folder.is_resumed:
+                check_products(self.output)
             self.folder.open()
             self.is_open = True
         self.folder.check()
@@ -56,12 +59,15 @@ class Stages(ABC):
             raise
         if name in self.always or not (self.output / self.products[name]).exists():
             ranks.say(f"\n== {name}")
+            forget(self.output, name)
             start = time.perf_counter()
             self.do(name)
             append(self.output / "timing.jsonl", {"stage": name, "seconds": time.perf_counter() - start})
             gc.collect()  # this stage's models, before the next loads its own
         for passing in self.passing:  # of an earlier start, too, that was killed before it did this
             shutil.rmtree(self.output / name / passing, ignore_errors=True)
+        if name not in self.always:
+            note_new(self.output, name, self.products[name])
         return name, self.outcome(name)
 
     def do(self, name: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastrlhf.loops.budget import Budget
 from fastrlhf.loops.memory_plan import Plan
-from fastrlhf.runs import ranks, signals
+from fastrlhf.runs import products, ranks, signals
 from fastrlhf.runs.checkpoint import newest_checkpoint, save_checkpoint
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.optim import NonFiniteError
@@ -252,13 +252,20 @@ def step_of(folder: Path) -> int | None:
 def _noted(output: Path) -> dict[str, Any]:
     try:
         found = json.loads((output / STEPS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none was written, or it is damaged
+    except (OSError, ValueError, RecursionError):  # none was written, or it is damaged
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _note_step(output: Path, name: str, step: int | None) -> None:
-    """Notes the step of a model in the output folder, or that it is no longer known; the first process does."""
-    noted = _noted(output) if ranks.is_first() else {}
-    if ranks.is_first() and noted.get(name) != step:
+    """Notes the step of a model in the output folder, and its files, or that it is no longer known; the first process
+    does."""
+    if not ranks.is_first():
+        return
+    noted = _noted(output)
+    if noted.get(name) != step:
         write_json(output / STEPS, {**noted, name: step})
+    if step is None:
+        products.forget(output, name)
+    else:
+        products.note(output, name)

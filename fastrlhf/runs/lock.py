@@ -146,7 +146,7 @@ def _read(file: IO[str]) -> dict[str, Any] | None:
         file.seek(0)
         holder = json.loads(file.read() or "{}")
         return holder if not holder or {"pid", "host", "command", "since"} <= holder.keys() else None
-    except (ValueError, AttributeError, OSError):
+    except (ValueError, AttributeError, OSError, RecursionError):
         return None
 
 

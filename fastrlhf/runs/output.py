@@ -2,7 +2,7 @@
 
 <output>/config.yaml    the resolved configuration; its first line marks the folder as ours
 <output>/inputs.json    fingerprints of the models, files and functions that the configuration names
-<output>/steps.json     after which steps the models in model/ and best/ were written
+<output>/steps.json     after which steps the models in model/ and best/ were written; products.json: their files
 <output>/.lock          the process that writes here; .deleting: what an overwriting run has yet to delete
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 from fastrlhf.runs.checkpoint import LINES, newest_whole, settings_of_checkpoints
 from fastrlhf.runs.inputs import base_of, inputs_of, pieces_of
 from fastrlhf.runs.lock import LOCK, Lock, check_free_above, check_free_below
+from fastrlhf.runs.products import PRODUCTS
 from fastrlhf.runs.same import CONFIG, INPUTS, MAY_DIFFER, check_same, read, settings_in
 from fastrlhf.runs.whole import REPLACED, discard, recover, remove, write_file, write_json
 from fastrlhf.settings.values import PATHS, dump
@@ -27,10 +28,10 @@ from fastrlhf.settings.values import PATHS, dump
 MARK = "# settings of a fastrlhf run\n"
 KIND = "# kind: "  # of the settings, on the second line
 STEPS, DELETING = "steps.json", ".deleting"
-OURS = (CONFIG, INPUTS, STEPS, *LINES, "checkpoints", "model", "best", "tensorboard")
+OURS = (CONFIG, INPUTS, STEPS, PRODUCTS, *LINES, "checkpoints", "model", "best", "tensorboard")
 BEGUN = {LOCK, f"{CONFIG}.partial", f"{DELETING}.partial"}  # what there may be before config.yaml
 # what holds no work: a folder of ours without anything else is free
-NO_WORK = {LOCK, CONFIG, INPUTS, STEPS, "rows.crc32", "timing.jsonl", "samples.jsonl"}
+NO_WORK = {LOCK, CONFIG, INPUTS, STEPS, PRODUCTS, "rows.crc32", "timing.jsonl", "samples.jsonl"}
 
 
 class OutputFolder:
@@ -55,6 +56,9 @@ class OutputFolder:
         for folder in (self.path, self.path / "checkpoints"):
             if folder.exists() and not folder.is_dir():
                 raise FileExistsError(f"output: {folder} is a file, expected a folder")
+        for name in (CONFIG, INPUTS, STEPS, PRODUCTS, "timing.jsonl"):
+            if (self.path / name).is_dir() or ((self.path / name).is_symlink() and not (self.path / name).exists()):
+                raise FileExistsError(f"output: {self.path / name} is no file, as a run has it: delete it to go on")
         self.lock = Lock(self.path) if hold else None
         self.changes: list[str] = []
         try:
@@ -163,7 +167,7 @@ class OutputFolder:
         try:
             names = json.loads((self.path / DELETING).read_text(encoding="utf-8"))
             names = [name for name in names if Path(name).name == name]
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             names = list(self.ours)
         for name in names:
             remove(self.path / name)
@@ -215,5 +219,5 @@ def _has_steps(path: Path) -> bool:
     """Whether a file of metrics has more than the line of step 0."""
     try:
         return any(json.loads(line)["step"] != 0 for line in path.read_bytes().splitlines())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return True

@@ -25,7 +25,7 @@ from fastrlhf.jobs.evaluate import Answers, Mean, answer, best_of_n_kl
 from fastrlhf.models.policy import Policy
 from fastrlhf.models.shared_prompts import can_share_prompts
 from fastrlhf.runs import ranks
-from fastrlhf.runs.lines import read_jsonl, whole_lines
+from fastrlhf.runs.lines import read_jsonl, sealed, whole_lines
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.whole import append_text, write_file, write_json
@@ -115,7 +115,7 @@ def candidates(config: SearchConfig, judges: dict[str, str], folder: OutputFolde
             first = (config.seed << 32) + len(rows) * config.n
             new = judged_rows(draw, prompts[len(rows) : len(rows) + size], config.n, first, scorers)
             folder.check()
-            append_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
+            append_text(path, "".join(sealed(json.dumps(row, ensure_ascii=False)) + "\n" for row in new))
             rows += new
     return rows
 
