@@ -9,11 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class FakeServer(ThreadingHTTPServer):
     """answers: by path, a function from the request's body to the answer.
 
-    change: of an answer, given the body and it; returns (status, text) for an error"""
+    change: of an answer, given the body and it; returns (status, text) for an error
+    models: those that it says it serves"""
 
     def __init__(self, answers):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers, self.requests, self.running, self.most_running = answers, [], 0, 0
+        self.models = [{"id": "base"}, {"id": "policy"}]
         self.lock = threading.Lock()
         self.change = lambda body, answer: answer
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -31,7 +33,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         assert self.path == "/v1/models"
-        self.send(200, json.dumps({"object": "list", "data": [{"id": "base"}, {"id": "policy"}]}))
+        self.send(200, json.dumps({"object": "list", "data": self.server.models}))
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

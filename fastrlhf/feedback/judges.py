@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from importlib.resources import files
 from typing import Any
 
@@ -17,13 +17,19 @@ from fastrlhf.data.lengths import NO_LIMIT, check_characters
 from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.feedback.judge import PLACEHOLDERS, Both, Judge, Question, Reply
 from fastrlhf.feedback.rows import read_text
-from fastrlhf.generation.server import Server, ServerError
+from fastrlhf.generation.server import ModelServer, ServerError, check_logprob, check_probabilities
 from fastrlhf.models.heads import head_logprobs
 from fastrlhf.models.policy import Policy
 from fastrlhf.models.shared_prompts import can_share_prompts
 from fastrlhf.packing import pack
+from fastrlhf.runs.http import read_key, shown
+from fastrlhf.runs.parallel import concurrently
 from fastrlhf.settings.feedback import JudgeConfig
 
+TEST = "Answer with {} or {}."  # a question that no server refuses for its length or for what it says
+OF_A_ROW = (400, 413, 422)  # status of a refusal that may be for one question: too long, or of such a content
+LOOK_AT = {401: "judge_key_file", 403: "judge_key_file", 404: "judge and judge_model"}  # what is wrong with all of them
+LOOK_AT |= dict.fromkeys(OF_A_ROW, "judge_template, judge_template_kwargs and judge_top")
 UNSEEN = 0.01  # most that an answer which a server does not list may change P by
 
 
@@ -37,7 +43,7 @@ def make_judge(config: JudgeConfig) -> Judge:
         options |= {"template_kwargs": config.judge_template_kwargs, **config.model_options()}
         return LocalJudge(config.judge, config.answers, **options)
     assert config.judge_model is not None
-    key = read_text(config.judge_key_file, "judge_key_file") if config.judge_key_file else None
+    key = read_key(config.judge_key_file, "judge_key_file") if config.judge_key_file else None
     return ServerJudge(
         config.judge,
         config.judge_model,
@@ -138,12 +144,14 @@ class LocalJudge:
 class ServerJudge:
     """A model on an OpenAI-compatible server, asked for one token and the likeliest ones in its place.
 
-    url, model, timeout, api_key: see `Server`; answers: the two texts that count as answers
+    url, model, timeout: see `ModelServer`; api_key: sent as the bearer token
+    answers: the two texts that count as answers
     chat: whether the question is a user's message (/v1/chat/completions) or plain text (/v1/completions)
     template_kwargs: what the server's chat template gets besides
     top: how many of the likeliest tokens the server is to list; max_requests: requests under way at once
 
-    Raises: ServerError for a server that is not there or does not serve the model."""
+    Raises: ServerError for a server that is not there, does not serve the model, or refuses a question of a few words:
+    then it is not the question that is wrong, but how it is asked."""
 
     def __init__(
         self,
@@ -158,56 +166,73 @@ class ServerJudge:
         timeout: float = 600.0,
         api_key: str | None = None,
     ) -> None:
-        self.server = Server("judge", url, model, timeout=timeout, api_key=api_key)
+        self.server = ModelServer("judge", url, model, timeout=timeout, key=api_key)
         self.answers, self.chat, self.top, self.max_requests = answers, chat, top, max_requests
         self.template_kwargs = dict(template_kwargs or {})
+        self.path = "/v1/chat/completions" if chat else "/v1/completions"
         self.server.check_model()
+        self.check()
+
+    def check(self) -> None:
+        """Asks a question of a few words. Raises: ServerError when it is refused, or its answer cannot be used."""
+        try:
+            self._answer(TEST.format(*self.answers))
+        except ServerError as error:
+            if error.status not in LOOK_AT:
+                raise
+            text = f"even a question of a few words is refused: look at {LOOK_AT[error.status]}"
+            raise ServerError(f"{error}; {text}", error.status) from error
 
     def ask(self, questions: Sequence[tuple[str, str]], progress: Callable[[int], object]) -> list[Both | Rejected]:
-        """See `Judge`. A pair about which the server refuses a question (400, as when it is too long) is rejected.
+        """See `Judge`. A pair about which the server refuses a question, but not one of a few words, is rejected.
 
         Raises: ServerError for every other failure."""
-        pool = ThreadPoolExecutor(self.max_requests)
-        try:
-            replies: list[Both | Rejected] = []
-            answers = pool.map(self._reply, [question for both in questions for question in both])
-            for first, second in zip(answers, answers, strict=True):
-                if isinstance(first, Reply) and isinstance(second, Reply):
-                    replies.append((first, second))
-                else:
-                    replies.append(first if isinstance(first, Rejected) else second)  # type: ignore[arg-type]
-                progress(1)
-            return replies
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        replies: dict[int, Reply | Rejected] = {}
+        flat = [question for both in questions for question in both]
+        with closing(concurrently(self._reply, flat, self.max_requests)) as done:
+            for n, _, reply in done:
+                replies[n] = reply
+                progress(int(n ^ 1 in replies))  # the other one about the pair
+        pairs = [(replies[n], replies[n + 1]) for n in range(0, len(flat), 2)]
+        return [next((r for r in pair if isinstance(r, Rejected)), pair) for pair in pairs]  # type: ignore[misc]
 
     def _reply(self, question: str) -> Reply | Rejected:
+        try:
+            return self._answer(question)
+        except ServerError as error:
+            if error.status not in OF_A_ROW:
+                raise
+            self.check()
+            return Rejected(Reason.REFUSED, str(error))
+
+    def _answer(self, question: str) -> Reply | Rejected:
         # raw or tempered, log-probabilities are the same at temperature 1
         request: dict[str, Any] = {"model": self.server.model, "max_tokens": 1, "temperature": 1.0}
         if self.chat:
-            path, own = "/v1/chat/completions", {"messages": [{"role": "user", "content": question}]}
-            request |= {**own, "logprobs": True, "top_logprobs": self.top}
+            request |= {"messages": [{"role": "user", "content": question}], "logprobs": True, "top_logprobs": self.top}
             if self.template_kwargs:  # as vLLM and SGLang call them
                 request["chat_template_kwargs"] = self.template_kwargs
         else:
-            path = "/v1/completions"
             request |= {"prompt": question, "logprobs": self.top}
+        answer = self.server.post(self.path, request)
         try:
-            answer = self.server.post(path, request)
-        except ServerError as error:
-            if error.status != 400:
-                raise
-            return Rejected(Reason.REFUSED, str(error))
-        try:
-            logprobs = answer["choices"][0]["logprobs"]
-            if self.chat:
-                listed = [(each["token"], each["logprob"]) for each in logprobs["content"][0]["top_logprobs"]]
-            else:
-                listed = list(logprobs["top_logprobs"][0].items())
-            return reply_of([(str(token), float(value)) for token, value in listed], self.answers)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-            text = f"{self.server.url}{path} told no top log-probabilities of a token: {str(answer)[:200]}"
-            raise ServerError(f"judge: {text}") from None
+            listed = self._listed(answer["choices"][0]["logprobs"])
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            text = f"told no top log-probabilities of a token ({shown(str(error), 80)}): {shown(str(answer))}"
+            raise self.server.error(self.path, text) from error
+        return reply_of(listed, self.answers)
+
+    def _listed(self, logprobs: Any) -> list[tuple[str, float]]:
+        """The likeliest tokens in an answer. Raises: what Python does for one without them; ValueError."""
+        if self.chat:
+            listed = [(each["token"], each["logprob"]) for each in logprobs["content"][0]["top_logprobs"]]
+        else:
+            listed = list(logprobs["top_logprobs"][0].items())
+        if not listed or not all(isinstance(token, str) for token, _ in listed):
+            raise ValueError("no texts of tokens")
+        found = [(token, check_logprob(value)) for token, value in listed]
+        check_probabilities(math.fsum(math.exp(value) for _, value in found))
+        return found
 
 
 def reply_of(listed: Sequence[tuple[str, float]], answers: Sequence[str]) -> Reply | Rejected:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from typing import Any, Literal
 
+from fastrlhf.generation.completions import read_sample
 from fastrlhf.generation.sampling import Sample, Sampling, checked_limits
-from fastrlhf.generation.server import Server, ServerError
+from fastrlhf.generation.server import ModelServer, check_logprob
+from fastrlhf.runs.http import shown
+from fastrlhf.runs.parallel import concurrently
 
-FINISHED = {"stop": True, "length": False, "repetition": False}  # by the server's finish_reason
+TEMPERATURES = (0.01, 2.0)  # vLLM takes a smaller one for 0.01, and refuses a larger one
+PROBED = 5  # likeliest tokens whose log-probabilities tell the server's --logprobs-mode
 
 
 class ServerBackend:
@@ -22,8 +26,9 @@ class ServerBackend:
     update_weights: called before each rollout; it has to bring the policy's weights to the server
     logprobs_mode: what the server was started with (--logprobs-mode; raw_logprobs is its default)
     max_requests: requests under way at once
-    timeout: seconds for one response
-    api_key: sent as the bearer token"""
+    timeout: seconds for one response: its deadline, with all tries of the request (see `Server`)
+    api_key: sent as the bearer token
+    vocab_size: tokens that the policy knows; others in an answer are refused"""
 
     def __init__(
         self,
@@ -36,6 +41,7 @@ class ServerBackend:
         max_requests: int = 64,
         timeout: float = 600.0,
         api_key: str | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         urls = [url] if isinstance(url, str) else list(url)
         if not urls:
@@ -45,8 +51,8 @@ class ServerBackend:
             raise ValueError(f"ServerBackend: {expected}, got {logprobs_mode!r}")
         if max_requests < 1:
             raise ValueError(f"ServerBackend: max_requests must be at least 1, got {max_requests}")
-        self.servers = [Server("ServerBackend", url, model, timeout=timeout, api_key=api_key) for url in urls]
-        self.model = model
+        self.servers = [ModelServer("ServerBackend", url, model, timeout=timeout, key=api_key) for url in urls]
+        self.model, self.vocab_size = model, vocab_size
         self.eos_token_ids = sorted(eos_token_ids)
         self.update_weights, self.logprobs_mode, self.max_requests = update_weights, logprobs_mode, max_requests
 
@@ -73,31 +79,73 @@ class ServerBackend:
             self.update_weights()
         for server in self.servers:
             server.check_model()
-        servers = [self.servers[n * len(self.servers) // len(requests)] for n in range(len(requests))]
         samples: dict[int, Sample] = {}
-        pool = ThreadPoolExecutor(self.max_requests)
-        try:
-            posts = (
-                pool.submit(server.post, "/v1/completions", request)
-                for server, request in zip(servers, requests, strict=True)
-            )
-            numbers = {post: n for n, post in enumerate(posts)}
-            for done in as_completed(numbers):
-                n = numbers[done]
-                which = f"{servers[n].url}, prompt {n}"
-                samples[n] = self._sample(which, list(prompts[n]), done.result(), greedy=sampling.greedy)
+        numbered = [(n, self.servers[n * len(self.servers) // len(requests)], r) for n, r in enumerate(requests)]
+        with closing(concurrently(self._ask, numbered, self.max_requests)) as done:
+            for n, _, sample in done:
+                samples[n] = sample
                 if progress is not None:
-                    progress(len(samples[n].response))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+                    progress(len(sample.response))
         return [samples[n] for n in range(len(requests))]
+
+    def check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Asks the servers whether they can do what a run will ask of them, before it begins.
+
+        Raises: ValueError for prompts that are too long beside max_new_tokens, and for log-probabilities that are not
+        those of the temperature; ServerError as `generate`."""
+        longest = max(map(len, prompts))
+        for server in self.servers:
+            if self.update_weights is None:  # which may be what loads the model
+                server.check_model()
+            limit, needed = server.max_model_len(), longest + sampling.max_new_tokens
+            if limit is not None and needed > limit:
+                sizes = f"{longest} tokens of the longest prompt and max_new_tokens={sampling.max_new_tokens}"
+                advice = f"start it with --max-model-len {needed}, or lower max_prompt_tokens or max_new_tokens"
+                raise ValueError(
+                    f"ServerBackend: {server.url} reads {limit} tokens (max_model_len), less than {sizes}; {advice}"
+                )
+            if sampling.temperature != 1 and not self._tempers(server, list(prompts[0][:64])):
+                text = f"tells log-probabilities of temperature 1, not {sampling.temperature}"
+                advice = "start it with --logprobs-mode processed_logprobs"
+                raise ValueError(f"ServerBackend: {server.url} {text}; {advice}")
+
+    def _tempers(self, server: ModelServer, prompt: list[int]) -> bool:
+        """Whether log-probabilities are those of the temperature: at 2 they lie half as far apart as at 1."""
+        served = list(server.models())
+        model = self.model if self.model in served else served[0]
+        first, second = (self._likeliest(server, model, prompt, temperature) for temperature in (1.0, 2.0))
+        both = first.keys() & second.keys()
+        apart = [max(told[t] for t in both) - min(told[t] for t in both) for told in (first, second)] if both else [0.0]
+        return apart[0] < 0.05 or apart[1] < 0.75 * apart[0]  # all equally likely: nothing can be told
+
+    def _likeliest(self, server: ModelServer, model: str, prompt: list[int], temperature: float) -> dict[str, float]:
+        """The log-probabilities of the likeliest first tokens of a response."""
+        fields = {**self._common(Sampling(1, temperature=temperature)), "model": model, "prompt": prompt, "seed": 0}
+        fields |= {"max_tokens": 1, "logprobs": PROBED, "return_tokens_as_token_ids": True}
+        answer = server.post("/v1/completions", fields)
+        try:
+            (told,) = answer["choices"][0]["logprobs"]["top_logprobs"]
+            return {str(token): check_logprob(value) for token, value in told.items()}
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            text = f"told no log-probabilities of the {PROBED} likeliest tokens ({shown(str(error), 80)})"
+            raise server.error("/v1/completions", f"{text}: {shown(str(answer))}") from error
+
+    def _ask(self, asked: tuple[int, ModelServer, dict[str, Any]]) -> Sample:
+        n, server, request = asked
+        answer = server.post("/v1/completions", request)
+        try:
+            return read_sample(request, answer, self.vocab_size)
+        except ValueError as error:
+            raise server.error("", f"prompt {n}: {error}") from None
 
     def _requests(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], limits: Sequence[int] | None
     ) -> list[dict[str, Any]]:
         budgets = checked_limits("ServerBackend", prompts, sampling, seeds, limits)
-        if -1 in seeds:
-            raise ValueError("ServerBackend: seeds must not be -1, which the server takes for none")
+        low, high = TEMPERATURES
+        if not sampling.greedy and not low <= sampling.temperature <= high:
+            expected = f"servers take a temperature from {low} to {high}"
+            raise ValueError(f"ServerBackend: {expected}, got {sampling.temperature}")
         if sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.min_new_tokens:
             text = "the server tells log-probabilities before or after top_k, top_p, min_p and min_new_tokens, not both"
             raise ValueError(f"ServerBackend: {text}; leave them at their defaults, got {sampling}")
@@ -108,7 +156,7 @@ class ServerBackend:
             raise ValueError(f"ServerBackend: {text}" + ("" if sampling.greedy else f"; {advice}"))
         common = self._common(sampling)
         rows = zip(prompts, seeds, budgets, strict=True)
-        return [{**common, "prompt": list(p), "seed": seed, "max_tokens": limit} for p, seed, limit in rows]
+        return [{**common, "prompt": list(p), "seed": server_seed(s), "max_tokens": limit} for p, s, limit in rows]
 
     def _common(self, sampling: Sampling) -> dict[str, Any]:
         """Fields of every request. Whatever the server might fill in from the model's files is said."""
@@ -132,29 +180,10 @@ class ServerBackend:
             fields["repetition_detection"] = {**sizes, "min_count": sampling.repeat_times}
         return fields
 
-    def _sample(self, which: str, prompt: list[int], answer: Any, *, greedy: bool) -> Sample:
-        """The sample in the answer to a prompt; which: server and number of the prompt, for errors."""
 
-        def refuse(what: str) -> ServerError:
-            return ServerError(f"ServerBackend: {which}: {what}")
+def server_seed(seed: int) -> int:
+    """Returns a seed of 32 bits for one of 64, in which run, step and number of the sample are told apart.
 
-        try:
-            choice = answer["choices"][0]
-            reason, tokens, read = choice["finish_reason"], choice.get("token_ids"), choice.get("prompt_token_ids")
-            logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise refuse(f"the answer is not a completion: {str(answer)[:200]}") from None
-        if not tokens:
-            raise refuse("the answer has no token_ids; the server must know return_token_ids, as newer vLLMs do")
-        if read is not None and list(read) != prompt:
-            raise refuse(f"the server read {len(read)} other tokens than the {len(prompt)} of the prompt")
-        if reason not in FINISHED:
-            raise refuse(f"the response ended with finish_reason {reason!r}")
-        if logprobs is None or len(logprobs) != len(tokens) or not all(map(_is_number, logprobs)):
-            raise refuse(f"the answer does not have a log-probability for each of its {len(tokens)} tokens")
-        sampler_logprobs = [0.0] * len(tokens) if greedy else list(logprobs)
-        return Sample(prompt, list(tokens), list(logprobs), sampler_logprobs, FINISHED[reason])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    Servers on a CPU read the low 32 bits, which would be the same for each run. A hash spreads all 64 over them: of n
+    samples to one prompt two are equal by chance with a probability of about n^2 / 2^33 (5e-7 for 64 samples)."""
+    return int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "little", signed=True), digest_size=4).digest(), "little")

@@ -1,69 +1,71 @@
-"""JSON to and from an OpenAI-compatible server, and what its failures are called."""
+"""An OpenAI-compatible server: which models it serves, and numbers in what it answers."""
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
-from http.client import HTTPException
 from typing import Any
 
+from fastrlhf.runs.http import Server, ServerError, shown
 
-class ServerError(RuntimeError):
-    """A server that cannot be reached, or whose answer cannot be used.
-
-    status: of its answer, where there was one"""
-
-    def __init__(self, text: str, status: int | None = None) -> None:
-        super().__init__(text)
-        self.status = status
+__all__ = ["ModelServer", "ServerError", "check_logprob", "check_probabilities"]
+ROUNDING = 1e-3  # of log-probabilities above 0 and of probabilities that add up to more than 1
 
 
-class Server:
+class ModelServer(Server):
     """An OpenAI-compatible server.
 
-    caller: who asks, for errors; url: such as http://localhost:8000, with or without /v1 after it; model: one that it
-    serves; timeout: seconds for one answer; api_key: sent as the bearer token"""
+    url: such as http://localhost:8000, with or without /v1 after it; model: one that it serves
+    caller, timeout, key: see `Server`"""
 
-    def __init__(self, caller: str, url: str, model: str, *, timeout: float, api_key: str | None) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"{caller}: url must start with http:// or https://, got {url!r}")
-        if timeout <= 0:
-            raise ValueError(f"{caller}: timeout must be above 0, got {timeout}")
-        self.caller, self.model, self.timeout = caller, model, timeout
-        self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
-        self.headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self.headers["Authorization"] = f"Bearer {api_key}"
+    def __init__(self, caller: str, url: str, model: str, *, timeout: float, key: str | None) -> None:
+        super().__init__(caller, url, timeout=timeout, key=key)
+        if "?" in url:
+            raise ValueError(f"{caller}: url must be that of a server, such as http://localhost:8000, got {url!r}")
+        self.model, self.url = model, self.url.removesuffix("/v1").rstrip("/")
+        self.has_answered = False
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        """What the server says of each model that it serves, by name. One that has never answered is asked once."""
+        answer = self.get("/v1/models", tries=None if self.has_answered else 1)
+        listed = answer.get("data")
+        if not isinstance(listed, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("id"), str) for m in listed
+        ):
+            raise self.error("/v1/models", f"returned no list of models: {shown(str(answer))}")
+        self.has_answered = True
+        return {model["id"]: model for model in listed}
 
     def check_model(self) -> None:
         """Raises ServerError for a server that is not there, and for one that does not serve the model."""
-        answer = self._open("/v1/models", None)
-        try:
-            served = [model["id"] for model in answer["data"]]
-        except (KeyError, TypeError):
-            raise ServerError(f"{self.caller}: {self.url}/v1/models returned no list of models") from None
+        served = list(self.models())
         if self.model not in served:
-            raise ServerError(f"{self.caller}: {self.url} serves {', '.join(served)}, not {self.model}")
+            names = shown(", ".join(served)) or "no model"
+            raise self.error("", f"serves {names}, not {self.model}")
 
-    def post(self, path: str, request: dict[str, Any]) -> Any:
-        """The server's answer to a request, parsed.
+    def max_model_len(self) -> int | None:
+        """Most tokens of a prompt and its response together; None where the server does not say."""
+        models = self.models()
+        own = models.get(self.model, {})
+        # vLLM gives the length of an adapter's model, not of the adapter, which may also be loaded later
+        for known in ([own], [models.get(str(own.get("parent")), {})], list(models.values())):
+            lengths = [length for model in known if (length := model.get("max_model_len")) is not None]
+            if not all(type(length) is int and length > 0 for length in lengths):
+                raise self.error("/v1/models", f"gives no whole numbers as max_model_len: {shown(str(lengths))}")
+            if lengths:
+                return min(lengths)
+        return None
 
-        Raises: ServerError when there is none in time, when it is an error, or when it is no JSON."""
-        return self._open(path, json.dumps(request).encode())
 
-    def _open(self, path: str, body: bytes | None) -> Any:
-        request = urllib.request.Request(self.url + path, data=body, headers=self.headers)
-        where = f"{self.caller}: {self.url}{path}"
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            said = error.read(1000).decode(errors="replace")
-            raise ServerError(f"{where} answered {error.code}: {said}", error.code) from error
-        except json.JSONDecodeError as error:
-            raise ServerError(f"{where} did not answer in JSON: {error}") from error
-        except (OSError, HTTPException) as error:  # no connection, a broken one, a timeout
-            slow = isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError)
-            why = f"gave no answer in {self.timeout:g} s" if slow else f"cannot be reached: {error}"
-            raise ServerError(f"{self.caller}: {self.url} {why}") from error
+def check_logprob(value: Any) -> float:
+    """The log-probability as a float. Raises: ValueError for what is none, or above 0 by more than rounding."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not float(value) <= ROUNDING:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise ValueError(f"{shown(str(value), 40)} is no log-probability") from None
+    return float(value)
+
+
+def check_probabilities(total: float) -> None:
+    """Raises ValueError where the probabilities of different tokens come to more than 1."""
+    if total > 1 + ROUNDING:
+        raise ValueError(f"the probabilities of different tokens come to {total:.3g}")

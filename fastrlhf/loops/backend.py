@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.error import HTTPError
 
+from fastrlhf.data import Prompt
 from fastrlhf.data.template import eos_token_ids
 from fastrlhf.generation.engine import Engine
 from fastrlhf.generation.rollout_server import ServerBackend
-from fastrlhf.generation.sampling import RolloutBackend
+from fastrlhf.generation.sampling import RolloutBackend, Sampling
 from fastrlhf.models.policy import Policy
 from fastrlhf.runs import ranks
+from fastrlhf.runs.http import ServerError, read_key, reason_in, shown
 from fastrlhf.scoring.scorer import load_function
 from fastrlhf.settings.ppo import STALE, PPOConfig
 
@@ -29,29 +34,62 @@ def make_engine(config: PPOConfig, policy: Policy, tokenizer: Any) -> Engine:
 
 
 def make_backend(config: PPOConfig, policy: Policy, tokenizer: Any) -> RolloutBackend:
-    """What the settings ask for. Raises: ValueError or TypeError for a weight_sync that is no function."""
+    """What the settings ask for. Raises: ValueError or TypeError for a weight_sync that is no function, and for a file
+    of a key that has none."""
     if config.rollout_url is None:
         return make_engine(config, policy, tokenizer)
+    key = read_key(config.rollout_key_file, "rollout_key_file") if config.rollout_key_file else None
     return ServerBackend(
         config.rollout_urls,
         config.rollout_model,
         eos_token_ids=eos_token_ids(tokenizer, policy.model),
-        update_weights=weight_hook(config, policy),
+        update_weights=weight_hook(config, policy, key),
         logprobs_mode=config.rollout_logprobs,  # type: ignore[arg-type]
         max_requests=config.max_slots,
+        timeout=config.rollout_timeout,
+        api_key=key,
+        vocab_size=policy.model.config.get_text_config().vocab_size,
     )
 
 
-def weight_hook(config: PPOConfig, policy: Policy) -> Callable[[], None] | None:
-    """What brings the policy's weights to the servers: the first process does, the others wait for it."""
+def check_servers(
+    backend: RolloutBackend, prompts: Sequence[Prompt], held_out: Sequence[Prompt], how: Sampling
+) -> None:
+    """Raises ValueError or ServerError where servers cannot do what a run is going to ask of them."""
+    if isinstance(backend, ServerBackend):
+        backend.check([prompt.tokens for prompt in (*prompts, *held_out)], how)
+
+
+def weight_hook(config: PPOConfig, policy: Policy, key: str | None = None) -> Callable[[], None] | None:
+    """What brings the policy's weights to the servers: the first process does, the others wait for it. The function
+    gets the policy and the urls of the servers, and their key where it has a parameter api_key."""
     given = config.weight_sync
     if given == STALE:
         return None
     function: Callable[..., Any] = given if callable(given) else load_function(str(given), "weight_sync")
+    name = getattr(function, "__qualname__", type(function).__qualname__) if callable(given) else str(given)
+    options = {"api_key": key} if "api_key" in inspect.signature(function).parameters else {}
 
     def bring() -> None:
         if ranks.is_first():
-            function(policy, config.rollout_urls)
+            try:
+                function(policy, config.rollout_urls, **options)
+            except Exception as error:
+                text = f"weight_sync={name} failed for {', '.join(config.rollout_urls)}: {_why(error)}"
+                raise ServerError(text if key is None else text.replace(key, "***")) from error
         ranks.gather(None)
 
     return bring
+
+
+def _why(error: Exception) -> str:
+    """What went wrong in a function of the user's: for a server its address and its words, else where it did."""
+    if isinstance(error, HTTPError):
+        return f"{shown(error.url or '')} answered {error.code}: {reason_in(error.read(4000))}"
+    if isinstance(error, (ServerError, OSError)):
+        return shown(str(error))
+    response = getattr(error, "response", None)  # of requests and httpx, whose errors name the address alone
+    if isinstance(said := getattr(response, "text", None), str):
+        return f"{shown(str(error))}: {reason_in(said.encode())}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {shown(str(error))} ({last.filename}, line {last.lineno})"

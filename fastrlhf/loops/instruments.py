@@ -13,6 +13,9 @@ from fastrlhf.ops import approx_kl
 from fastrlhf.packing import Packed
 from fastrlhf.runs.metrics import Statistics
 
+# mean |difference| of log-probabilities between servers and trainer: equal weights have 1e-5 in float32, 0.01 in bf16
+MAX_DIFFERENCE = 0.05
+
 
 def describe(
     batch: Packed,
@@ -96,10 +99,11 @@ def diversity(samples: Sequence[Sample]) -> dict[str, float]:
 class Health:
     """Says in words when a run looks ill, each rule once; `state` belongs to a checkpoint.
 
-    ratios_start_at_one: whether the ratios of a step's first update should be 1"""
+    ratios_start_at_one: whether the ratios of a step's first update should be 1
+    weights_are_synced: whether servers sample, with the weights that the policy has"""
 
-    def __init__(self, *, ratios_start_at_one: bool = True) -> None:
-        self.ratios_start_at_one = ratios_start_at_one
+    def __init__(self, *, ratios_start_at_one: bool = True, weights_are_synced: bool = False) -> None:
+        self.ratios_start_at_one, self.weights_are_synced = ratios_start_at_one, weights_are_synced
         self.state: dict[str, Any] = {"first": {}, "said": [], "best": None}
 
     def check(self, metrics: dict[str, float]) -> list[str]:
@@ -111,7 +115,14 @@ class Health:
         kl, worst = metrics["objective/kl"] / length, 0.0
         for name in ("max", "min"):
             worst = max(worst, abs(metrics.get(f"ppo/policy/first_ratio_{name}", 1.0) - 1))
+        gap = metrics.get("rollout/logprob_difference", 0.0)
         rules = {
+            "servers": (
+                self.weights_are_synced and not gap <= MAX_DIFFERENCE,
+                f"log-probabilities of the servers are {gap:.3g} away from the policy's on average (rounding: below "
+                f"{MAX_DIFFERENCE:g}): they may not have its weights (a prefix cache of earlier weights, a head that "
+                "is tied to the embeddings, weight_sync) or tell others (--logprobs-mode, quantisation)",
+            ),
             "held_out": self.over_optimised(metrics),
             "kl": (
                 kl < -0.05,

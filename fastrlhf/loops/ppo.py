@@ -24,7 +24,7 @@ from fastrlhf.formulas.estimators import estimate_advantages, per_token
 from fastrlhf.formulas.kl import next_kl_coef
 from fastrlhf.formulas.rewards import RunningMoments, shape_scores
 from fastrlhf.generation.sampling import RolloutBackend, Sample, Sampling
-from fastrlhf.loops.backend import make_backend, make_engine
+from fastrlhf.loops.backend import check_servers, make_backend, make_engine
 from fastrlhf.loops.base import Trainer
 from fastrlhf.loops.budget import Budget
 from fastrlhf.loops.first_step import check_first_step, have_same_weights
@@ -43,7 +43,7 @@ from fastrlhf.runs import ranks
 from fastrlhf.runs.metrics import Statistics
 from fastrlhf.runs.shards import twin, unsharded
 from fastrlhf.scoring.scorer import Scorer, check_reward
-from fastrlhf.settings.ppo import PPOConfig
+from fastrlhf.settings.ppo import STALE, PPOConfig
 
 NUM_SAMPLES = 4  # of a step that are left in samples.jsonl
 
@@ -98,7 +98,8 @@ class PPO(Trainer):
             self.roles.rest_idle(*reward_models, *judges)
             self.learner.rest_moments()
         self.kl_coef, self.moments = config.kl_coef, RunningMoments()
-        self.health = Health(ratios_start_at_one=config.truncation != "sampler")
+        synced = config.rollout_url is not None and config.weight_sync != STALE
+        self.health = Health(ratios_start_at_one=config.truncation != "sampler", weights_are_synced=synced)
         names = {field.name for field in fields(Sampling)} - {"greedy"}
         self.sampling = Sampling(**{name: getattr(config, name) for name in names})
         make = partial(make_backend, config, tokenizer=self.tokenizer) if backend is None else backend
@@ -109,6 +110,7 @@ class PPO(Trainer):
         longest = max(len(prompt.tokens) for prompt in (*self.prompts, *self.held_out.prompts))
         for model in models:
             check_fits(model.model, self.tokenizer, longest_prompt=longest, max_new_tokens=config.max_new_tokens)
+        check_servers(self.engine, self.prompts, self.held_out.prompts, self.sampling)
         begin(self, (prompt.tokens for prompt in self.prompts))
         self.log.say(str(loaded.report))
         self.learner.announce_warmup(self.num_steps_done)

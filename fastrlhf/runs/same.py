@@ -34,6 +34,8 @@ MAY_DIFFER = {
     "judge_timeout",
     "judge_key_file",
     "rollout_url",
+    "rollout_timeout",
+    "rollout_key_file",
     "weight_sync",
     "tensorboard",
     "device",

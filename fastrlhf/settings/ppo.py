@@ -135,6 +135,8 @@ class PPOConfig(LoopConfig):
     rollout_url: str | None = rare(None, "URL,URL,... of vLLM servers that generate; default: in this process")
     rollout_model: str = rare("policy", "name under which they serve the policy")
     rollout_logprobs: str = rare("raw_logprobs", "their --logprobs-mode: raw_logprobs or processed_logprobs")
+    rollout_timeout: float = rare(600.0, "seconds for one response, tries after errors included")
+    rollout_key_file: str | None = rare(None, "file with the key of the servers")
     weight_sync: str | Callable[..., Any] | None = rare(  # noqa: RUF009
         None, "module:function, called with policy and URLs before each rollout; stale: nothing is"
     )
@@ -180,6 +182,7 @@ class PPOConfig(LoopConfig):
         at_least(self, 0, "value_lora_rank")
         above(self, 0, "value_learning_rate", "value_coef", "temperature", "kl_target", "kl_coef_end", "score_clip")
         above(self, 0, "clip_range", "clip_range_high", "clip_range_value", "max_update_kl", "kv_budget")
+        above(self, 0, "rollout_timeout")
         above(self, 1, "dual_clip")
         at_least(self, 0, "kl_coef", "entropy_coef", "value_warmup_steps", "reference_every", "min_response_tokens")
         at_least(self, 0, "min_new_tokens", "samples_every", "overlong_tokens", "overlong_penalty", "ptx_coef", "top_k")
@@ -211,6 +214,8 @@ class PPOConfig(LoopConfig):
             )
         if self.parallel == "fsdp":
             raise ValueError("rollout_url: no process has all weights under parallel=fsdp, for weight_sync to bring")
+        if not 0.01 <= self.temperature <= 2:
+            raise ValueError(f"temperature must be from 0.01 to 2 with rollout_url, got {self.temperature}")
         if truncating:
             raise ValueError(f"{given}: a server tells log-probabilities before or after these, not both")
         greedy = "remax" if self.estimator == "remax" else "eval_greedy"
@@ -277,6 +282,8 @@ class PPOConfig(LoopConfig):
             ),
             "rollout_model": servers,
             "rollout_logprobs": servers,
+            "rollout_timeout": servers,
+            "rollout_key_file": servers,
             "weight_sync": servers,
             "kv_budget": engine,
             "cuda_graphs": engine,

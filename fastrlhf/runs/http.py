@@ -1,0 +1,234 @@
+"""The HTTP client for every server that a run asks: one that generates, a judge, a reward.
+
+A request has one deadline, retries included, which also ends a server that sends a byte now and then. 429, 503 and
+broken connections are tried again, after longer and longer waits. Redirects are refused, so the key and the texts go to
+the address that was given and to no other. Proxies are those of the environment, as in urllib.
+
+It stands on urllib, not on the client that transformers brings: that has one name in some versions (httpx), another in
+others (httpx2), and its timeouts count from the last byte.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import time
+import urllib.request
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urljoin, urlsplit
+
+from fastrlhf.runs.deadline import Handler, SecureHandler
+
+TRIES = 8  # of a request; the waits between them come to about a minute
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries, doubled each time
+MAX_BYTES = 64 * 2**20  # of an answer
+BUSY = (429, 503)
+UNSENT = (ConnectionRefusedError, socket.gaierror)  # the server has not seen the request
+BROKEN = (ConnectionError, HTTPException)
+_jitter = random.Random()  # its own, since the loops seed Python's
+
+
+class ServerError(RuntimeError):
+    """A server that cannot be reached, or whose answer cannot be used.
+
+    status: of its answer, where there was one
+    wait: seconds after which the request may be tried again; None: it should not be"""
+
+    def __init__(self, text: str, status: int | None = None, wait: float | None = None) -> None:
+        super().__init__(text)
+        self.status, self.wait = status, wait
+
+
+class Server:
+    """A server that takes and gives JSON.
+
+    caller: who asks, for errors; url: what paths are added to, such as http://localhost:8000
+    timeout: seconds for a request: all its tries, the waits between them, and reading the answer
+    key: sent as the bearer token, see `read_key`; tries: of a request; max_bytes: of an answer
+
+    Raises: ValueError for an url that is none, and for a timeout that is not above 0."""
+
+    def __init__(
+        self,
+        caller: str,
+        url: str,
+        *,
+        timeout: float,
+        key: str | None = None,
+        tries: int = TRIES,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        if not timeout > 0:
+            raise ValueError(f"{caller}: timeout must be above 0, got {timeout}")
+        self.caller, self.url, self.key = caller, checked_url(url, caller), key
+        self.timeout, self.tries, self.max_bytes = timeout, tries, max_bytes
+        self.headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "fastrlhf"}
+        if key is not None:
+            self.headers["Authorization"] = f"Bearer {key}"
+        self.opener = urllib.request.OpenerDirector()  # without handlers of redirects, of files and of errors
+        for handler in (urllib.request.ProxyHandler(), Handler(), SecureHandler()):
+            self.opener.add_handler(handler)
+
+    def get(self, path: str = "", *, tries: int | None = None) -> dict[str, Any]:
+        """The JSON object at a path. Raises: see `post`."""
+        return self._parsed(path, self._ask(path, None, True, tries or self.tries))
+
+    def post(self, path: str, request: Any, *, repeat: bool = True, tries: int | None = None) -> dict[str, Any]:
+        """The JSON object that the server answers to a request, which is sent as JSON.
+
+        repeat: whether the server may get the request twice, as it may when a connection breaks
+
+        Raises: ServerError, of one line that names the server, when there is no answer in time, when it is an error or
+        a redirect, is too long, or is no JSON object."""
+        return self._parsed(path, self._ask(path, self._body(request), repeat, tries or self.tries))
+
+    def post_text(self, path: str, request: Any = None, *, repeat: bool = True, tries: int | None = None) -> str:
+        """What the server answers, JSON or not. request: sent as JSON; None: an empty body. The rest: see `post`."""
+        body = b"" if request is None else self._body(request)
+        return self._ask(path, body, repeat, tries or self.tries).decode(errors="replace")
+
+    def error(self, path: str, text: str, status: int | None = None, wait: float | None = None) -> ServerError:
+        """The error that names the caller and the address; without what a terminal obeys, and without the key."""
+        text = f"{self.caller}: {self.url}{path} {text}"
+        return ServerError(text if self.key is None else text.replace(self.key, "***"), status, wait)
+
+    def _body(self, request: Any) -> bytes:
+        try:
+            return json.dumps(request, allow_nan=False).encode()
+        except ValueError as error:
+            raise ValueError(f"{self.caller}: a request cannot be written as JSON: {error}") from None
+
+    def _ask(self, path: str, body: bytes | None, repeat: bool, tries: int) -> bytes:
+        """The answer's bytes, of as many tries as it takes."""
+        start, pause = time.monotonic(), FIRST_WAIT
+        for number in range(1, tries + 1):
+            left = self.timeout - (time.monotonic() - start)
+            try:
+                return self._try(path, body, repeat, left)
+            except ServerError as error:
+                failed, asked = error, error.wait
+            if asked is None:
+                raise failed
+            wait = max(asked, pause * _jitter.uniform(0.5, 1))
+            spent = time.monotonic() - start
+            if number == tries or wait >= self.timeout - spent:
+                break
+            time.sleep(wait)
+            pause = min(2 * pause, LONGEST_WAIT)
+        times = f" (tried {number} times in {spent:.3g} s)" if number > 1 else ""
+        later = f" (it asks to wait {failed.wait:g} s)" if (failed.wait or 0) >= self.timeout - spent else ""
+        raise ServerError(f"{failed}{times}{later}", failed.status)
+
+    def _try(self, path: str, body: bytes | None, repeat: bool, left: float) -> bytes:
+        request = urllib.request.Request(self.url + path, data=body, headers=self.headers)
+        try:
+            with self.opener.open(request, timeout=left) as answer:
+                length = answer.length or 0
+                data = b"" if length > self.max_bytes else answer.read(None if length else self.max_bytes + 1)
+                status, headers = answer.status, answer.headers
+        except (OSError, HTTPException) as error:
+            cause = error.reason if isinstance(error, URLError) else error
+            if isinstance(cause, TimeoutError):
+                raise self.error("", f"gave no answer in {self.timeout:g} s") from error
+            why = shown(f"{type(cause).__name__}: {cause}")
+            if isinstance(cause, BROKEN) and not isinstance(cause, UNSENT):
+                raise self.error(path, f"gave no whole answer: {why}", wait=0 if repeat else None) from error
+            again = 0 if isinstance(cause, UNSENT) else None
+            raise self.error("", f"cannot be reached: {why}", wait=again) from error
+        if max(length, len(data)) > self.max_bytes:
+            raise self.error(path, f"answered with more than {self.max_bytes / 2**20:g} MiB")
+        if 300 <= status < 400:
+            where = shown(urljoin(self.url + path, headers.get("Location") or "nowhere"))
+            raise self.error(path, f"answered {status}, a redirect to {where}: give that address, if you trust it")
+        if not 200 <= status < 300:
+            wait = _seconds(headers.get("Retry-After")) if status in BUSY else None
+            said = data if self.key is None else data.replace(self.key.encode(), b"***")
+            raise self.error(path, f"answered {status}: {reason_in(said)}", status, wait)
+        return bytes(data)
+
+    def _parsed(self, path: str, data: bytes) -> dict[str, Any]:
+        said = shown(data[:400].decode(errors="replace"), 100)
+        try:
+            answer = json.loads(data.decode("utf-8"), parse_constant=_constant)
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+            raise self.error(path, f"did not answer in JSON: {shown(str(error), 100)}; it said: {said}") from error
+        if not isinstance(answer, dict):
+            raise self.error(path, f"did not answer with a JSON object; it said: {said}")
+        return answer
+
+
+def checked_url(url: str, name: str) -> str:
+    """The url without a / at its end. Raises: ValueError naming it for one that is none, or that holds a password."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"{name}: url must start with http:// or https://, got {url!r}")
+    if "@" in url.split("/")[2]:
+        raise ValueError(f"{name}: the url is printed: no user and no password may stand in it")
+    try:
+        parts = urlsplit(url)
+        whole = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # such as a port that is no number
+        whole = False
+    if not whole or not url.isascii() or not url.isprintable() or " " in url or "#" in url:
+        raise ValueError(f"{name}: url must be http(s)://HOST:PORT/PATH in ASCII, got {url!r}")
+    return url.rstrip("/")
+
+
+def read_key(path: str | Path, option: str) -> str:
+    """The key in a file, without the white space around it.
+
+    Raises: ValueError naming the option, and never the key, for a file that cannot be read or holds no key."""
+    try:
+        key = Path(path).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ValueError(f"{option}: {path} cannot be read: {error.strerror or type(error).__name__}") from None
+    except ValueError:
+        raise ValueError(f"{option}: {path} is no text in UTF-8") from None
+    if not key:
+        raise ValueError(f"{option}: {path} is empty")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        expected = "must hold one key: ASCII, without white space or line ends in it"
+        raise ValueError(f"{option}: {path} {expected}; what it holds is not shown")
+    return key
+
+
+def shown(text: str, length: int = 300) -> str:
+    """Foreign text in one line of at most so many characters, with escapes for those that a terminal obeys or hides."""
+    text = " ".join(text[: 2 * length].split())
+    text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return text if len(text) <= length else text[: length - 4] + " ..."
+
+
+def reason_in(data: bytes) -> str:
+    """What a server says of an error: the message in the JSON of OpenAI, vLLM and FastAPI, or its text."""
+    text = data[:4000].decode(errors="replace")
+    try:
+        found = json.loads(text)
+        found = found.get("error", found)
+        found = found if isinstance(found, str) else found.get("message") or found["detail"]
+        return shown(found if isinstance(found, str) else json.dumps(found))
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        return shown(text) or "no reason given"
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Those of a Retry-After header, a number or a date; 0 without one, and where it says neither."""
+    try:
+        return max(0.0, float(int(retry_after or 0)))
+    except (ValueError, OverflowError):
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after or "").timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+def _constant(name: str) -> float:
+    """Of the three that JSON has not, -Infinity may be the logarithm of 0."""
+    if name != "-Infinity":
+        raise ValueError(f"{name} is no JSON")
+    return float("-inf")
