@@ -19,6 +19,7 @@ import kills
 import overwriting
 import pairs_of_processes
 import rows
+import servers
 from commands import COMMANDS, OF_ROWS, RANKS
 from outcomes import GOOD, Outcome, Trials
 from processes import HungError
@@ -40,8 +41,9 @@ KINDS = {
     "pairs": Kind(pairs_of_processes.trials, COMMANDS),
     "files": Kind(files.trials, set(COMMANDS) - set(RANKS)),
     "rows": Kind(rows.trials, OF_ROWS),
+    "servers": Kind(servers.trials, servers.COMMANDS),
 }
-SAMPLED = ("files", "rows")
+SAMPLED = ("files", "rows", "servers")
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,15 @@ class Campaign:
         if (task.kind, task.command, f"all {task.number} {self.sample}") in self.done:
             return f"{task.kind:<12}{task.command:<12} was done"
         folder.mkdir()
-        for name, attempt in KINDS[task.kind].trials(task.command, folder, task.number):
-            rng = Random(f"{self.seed} {task.kind} {task.command} {name}")
-            drawn = task.kind not in SAMPLED or rng.random() < self.sample
-            if drawn and (task.kind, task.command, name) not in self.done:
-                ends.append(self._try(task, name, attempt, rng, folder))
+        try:
+            for name, attempt in KINDS[task.kind].trials(task.command, folder, task.number):
+                rng = Random(f"{self.seed} {task.kind} {task.command} {name}")
+                drawn = task.kind not in SAMPLED or rng.random() < self.sample
+                if drawn and (task.kind, task.command, name) not in self.done:
+                    ends.append(self._try(task, name, attempt, rng, folder))
+        except (RuntimeError, HungError) as error:  # of an undisturbed run
+            failed = Outcome("undisturbed", "unclear", str(error)[-1000:])
+            ends.append(self._try(task, "undisturbed", lambda rng: failed, Random(), folder))
         self._note({"kind": task.kind, "command": task.command, "trial": f"all {task.number} {self.sample}"})
         bad = [end for end in ends if end not in (*GOOD, "skipped")]
         if not bad:

@@ -134,9 +134,14 @@ def make_inputs(folder: Path) -> None:
 
 
 def arguments(command: str, rows: str, *more: str) -> list[str]:
-    """What is typed; the output folder is named in `more`. The last of two options with one name counts."""
+    """What is typed, without the output folder."""
+    return arguments_of(COMMANDS[command].format(rows=rows).split(), *more)
+
+
+def arguments_of(words: list[str], *more: str) -> list[str]:
+    """Words of a command, and more of them. The last of two options with one name counts."""
     given: dict[str, list[str]] = {}
-    words = [*COMMANDS[command].format(rows=rows).split(), *more]
+    words = [*words, *more]
     first = next(n for n, text in enumerate(words) if text.startswith("--"))
     name = ""
     for text in words[first:]:
