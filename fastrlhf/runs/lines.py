@@ -40,7 +40,7 @@ def whole_lines(path: Path, *names: str) -> list[bytes]:
         lines.pop()
     for number, line in enumerate(lines):
         try:
-            damaged = any(name not in dict(json.loads(line)) for name in names) or _is_broken(line)
+            damaged = any(name not in dict(json.loads(line)) for name in names) or is_broken(line)
         except (ValueError, TypeError, RecursionError):
             damaged = True
         if damaged:
@@ -50,7 +50,7 @@ def whole_lines(path: Path, *names: str) -> list[bytes]:
     return lines
 
 
-def _is_broken(line: bytes) -> bool:
+def is_broken(line: bytes) -> bool:
     """Whether a line has a seal, and is not what was sealed."""
     text, seal, checksum = line.rstrip().rpartition(SEAL.encode())
     return bool(seal) and checksum != b"%d}" % zlib.crc32(text + b"}")

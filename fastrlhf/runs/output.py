@@ -56,6 +56,11 @@ class OutputFolder:
         for folder in (self.path, self.path / "checkpoints"):
             if folder.exists() and not folder.is_dir():
                 raise FileExistsError(f"output: {folder} is a file, expected a folder")
+        if (self.path / "checkpoints").is_symlink() and not (self.path / "checkpoints").exists():
+            raise FileNotFoundError(
+                f"output: {self.path / 'checkpoints'} is a link to what is not there: bring that back (is its disk "
+                "mounted?), or delete the link to do without those checkpoints"
+            )
         for name in (CONFIG, INPUTS, STEPS, PRODUCTS, "timing.jsonl"):
             if (self.path / name).is_dir() or ((self.path / name).is_symlink() and not (self.path / name).exists()):
                 raise FileExistsError(f"output: {self.path / name} is no file, as a run has it: delete it to go on")

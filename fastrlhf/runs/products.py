@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.runs.inputs import fingerprint_of
-from fastrlhf.runs.whole import write_json
+from fastrlhf.runs.lines import is_broken, sealed
+from fastrlhf.runs.whole import write_file
 
 PRODUCTS = "products.json"
 # says how and when a loop ran, or is read by its own run alone
@@ -21,7 +22,7 @@ NOT_NOTED = {".lock", "config.yaml", "inputs.json", "steps.json", "timing.jsonl"
 def note(output: Path, name: str, product: str | None = None) -> None:
     """Notes that <output>/name, a folder or file, is whole. product: what to delete to have it made again, or it all"""
     files = {file: fingerprint_of(path) for file, path in _files_of(output / name).items()}
-    write_json(output / PRODUCTS, {**noted(output), name: {"product": product or name, "files": files}})
+    _write(output, {**noted(output), name: {"product": product or name, "files": files}})
 
 
 def note_new(output: Path, name: str, product: str | None = None) -> None:
@@ -34,14 +35,19 @@ def forget(output: Path, name: str) -> None:
     """Notes that something is about to be made anew."""
     left = noted(output)
     if left.pop(name, None) is not None:
-        write_json(output / PRODUCTS, left)
+        _write(output, left)
 
 
 def noted(output: Path) -> dict[str, Any]:
-    """What was noted; nothing if it is damaged."""
+    """What was noted; nothing if that is damaged."""
     try:
-        found = json.loads((output / PRODUCTS).read_text(encoding="utf-8"))
-        return {name: {"product": str(each["product"]), "files": dict(each["files"])} for name, each in found.items()}
+        text = (output / PRODUCTS).read_bytes()
+        found = {} if is_broken(text) else json.loads(text)
+        return {
+            name: {"product": str(each["product"]), "files": dict(each["files"])}
+            for name, each in found.items()
+            if name != "crc32"
+        }
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
 
@@ -59,6 +65,13 @@ def check_products(output: Path) -> None:
                 what = "has changed since it was written" if file in there else "is missing"
                 end = "to go on without it" if name == "best" else "to have it made again"
                 raise ValueError(f"resume: {output / name / file} {what}; restore it, or delete {product} {end}")
+
+
+def _write(output: Path, found: dict[str, Any]) -> None:
+    if found:
+        write_file(output / PRODUCTS, f"{sealed(json.dumps(found))}\n".encode())
+    else:
+        (output / PRODUCTS).unlink(missing_ok=True)
 
 
 def _files_of(path: Path) -> dict[str, Path]:

@@ -101,7 +101,7 @@ def settings_in(text: str | None) -> dict[str, Any] | None:
     """The settings in config.yaml; None if it is damaged."""
     try:
         values = yaml.safe_load(text or "")
-    except (yaml.YAMLError, RecursionError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) and all(isinstance(name, str) for name in values) else None
 

@@ -138,7 +138,7 @@ class Turn:
 
 
 def _good(head: str, body: str) -> Any:
-    """What a server should say: it follows from what it is asked. The untrained policy's 300 tokens are about as likely."""
+    """What a server should say: it follows from what it is asked. The policy, untrained, holds 300 tokens as likely."""
     if head.startswith("GET"):
         return {"object": "list", "data": [{"id": name, "max_model_len": 4096} for name in ("m", "policy")]}
     asked = json.loads(body)
