@@ -8,7 +8,7 @@ from collections import Counter
 
 from loops import ROOT
 
-SHORT = ["--kills=2", "--overwriting=1", "--pairs=1", "--sample=0.015", "--commands=ppo,label"]
+SHORT = ["--kills=2", "--overwriting=1", "--pairs=1", "--sample=0.02", "--commands=sft,label"]
 
 
 def test_nothing_is_lost_in_a_sample_of_the_faults(tmp_path):

@@ -125,8 +125,11 @@ class Label:
             ends = given.finished.tolist()
             rows = [{"responses": given.texts[n : n + 2], "finished": ends[n : n + 2]} for n in range(0, len(ends), 2)]
             write_file(path, lines(rows))
+        answers = read_jsonl(path)
+        if len(answers) != len(items) or not all({"responses", "finished"} <= row.keys() for row in answers):
+            raise ValueError(f"resume: {path} is damaged: it lacks answers; delete it to have it made again")
         note_new(self.output, path.name)
-        both = zip(items, read_jsonl(path), strict=True)
+        both = zip(items, answers, strict=True)
         return [replace(item, responses=tuple(row["responses"]), finished=tuple(row["finished"])) for item, row in both]
 
     def verdicts(self) -> Generator[str, None, list[Verdict | None]]:

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from fastrlhf.data import DataError, Reason, Rejected
@@ -91,8 +91,8 @@ class Revise:
                 rows_of_round = lines(self.round(round_number, responses))
                 self.folder.check()
                 write_file(path, rows_of_round)
+            rows = _rows_of(path, responses)
             note_new(self.output, path.name)
-            rows = {row.pop("row"): row for row in read_jsonl(path)}
             self.keep(rows)
             responses = {number: row["revision"] for number, row in rows.items() if "reason" not in row}
             for number in responses:
@@ -128,8 +128,8 @@ class Revise:
         if not path.exists():
             drawn = self.sample({number: item.prompt for number, item in self.items.items()}, 0, "respond")
             write_file(path, lines([{"row": number, **row} for number, row in drawn.items()]))
+        rows = _rows_of(path, self.items)
         note_new(self.output, path.name)
-        rows = {row.pop("row"): row for row in read_jsonl(path)}
         self.keep(rows)
         return {number: (rows[number]["text"], rows[number]["finished"]) for number in self.items}
 
@@ -227,3 +227,11 @@ class Revise:
         write_file(self.output / "transcripts.jsonl", lines(list(done.values())))
         write_json(self.output / "summary.json", summary)
         return summary
+
+
+def _rows_of(path: Path, numbers: Collection[int]) -> dict[int, Row]:
+    """The rows of a file by their numbers. Raises: ValueError unless there are those."""
+    rows = {row.pop("row", None): row for row in read_jsonl(path)}
+    if rows.keys() != set(numbers):
+        raise ValueError(f"resume: {path} is damaged: it lacks rows; delete it to have it made again")
+    return rows

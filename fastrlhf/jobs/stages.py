@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.runs import ranks, signals
-from fastrlhf.runs.lines import append
+from fastrlhf.runs.lines import append, as_json
 from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.products import PRODUCTS, check_products, forget, note_new
 
@@ -85,7 +85,7 @@ def write_tables(folder: Path, tables: dict[str, Any]) -> None:
     """Writes lists as JSONL and the rest as JSON, by file name."""
     for name, table in tables.items():
         if name.endswith(".jsonl"):
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
+            text = "".join(as_json(row) + "\n" for row in table)
         else:
             text = json.dumps(table, indent=2) + "\n"
         (folder / name).write_text(text, encoding="utf-8")

@@ -21,6 +21,12 @@ def append(path: Path, row: dict[str, Any], *, seal: bool = False) -> None:
     append_text(path, (sealed(text) if seal else text) + "\n")
 
 
+def as_json(row: Any) -> str:
+    """A value as a line of JSON, with its letters as they are; lone surrogates, which no file can hold, as escapes."""
+    text = json.dumps(row, ensure_ascii=False)
+    return text if all(not "\ud800" <= each <= "\udfff" for each in text) else json.dumps(row)
+
+
 def sealed(text: str) -> str:
     """A JSON object with its checksum as the last value, by which `whole_lines` knows that it is what was written."""
     return f"{text[:-1]}{SEAL}{zlib.crc32(text.encode())}}}"
@@ -38,9 +44,10 @@ def whole_lines(path: Path, *names: str) -> list[bytes]:
     lines = path.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
+    has_seals = any(SEAL.encode() in line for line in lines)
     for number, line in enumerate(lines):
         try:
-            damaged = any(name not in dict(json.loads(line)) for name in names) or is_broken(line)
+            damaged = any(name not in dict(json.loads(line)) for name in names) or is_broken(line, has_seals)
         except (ValueError, TypeError, RecursionError):
             damaged = True
         if damaged:
@@ -50,10 +57,10 @@ def whole_lines(path: Path, *names: str) -> list[bytes]:
     return lines
 
 
-def is_broken(line: bytes) -> bool:
-    """Whether a line has a seal, and is not what was sealed."""
+def is_broken(line: bytes, must: bool = False) -> bool:
+    """Whether a line is not what was sealed; must: without a seal it is broken, too"""
     text, seal, checksum = line.rstrip().rpartition(SEAL.encode())
-    return bool(seal) and checksum != b"%d}" % zlib.crc32(text + b"}")
+    return checksum != b"%d}" % zlib.crc32(text + b"}") if seal else must
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
