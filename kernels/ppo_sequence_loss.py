@@ -67,8 +67,9 @@ def ppo_sequence_sums_kernel(
     ratio = tl.exp(tl.sum(log_ratios.to(tl.float64), 0) * share)
     gain = tl.sum(gains.to(tl.float64), 0)
     harm = tl.sum(harms.to(tl.float64), 0)
-    # comparisons, which pass a NaN on; a kind without a token stays out, as 0 times an infinite ratio is NaN
-    still = tl.where(kept > better + worse, 0.0 * gain * ratio, 0.0)
+    # comparisons, which pass a NaN on; a kind without a token stays out, as 0 times an infinite ratio is NaN, and so
+    # does an infinite ratio of tokens with advantage 0
+    still = tl.where(kept > better + worse, 0.0 * gain * tl.where(ratio > 1, 1.0, ratio), 0.0)
     above = ratio > highest
     raised = tl.where(ratio < lowest, lowest, ratio)
     over = raised > dual_clip  # which is infinite without dual clip

@@ -10,12 +10,13 @@ import torch
 from loops import model_folder, write_rows
 
 from fastrlhf.__main__ import main
-from fastrlhf.jobs.evaluate import Mean, best_of_n, best_of_n_kl
+from fastrlhf.jobs.evaluate import best_of_n, best_of_n_kl
 from fastrlhf.loops.sft import SFT
 from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.settings.best_of_n import BestOfNConfig
 from fastrlhf.settings.training import SFTConfig
 from fastrlhf.studies.best_of_n import best_of_k, curve
+from fastrlhf.trust.means import Mean
 
 RULES = """
 def early(prompts, responses, *, response_ids, topic):

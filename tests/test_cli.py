@@ -1,4 +1,6 @@
+import dataclasses
 import os
+import shlex
 import subprocess
 import sys
 import unicodedata
@@ -10,10 +12,15 @@ from loops import ROOT, demonstrations, model_folder, pairs, write_rows
 from transformers import AutoModelForCausalLM
 
 import fastrlhf
-from fastrlhf.__main__ import main
+from fastrlhf.__main__ import COMMANDS, LOOP_PRODUCTS, main
+from fastrlhf.runs import ranks
+from fastrlhf.runs.going_on import LAST, LOOPS, command_of, given, how_to_go_on
 from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.runs.optim import NonFiniteError
+from fastrlhf.runs.options import parse
+from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.streams import plain_warnings, print_error, printable
+from fastrlhf.settings.values import dump
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -179,11 +186,15 @@ def test_interrupting_says_how_to_go_on(arguments, monkeypatch, capsys, tmp_path
 
     monkeypatch.setattr(SFT, "step", stop_at_three)
     assert main(["sft", *arguments, "--batch-size=4", "--save-every=1"]) == 130
-    assert f"--resume continues from {tmp_path / 'out' / 'checkpoints' / 'step-000002'}" in capsys.readouterr().err
+    told = capsys.readouterr().err.splitlines()
+    newest, settings = (tmp_path / "out" / name for name in ("checkpoints/step-000002", "config.yaml"))
+    assert told[0] == f"fastrlhf sft: interrupted; the newest checkpoint is {newest}"
+    assert told[1:] == [f"go on with: fastrlhf sft --config {settings} --resume"]
     monkeypatch.setattr(SFT, "step", step)
     assert main(["sft", *arguments, "--batch-size=4", "--save-every=1"]) == 1
-    assert "is not empty: --resume (resume=True) continues" in capsys.readouterr().err
-    assert main(["sft", *arguments, "--batch-size=4", "--resume"]) == 0
+    found = "is not empty: it holds a run of fastrlhf sft, 2 of 6 steps done, not finished; --resume (resume=True)"
+    assert found in capsys.readouterr().err
+    assert main(["sft", "--config", str(settings), "--resume"]) == 0
     assert "resuming from" in capsys.readouterr().out
 
 
@@ -203,8 +214,51 @@ def test_interrupting_before_anything_is_written_says_so(arguments, monkeypatch,
     monkeypatch.setattr(f"{made.__module__}.{made.__name__}", Loading)
     given = arguments if command == "sft" else [f"--output={tmp_path / 'out'}"]
     assert main([command, *given]) == 130
-    said = f"fastrlhf {command}: error: interrupted; nothing had been written yet; give the same command again\n"
+    said = f"fastrlhf {command}: interrupted; nothing had been written yet; give the same command again\n"
     assert capsys.readouterr().err == said
+
+
+SETTINGS = {
+    "label": {"judge": "j", "data": "d"},
+    "revise": {"model": "m", "data": "d"},
+    "iterate": {"model": "m", "data": "d", "gold": "a:b"},
+    "run": {},
+    "sweep": {"model": "m", "data": "d", "first": "a:b", "second": "c:d"},
+    "overoptimize": {"model": "m", "data": "d", "gold": "a:b", "eval_data": "e"},
+}
+LOOP = {"model": "m", "data": "d", "reward": "a:b", "template_kwargs": {"a": 1}, "stop": ("x", "y")}
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if hasattr(COMMANDS[name].config, "resume")])
+@pytest.mark.parametrize("how", ["resume", "overwrite", "fresh"])
+def test_the_command_to_go_on_with_gives_every_command_the_settings_it_had(tmp_path, command, how):
+    made = COMMANDS[command].config
+    fields = {field.name for field in dataclasses.fields(made)}
+    options = SETTINGS.get(command, {name: value for name, value in LOOP.items() if name in fields})
+    config = made(**options, output=str(tmp_path / "my runs"), **({how: True} if how != "fresh" else {}))
+    folder = OutputFolder(config)
+    folder.open()
+    folder.close()
+    (tmp_path / "my runs/checkpoints/step-000001").mkdir(parents=True)
+    program, *arguments = shlex.split(how_to_go_on(command, config).partition("with: ")[2])
+    assert program == "fastrlhf" and arguments[: len(command.split())] == command.split()
+    again = parse(made, arguments[len(command.split()) :])
+    assert dump(again) == dump(dataclasses.replace(config, resume=True, overwrite=False))
+
+
+def test_a_run_in_a_folder_is_called_by_its_command_and_ends_with_a_file_of_it():
+    for name, command in COMMANDS.items():
+        if hasattr(command.config, "resume"):
+            assert command_of(command.config.__name__) == name
+    for name, file in LAST.items():
+        assert file in COMMANDS[name].products.values()
+    assert {name for name in COMMANDS if COMMANDS[name].products is LOOP_PRODUCTS} == {*LOOPS}
+
+
+def test_under_torchrun_the_command_to_go_on_with_is_torchruns(monkeypatch):
+    monkeypatch.setattr(ranks, "place", lambda: (0, 2))
+    expected = "torchrun --nproc-per-node 2 -m fastrlhf sft --config out/config.yaml"
+    assert shlex.join(given("sft", "out")) == expected
 
 
 def test_an_error_says_what_it_left(arguments, monkeypatch, capsys, tmp_path):
@@ -224,11 +278,15 @@ def test_an_error_says_what_it_left(arguments, monkeypatch, capsys, tmp_path):
     for number in (1, 2, 3):
         fails_at(number)
         assert main(["sft", *arguments, "--batch-size=4", "--save-every=2", "--overwrite"]) == 1
-        endings[number] = capsys.readouterr().err.splitlines()[-1]
+        endings[number] = capsys.readouterr().err.splitlines()[-2:]
+    command = f"fastrlhf sft --config {out / 'config.yaml'}"
     assert endings == {
-        1: f"{out} holds the settings of this run and no step yet: start again",
-        2: f"there is no checkpoint yet in {out}: --overwrite starts anew",
-        3: f"--resume, in place of --overwrite, continues from {out / 'checkpoints/step-000002'}",
+        1: [f"{out} holds the settings of this run and no step yet", f"start again with: {command}"],
+        2: [f"there is no checkpoint yet in {out}", f"start anew with: {command} --overwrite"],
+        3: [
+            f"the newest checkpoint is {out / 'checkpoints/step-000002'}",
+            f"go on with: {command} --resume --no-overwrite",
+        ],
     }
     assert main(["sft", *arguments, "--batch-size=4"]) == 1  # refused before anything was written
     assert capsys.readouterr().err.splitlines()[-1].startswith("fastrlhf sft: error: output: ")

@@ -13,7 +13,8 @@ from fastrlhf.loops.ppo import PPO
 from fastrlhf.models.policy import RewardModel
 from fastrlhf.packing import pack
 from fastrlhf.scoring.combining import FORMS, Combined, combine, parse_reward, sources_of
-from fastrlhf.scoring.scorer import Scorer, is_function, reward_folders, short_names, split_head
+from fastrlhf.scoring.scorer import Scorer
+from fastrlhf.scoring.sources import is_function, reward_folders, short_names, split_head
 from fastrlhf.settings.ppo import PPOConfig
 
 rng = np.random.default_rng(0)
@@ -57,7 +58,7 @@ def test_standard_scores_of_their_own_moments_have_mean_0_and_deviation_1():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "give a reward model folder or module:function"),
+        ("", "give a reward model folder, module:function or http\\(s\\)://URL"),
         ("a=much", "the weight in 'a=much' is no number; write SOURCE=WEIGHT"),
         ("a=nan", "the weight in 'a=nan' is no number"),
         ("a,", "no source in ''"),
@@ -113,6 +114,7 @@ def test_a_head_stands_after_the_folder(tmp_path):
     assert split_head(f"{folder}#harmless") == (str(folder), "harmless")
     assert not is_function(f"{folder}#harmless") and is_function("rules:brief")
     assert short_names([f"{folder}#harmless", f"{folder}#helpful"]) == ["reward#1#harmless", "reward#1#helpful"]
+    assert short_names(["http://host:80/", "https://host/a/b", "rules:c"]) == ["host:80", "b", "c"]
     assert list(reward_folders(f"min({folder}#x|{folder})")) == [str(folder)]
     with pytest.raises(ValueError, match="no head in"):
         is_function(f"{folder}#")

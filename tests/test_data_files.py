@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -185,6 +186,18 @@ def test_the_order_follows_from_seed_and_epoch_alone():
     assert batch_rows(50, 20, 2, seed=1) == shuffled(50, 1, 0)[40:] + shuffled(50, 1, 1)[:10]
     assert len({tuple(shuffled(50, seed, epoch)) for seed in range(5) for epoch in range(5)}) == 25
     assert shuffled(50, 2**40) != shuffled(50, 0)
+
+
+def test_orders_for_different_purposes_are_apart_and_that_of_rows_is_as_ever():
+    """No two of 4 purposes, 5 seeds and 5 epochs share an order."""
+    keys = [(seed, epoch, purpose) for seed in (0, 1, 2, 7, 2**31) for epoch in range(5) for purpose in range(4)]
+    orders = {key: tuple(shuffled(50, *key[:2], purpose=key[2])) for key in keys}
+    assert len(set(orders.values())) == 100
+    for seed, epoch in ((0, 0), (7, 3)):
+        assert shuffled(50, seed, epoch) == np.random.default_rng((seed, epoch)).permutation(50).tolist()
+    assert batch_rows(50, 20, 2, seed=1, purpose=2) == (
+        shuffled(50, 1, 0, purpose=2)[40:] + shuffled(50, 1, 1, purpose=2)[:10]
+    )
 
 
 @pytest.mark.parametrize("arguments", [(0, 1, 0), (1, 0, 0), (1, 1, -1)])

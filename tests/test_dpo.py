@@ -17,6 +17,7 @@ from fastrlhf.loops.dpo import DPO
 from fastrlhf.loops.reward import pack_rows, sides
 from fastrlhf.models.policy import Policy
 from fastrlhf.settings.training import DPOConfig
+from fastrlhf.trust.accuracy import wilson_interval
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -222,3 +223,39 @@ def test_columns_that_only_reward_models_use_are_told(settings, tmp_path, capsys
         file = write_rows(tmp_path / "soft.jsonl", [plain] * 3)
         DPO(DPOConfig(**{**settings, "data": file, "overwrite": True}))
         assert "columns not used (they are for reward models): margin, head" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variant", [{}, {"loss": "simpo", "beta": 2.0}], ids=str)
+def test_held_out_judgements_written_the_other_way_round_have_the_same_accuracy(settings, tmp_path, variant):
+    """Three pairs on a prompt are as many trials as their results are worth, by arithmetic on transformers' logits."""
+    rows = [json.loads(line) for line in Path(settings["data"]).read_text().splitlines()][:24]
+    rows = [{**row, "prompt": f"p{n // 3}"} for n, row in enumerate(rows)]
+    for n in (0, 1, 2, 7, 9):  # against what it trains on
+        rows[n]["chosen"], rows[n]["rejected"] = rows[n]["rejected"], rows[n]["chosen"]
+    turned = [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"], "preference": 0.2} if n % 2 else row
+        for n, row in enumerate(rows)
+    ]
+    undecided = [*turned, {**rows[0], "preference": 0.5}]
+    found = []
+    for name, given in (("straight", rows), ("turned", turned), ("undecided", undecided)):
+        held_out = write_rows(tmp_path / f"{name}.jsonl", given)
+        changes = {"eval_data": held_out, "output": str(tmp_path / name)}
+        loop = DPO(DPOConfig(**{**settings, **variant, **changes}))
+        next(loop)
+        found.append({key.removeprefix("eval/"): value for key, value in loop.evaluate().items()})
+    keys = ("accuracy", "accuracy_low", "accuracy_high", "num_pairs", "ties")
+    first, *others = ([each[key] for key in keys] for each in found)
+    assert all(other == first for other in others) and first[3] == 24
+    loop.save(tmp_path / "policy")
+    policy = [response_logprobs(tmp_path / "policy", pair) for pair in loop.held_out[:24]]
+    base = [response_logprobs(settings["model"], pair) for pair in loop.held_out[:24]]
+    if variant:  # means without a reference
+        leads = [(p[0].mean() - p[1].mean()).item() for p in policy]
+    else:
+        leads = [(p[0].sum() - r[0].sum() - p[1].sum() + r[1].sum()).item() for p, r in zip(policy, base, strict=True)]
+    right = [(lead > 0) == (pair.preference > 0.5) for lead, pair in zip(leads, loop.held_out, strict=False)]
+    share = sum(right) / 24
+    deviations = [sum(right[n : n + 3]) - 3 * share for n in range(0, 24, 3)]
+    trials = min(1 + 7 / 8 * share * (1 - share) * 24**2 / sum(d * d for d in deviations), 24)
+    assert 0 < share < 1 and first[:3] == pytest.approx([share, *wilson_interval(share, trials)])

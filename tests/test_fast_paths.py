@@ -75,7 +75,7 @@ def test_a_prompt_that_is_read_again_for_each_response_is_seen(saved, capsys, mo
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [
-        (["--model", "/no/such"], 1, "no folder '/no/such'"),
+        (["--model", "/no/such"], 1, "model '/no/such' not found"),
         (["--modle", "x"], 2, "unknown option --modle; did you mean --model?"),
         (["x"], 2, "expected an option --key, got 'x'"),
         (["--device", "tpu"], 2, "device must be"),

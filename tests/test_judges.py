@@ -14,6 +14,7 @@ from fastrlhf.data import Reason, Rejected
 from fastrlhf.data.template import Renderer
 from fastrlhf.feedback.judge import Question, Reply, Verdict, judge_pairs
 from fastrlhf.feedback.judges import LocalJudge, ServerJudge, reply_of
+from fastrlhf.runs.http import ServerError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = Question(RUBRIC, "", ["A", "B"])
@@ -39,8 +40,8 @@ def test_a_server_is_named_with_or_without_its_v1(server):
 def test_both_orders_are_asked_and_averaged(server, path):
     judge = ServerJudge(server.url, "policy", ["A", "B"], chat=path == "chat", api_key="secret")
     (verdict,) = ask(judge, ("why", "aaa", "b"))
-    asked = sorted(body["messages"][0]["content"] if path == "chat" else body["prompt"] for body, _ in server.requests)
-    assert asked == ["why|aaa|b|AB", "why|b|aaa|AB"]
+    asked = [body["messages"][0]["content"] if path == "chat" else body["prompt"] for body, _ in server.requests]
+    assert asked[0] == "Answer with A or B." and sorted(asked[1:]) == ["why|aaa|b|AB", "why|b|aaa|AB"]
     assert verdict.orders == pytest.approx((sigmoid(2 + 0.5), 1 - sigmoid(-2 + 0.5)))
     assert verdict.preference == pytest.approx((sigmoid(2.5) + sigmoid(1.5)) / 2)
     assert verdict.masses == pytest.approx((0.9, 0.9))
@@ -48,6 +49,75 @@ def test_both_orders_are_asked_and_averaged(server, path):
     assert (body["model"], body["max_tokens"], body["temperature"]) == ("policy", 1, 1.0)
     assert headers["Authorization"] == "Bearer secret"
     assert (body["logprobs"], body["top_logprobs"]) == (True, 20) if path == "chat" else body["logprobs"] == 20
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "advice"),
+    [
+        (400, "logprobs of at most 5", "judge_template, judge_template_kwargs and judge_top"),
+        (422, "no chat template", "judge_template, judge_template_kwargs and judge_top"),
+        (401, "Unauthorized", "judge_key_file"),
+        (403, "Forbidden", "judge_key_file"),
+        (404, "Not Found", "judge and judge_model"),
+    ],
+)
+def test_a_server_that_refuses_every_question_stops_the_run(server, status, said, advice):
+    server.change = lambda *_: (status, said)
+    with pytest.raises(ServerError) as caught:
+        ServerJudge(server.url, "base", ("A", "B"))
+    assert f"answered {status}: {said}; even a question of a few words is refused: look at {advice}" in str(
+        caught.value
+    )
+    assert len(server.requests) == 1
+
+
+def test_a_question_that_is_refused_alone_rejects_its_pair(server):
+    judge = ServerJudge(server.url, "base", ("A", "B"))
+    server.change = lambda body, answer: (400, '{"error": {"message": "too long"}}') if "ccc" in str(body) else answer
+    first, second, third = ask(judge, ("why", "aaa", "b"), ("why", "ccc", "b"), ("why", "a", "bb"))
+    assert isinstance(first, Verdict) and isinstance(third, Verdict)
+    assert second.reason == Reason.REFUSED and second.detail.endswith("answered 400: too long")
+    server.change = lambda *_: (400, "the server was started anew, without log-probabilities")
+    with pytest.raises(ServerError, match="even a question of a few words is refused"):
+        ask(judge, ("why", "aaa", "b"))
+
+
+def listed(*pairs):
+    tokens = [{"token": token, "logprob": value} for token, value in pairs]
+    return {"choices": [{"logprobs": {"content": [{"top_logprobs": tokens}]}}]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ({"choices": []}, "told no top log-probabilities of a token"),
+        ({"choices": {}}, "told no top log-probabilities of a token"),
+        ({"choices": [{"logprobs": None}]}, "told no top log-probabilities of a token"),
+        ({"choices": [{"logprobs": {"content": [{"top_logprobs": None}]}}]}, "told no top log-probabilities"),
+        (listed(), "no texts of tokens"),
+        (listed((1, -0.1)), "no texts of tokens"),
+        (listed(("A", "-1")), "-1 is no log-probability"),
+        (listed(("A", True)), "True is no log-probability"),
+        (listed(("A", None)), "None is no log-probability"),
+        (listed(("A", 5.0), ("B", 4.0)), "5.0 is no log-probability"),
+        (listed(("A", -(10**400))), "is no log-probability"),
+        (listed(("A", float("nan"))), "did not answer in JSON: NaN is no JSON"),
+        (listed(*[("A", -0.1)] * 30), "the probabilities of different tokens come to 27.1"),
+    ],
+)
+def test_log_probabilities_that_are_none_stop_the_run(server, answer, text):
+    judge = ServerJudge(server.url, "base", ("A", "B"))
+    server.change = lambda *_: answer
+    with pytest.raises(ServerError) as caught:
+        ask(judge, ("why", "aaa", "b"))
+    assert text in str(caught.value) and server.url in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_probabilities_may_add_up_to_one_but_for_rounding(server):
+    judge = ServerJudge(server.url, "base", ("A", "B"))
+    server.change = lambda *_: listed(("A", math.log(0.5)), ("B", math.log(0.5) + 1e-4), ("x", float("-inf")))
+    (verdict,) = ask(judge, ("why", "aaa", "b"))
+    assert verdict.masses == pytest.approx((1, 1), abs=1e-4)
 
 
 @pytest.mark.parametrize("template", ["chat", "none"])

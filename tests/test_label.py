@@ -11,6 +11,7 @@ from tiny import tiny_tokenizer
 
 from fastrlhf.__main__ import main
 from fastrlhf.data import DataError, Reason, load_pairs
+from fastrlhf.feedback.judges import TEST
 from fastrlhf.feedback.label import Label
 from fastrlhf.generation.server import ServerError
 from fastrlhf.runs.lines import read_jsonl
@@ -26,6 +27,8 @@ def sigmoid(x):
 
 def opinion(question, bias=0.5):
     """A judge that likes long responses, and the first place: log-odds of the first one."""
+    if question == TEST.format("A", "B"):  # which no rubric has written
+        return bias
     _, first, second, _ = question.split("|")
     return len(first) - len(second) + bias
 
@@ -131,7 +134,7 @@ def test_a_resumed_run_may_reject_more_but_not_read_other_rows(settings, server)
         run(settings)
     asked = len(server.requests)
     run(settings, max_rejected=0.1, resume=True)
-    assert len(server.requests) == asked + 2 * 6  # the rest alone
+    assert len(server.requests) == asked + 1 + 2 * 6  # a short question, and the rest alone
     assert len(read_jsonl(Path(settings["output"]) / "verdicts.jsonl")) == 10
     write_rows(settings["data"], read_jsonl(settings["data"])[::-1])
     with pytest.raises(ValueError, match="has changed since the run began"):
@@ -147,7 +150,7 @@ def test_a_stopped_run_asks_about_the_rest_alone_and_ends_the_same(settings, ser
     verdicts.write_text(verdicts.read_text() + '{"step": 2, "row": 5, "orders": [0.3, 0.4], "masses": [1, 1]}\n{"step"')
     server.requests.clear()
     run(settings, resume=True)
-    assert len(server.requests) == 2 * 6
+    assert len(server.requests) == 1 + 2 * 6
     for name in ("verdicts.jsonl", "pairs.jsonl", "summary.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (Path(settings["output"]) / name).read_bytes(), name
 
@@ -198,10 +201,10 @@ def test_where_the_judge_says_something_else_the_advice_is_min_mass_and_followin
 
 
 def test_a_judge_that_rejects_too_much_is_not_asked_on(settings, server):
-    server.change = lambda *_: (400, "no logprobs here")
-    with pytest.raises(DataError, match=r"4 of 10 rows rejected.*\n(.*\n)*.*no logprobs here"):
+    server.change = lambda body, answer: (400, "too long") if "|" in str(body) else answer
+    with pytest.raises(DataError, match=r"4 of 10 rows rejected.*\n(.*\n)*.*too long"):
         run(settings)
-    assert len(server.requests) == 8
+    assert len(server.requests) == 1 + 8 + 8  # a short question at the start and after each refusal
     with pytest.raises(DataError, match="no pair has a label"):
         run(settings, max_rejected=1, overwrite=True)
 

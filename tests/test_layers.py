@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # room -> (its modules, rooms that it may import besides itself, packages that it may import besides Python's own)
 ROOMS = {
+    "start": ({"_start"}, set(), set()),
     "native": ({"_cpu", "_cuda"}, set(), set()),
     "kernels": ({"kernels"}, set(), {"torch", "triton"}),
     "ops": ({"ops"}, {"native", "kernels"}, {"torch"}),

@@ -6,6 +6,7 @@ from fastrlhf.runs.options import UsageError, help_text, parse
 from fastrlhf.settings.best_of_n import BestOfNConfig, OveroptimizeConfig, SweepConfig
 from fastrlhf.settings.data import DataConvertConfig
 from fastrlhf.settings.feedback import IterateConfig, LabelConfig, ReviseConfig
+from fastrlhf.settings.other_names import OPTION, OTHERS
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.run import RunConfig
 from fastrlhf.settings.training import DPOConfig, RewardConfig, SFTConfig
@@ -61,6 +62,16 @@ def test_command_line_wins_over_yaml_and_yaml_over_the_preset(tmp_path):
     [
         (["--lerning-rate", "1"], "unknown option --lerning-rate; did you mean --learning-rate?"),
         (["--qwertz", "1"], "unknown option --qwertz$"),
+        (["--lr", "1e-4"], "unknown option --lr; here it is --learning-rate$"),
+        (["--num-train-epochs=3"], "unknown option --num-train-epochs; here it is --epochs$"),
+        (["--learning-rate-scheduler", "cosine"], "here it is --schedule$"),
+        (["--lr_scheduler_type", "cosine"], "here it is --schedule$"),
+        (["--per-device-train-batch-size", "4"], "; --batch-size is that of a whole step, which --max-tokens cuts"),
+        (["--max-steps", "9"], "; the length of a run is --epochs, or fewer rows: --limit$"),
+        (["--output_dir", "o"], "unknown option --output_dir; here it is --output$"),
+        (["--actor_rollout_ref.actor.optim.lr=1"], "here it is --learning-rate$"),
+        (["trainer.total_epochs=3"], "expected an option --key, got 'trainer.total_epochs=3'; here it is --epochs$"),
+        (["--beta", "0.1"], "unknown option --beta$"),
         (["--batch-size"], "option --batch-size needs a value"),
         (["--batch-size", "--resume"], "option --batch-size needs a value"),
         (["--seed", "1", "--seed", "2"], "option --seed is given twice"),
@@ -72,6 +83,23 @@ def test_command_line_wins_over_yaml_and_yaml_over_the_preset(tmp_path):
 def test_a_wrong_command_line_is_refused(arguments, text):
     with pytest.raises(UsageError, match=text):
         parse(SFTConfig, [*GIVEN, *arguments])
+
+
+def test_the_hint_is_at_an_option_that_the_command_has():
+    for option, text in (
+        ("--beta=0.1", "here it is --kl-coef"),
+        ("--max-steps=9", "here it is --steps"),
+        ("--num-train-epochs=3", "the length of a run is --steps"),
+        ("--max-length=9", "lengths are --max-prompt-tokens and --max-new-tokens"),
+    ):
+        with pytest.raises(UsageError, match=rf"unknown option {option.partition('=')[0]}; {text}$"):
+            parse(PPOConfig, [*GIVEN, "--reward", "r", option])
+    known = {
+        field.name for kind in (SFTConfig, RewardConfig, DPOConfig, PPOConfig) for field in dataclasses.fields(kind)
+    }
+    for names, *texts in OTHERS:
+        for option in OPTION.findall(" ".join(texts)):
+            assert option.replace("-", "_") in known, f"{names}: there is no --{option}"
 
 
 def test_values_without_a_key_fill_the_positional_fields_in_order():
@@ -106,6 +134,8 @@ def test_missing_options_are_named():
     ("text", "error"),
     [
         ("lerning_rate: 1", "unknown key lerning_rate; did you mean learning_rate?"),
+        ("lr: 1", "unknown key lr; here it is learning_rate$"),
+        ("per_device_train_batch_size: 4", "; batch_size is that of a whole step, which max_tokens cuts"),
         ("- a\n- b", "must hold lines `key: value`, got list"),
         ("a: [", "is not YAML"),
         ("seed: 1\nepochs: 2\nseed: 2", "seed is given twice"),

@@ -18,7 +18,7 @@ from fastrlhf.runs.inputs import BLOCK, WHOLE, fingerprint_of
 from fastrlhf.runs.lines import cut_back, read_jsonl
 from fastrlhf.runs.lock import FolderInUseError, Lock
 from fastrlhf.runs.output import OutputFolder
-from fastrlhf.runs.whole import DiskFullError, write_file, write_whole
+from fastrlhf.runs.whole import DiskFullError, write_file, write_json, write_whole
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.training import RewardConfig, SFTConfig
 
@@ -194,8 +194,34 @@ def test_a_folder_in_which_nothing_was_done_is_free(tmp_path):
 
 def test_a_folder_with_a_step_is_refused(tmp_path):
     begun(config(tmp_path))
-    with pytest.raises(FileExistsError, match=r"not empty: --resume \(resume=True\) continues, --overwrite deletes it"):
+    ways = r"--resume \(resume=True\) continues it, --overwrite \(overwrite=True\) deletes it, or give another folder"
+    with pytest.raises(FileExistsError, match=rf"not empty: it holds a run of fastrlhf sft, .*; {ways}$"):
         OutputFolder(config(tmp_path))
+
+
+def test_a_refusal_says_how_far_the_run_has_come(tmp_path):
+    out = begun(config(tmp_path), steps=3)
+
+    def found(given=config):
+        with pytest.raises(FileExistsError) as refused:
+            OutputFolder(given(tmp_path))
+        return str(refused.value).partition("it holds ")[2]
+
+    assert found().startswith("a run of fastrlhf sft, 3 steps done, not finished; --resume")
+    write_json(out / "steps.json", {"planned": 7})
+    assert found().startswith("a run of fastrlhf sft, 3 of 7 steps done, not finished; --resume")
+    write_json(out / "steps.json", {"planned": 3, "model": 3})
+    assert found().startswith("a run of fastrlhf sft, 3 of 3 steps done, not finished"), "its model is not there yet"
+    (out / "model").mkdir()
+    assert found().startswith("a run of fastrlhf sft, 3 of 3 steps done, finished; --resume")
+
+    def of_reward(tmp_path):
+        return RewardConfig(model="m", data="d", output=str(tmp_path / "out"))
+
+    assert found(of_reward).startswith("a run of fastrlhf sft, 3 of 3 steps done, finished; --overwrite"), "no --resume"
+    (out / "metrics.jsonl").write_bytes(b'{"step": 1}\n[]\n{"step')  # half written
+    (out / "steps.json").write_text("[")
+    assert found().startswith("a run of fastrlhf sft, 1 steps done, not finished")
 
 
 COMMON = ["config.yaml", "model", "timing.jsonl", "data/train.jsonl", "tensorboard/events", "model/config.yaml"]
@@ -209,6 +235,9 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, how, name):
     path.write_text("learning_rate: 1\n")
     with pytest.raises(FileExistsError, match="holds no fastrlhf run" if how else "is not empty"):
         OutputFolder(config(tmp_path, **how), cheap=("data",))
+    if not how:
+        with pytest.raises(FileExistsError, match=r"it holds no fastrlhf run .*; give another folder$"):
+            OutputFolder(config(tmp_path), cheap=("data",))
     assert path.read_text() == "learning_rate: 1\n"
 
 
@@ -285,6 +314,34 @@ def test_resume_names_the_setting_that_differs(tmp_path):
         OutputFolder(config(tmp_path, resume=True))
     same = config(tmp_path, batch_size=8, resume=True, max_tokens=7, save_every=3, gradient_checkpointing=True)
     assert resumed(same).name == "step-000001"  # these change how it runs, not what it computes
+
+
+def test_resume_names_all_that_differs_at_once(tmp_path):
+    model, data = model_in(tmp_path / "base"), tmp_path / "data.jsonl"
+    data.write_text("{}")
+    given = {"model": model, "data": str(data)}
+    begun(config(tmp_path, **given, batch_size=8, weight_decay=0.1))
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / "base" / file).write_text("other")
+    data.write_text('{"a": 1}')
+    with pytest.raises(ValueError) as refused:
+        OutputFolder(config(tmp_path, **given, batch_size=4, seed=3, weight_decay=0.1, resume=True))
+    reasons, _, ways = str(refused.value).partition(" have changed since the run began; ")
+    assert ways == f"give those of {tmp_path / 'out/config.yaml'} and restore them, or --overwrite to start anew"
+    settings, _, files = reasons.partition("; data: ")
+    assert set(settings.removeprefix("resume: ").split("; ")) == {"seed was 0 and is 3", "batch_size was 8 and is 4"}
+    assert files == f"{data}, model: {model} (config.json, model.safetensors)"
+
+
+def test_a_setting_that_names_another_file_is_one_difference(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    begun(config(tmp_path, data=str(tmp_path / "a")))
+    with pytest.raises(ValueError) as refused:
+        OutputFolder(config(tmp_path, data=str(tmp_path / "b"), resume=True))
+    before, after = (str(tmp_path / name) for name in ("a", "b"))
+    text = f"resume: data was {before!r} and is {after!r}; give the same, or --overwrite to start anew"
+    assert str(refused.value) == text
 
 
 def test_a_resumed_run_may_read_prompts_otherwise(tmp_path):

@@ -15,7 +15,7 @@ from fastrlhf.loops.ppo import PPO
 from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.settings.best_of_n import OveroptimizeConfig
 from fastrlhf.studies.overoptimize import PRODUCTS, Overoptimize
-from fastrlhf.studies.overoptimize_report import points_of, summarise
+from fastrlhf.studies.overoptimize_report import METHODS, points_of, summarise, verdict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GOLD = """
@@ -84,7 +84,8 @@ def test_a_study_leaves_its_points_and_a_stopped_one_comes_to_the_same(settings,
     changed = {**settings, "output": str(tmp_path / "stopped")}
     assert main(["overoptimize", *arguments(changed)]) == 130
     told = capsys.readouterr()
-    assert "--resume continues" in told.err and "warning: 1 of the 4 prompts of" in told.out
+    assert told.err.splitlines()[-1].endswith(f"--config {changed['output']}/config.yaml --resume")
+    assert "warning: 1 of the 4 prompts of" in told.out
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert main(["overoptimize", *arguments(changed), "--resume"]) == 0
@@ -150,3 +151,24 @@ def test_on_the_toy_gold_peaks_and_falls_while_the_proxy_rises(tmp_path):
         assert found["fall_in_errors"] > 5, "and then falls"
         assert found["proxy_rise_after_best"] > 0, "while the proxy goes on rising"
     assert json.loads((study.output / "summary.json").read_text())["ppo"]["fit"]["beta"] > 0
+
+
+def test_a_fall_is_told_with_what_was_chosen_and_unknown_errors_as_such():
+    def rows(golds):
+        means = {"proxy": 0.0, "proxy_error": 0.1, "gold_error": 0.1, "effort": 1}
+        return [
+            {**means, "method": method, "kl": kl, "distance": kl, "gold": sum(g) / max(len(g), 1), "gold_of_prompts": g}
+            for method in METHODS
+            for kl, g in enumerate(golds)
+        ]
+
+    found = summarise(rows([[1.0, 5.0, 1.0, 5.0], [4.0, 2.0, 4.0, 0.0], [0.0, 0.0, 2.0, 2.0]]))
+    assert (
+        found["ppo"]["num_points"] == 3 and found["ppo"]["fall"] == 0 and "gold_of_prompts" not in found["ppo"]["best"]
+    )
+    assert found["ppo"]["fall_error"] == pytest.approx((sum(x * x for x in (1, 2, -1, -2)) / 3 / 4) ** 0.5)
+    assert "PPO: of 3 points gold is best" in verdict(
+        found
+    ) and "a fall of 0.00 ± 0.913 (0.0 standard errors)" in verdict(found)
+    assert "± ? (one prompt, so nobody knows its error)" in verdict(summarise(rows([[1.0], [0.5]])))
+    assert "points of an older version" in verdict(summarise(rows([[], []])))

@@ -139,7 +139,8 @@ def test_the_command_says_where_everything_lies(settings, capsys):
     ]
     assert read_jsonl(output / "data/ppo.jsonl")[0]["prompt"] == "question 12"
     assert main(["run", *options]) == 1
-    assert "is not empty: --resume (resume=True) continues, --overwrite deletes it" in capsys.readouterr().err
+    told = "is not empty: it holds a run of fastrlhf run, finished; --resume (resume=True)"
+    assert told in capsys.readouterr().err
 
 
 def test_a_run_is_resumed_with_its_own_settings_only(settings):

@@ -10,6 +10,7 @@ from loops import assert_resumes_bit_for_bit, demonstrations, model_folder, writ
 from tiny import tiny_tokenizer
 
 from fastrlhf import PPO, PPOConfig
+from fastrlhf.data import shuffled
 from fastrlhf.models.policy import RewardModel
 from fastrlhf.runs.optim import NonFiniteError
 
@@ -299,3 +300,20 @@ def test_a_step_makes_the_minibatches_asked_for_and_both_schedules_end_at_zero(f
 
 def test_the_policy_is_trained_even_in_a_run_of_one_step(folder):
     assert "ppo/policy/loss" in next(PPO(config(folder, steps=1)))
+
+
+def test_a_checkpoint_of_a_version_without_purposes_goes_on_with_the_draws_it_began_with(folder):
+    """There the minibatches of update n and the prompts of epoch n came in one order."""
+    options = {"batch_size": 8, "minibatches": 1, "epochs": 2, "steps": 2, "save_every": 1}
+    with PPO(config(folder, **options)) as trainer:
+        next(trainer)
+        state = trainer.state_dict()
+        new = {name: shuffled(8, trainer.config.seed, 2, purpose=n) for name, n in trainer.learner.orders.items()}
+        trainer.load_state_dict(state)
+        assert trainer.learner.orders == state["orders"]
+        del state["orders"]
+        trainer.load_state_dict(state)
+    before = shuffled(8, trainer.config.seed, 2)
+    old = {name: shuffled(8, trainer.config.seed, 2, purpose=n) for name, n in trainer.learner.orders.items()}
+    assert old == {"minibatches": before, "ptx": before} and len({tuple(x) for x in (*new.values(), before)}) == 3
+    assert trainer.state_dict()["orders"] == trainer.learner.orders  # also after another resume

@@ -5,11 +5,14 @@ import socket
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 from loops import ROOT, model_folder
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from fastrlhf.data.pretrained import read_pretrained
+from fastrlhf.models.policy import Policy
 
 SCRIPT = """
 import sys, time
@@ -48,8 +51,46 @@ def test_a_folder_says_what_it_lacks_and_where_that_is(tmp_path, auto, removed, 
 
 @pytest.mark.parametrize("path", ["nowhere", "./nowhere", "/no/where", "a/b/c"])
 def test_what_can_be_no_hub_id_is_looked_for_in_no_hub(path):
-    with pytest.raises(FileNotFoundError, match=rf"^model: no folder '{path}', and no hub id OWNER/NAME either$"):
-        read_pretrained(AutoConfig, path)
+    said = rf"^model '{path}' not found: there is no such folder, and it is no hub id OWNER/NAME either$"
+    for auto in (AutoTokenizer, AutoConfig):  # the tokenizer is read first
+        with pytest.raises(FileNotFoundError, match=said):
+            read_pretrained(auto, path)
+
+
+def test_a_folder_of_nearly_that_name_is_named_and_a_file_is_called_one(tmp_path, monkeypatch):
+    model_folder(tmp_path / "model")
+    (tmp_path / "weights").touch()
+    monkeypatch.chdir(tmp_path)
+    for path, hint in (("modle", "model"), (f"{tmp_path}/modle", f"{tmp_path}/model"), ("./model2/", "./model")):
+        with pytest.raises(FileNotFoundError, match=rf"no such folder \(did you mean {hint}\?\), and"):
+            read_pretrained(AutoTokenizer, path)
+    with pytest.raises(FileNotFoundError, match=r"model '\./weights' not found: it is a file, expected a folder"):
+        read_pretrained(AutoTokenizer, "./weights")
+
+
+def test_a_hub_id_that_is_not_cached_is_not_found(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for auto in (AutoTokenizer, AutoConfig):
+        with pytest.raises(FileNotFoundError, match=r"^model 'owner/no-such' not found: there is no such folder, and"):
+            read_pretrained(auto, "owner/no-such")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_loading_and_saving_show_no_bars_and_leave_the_users_setting(tmp_path, capfd, enabled):
+    model_folder(tmp_path / "model")
+    before = logging.is_progress_bar_enabled(), huggingface_hub.utils.are_progress_bars_disabled()
+    (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
+    try:
+        capfd.readouterr()
+        Policy.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "saved")
+        assert capfd.readouterr().err == ""
+        assert logging.is_progress_bar_enabled() == enabled
+        assert huggingface_hub.utils.are_progress_bars_disabled() == (not enabled)
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        assert ("Loading weights" in capfd.readouterr().err) == enabled, "a program's own loading is as before"
+    finally:
+        (logging.enable_progress_bar if before[0] else logging.disable_progress_bar)()
+        assert huggingface_hub.utils.are_progress_bars_disabled() == before[1]
 
 
 def test_a_hub_that_cannot_be_reached_is_told_at_once(tmp_path):
@@ -65,8 +106,5 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(tmp_path):
             text=True,
         )
     seconds, _, error = done.stdout.partition(" ")
-    assert (
-        "tokenizer: no folder 'owner/name', and as a hub id it is neither in the cache nor can it be fetched from"
-        in error
-    )
+    assert "model 'owner/name' not found: there is no such folder, and as a hub id it is neither in the cache" in error
     assert url in error and float(seconds) < 10, done.stderr

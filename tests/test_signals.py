@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -54,14 +55,37 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_and_resumes_bit_for_bit
     _, error = process.communicate()
     assert process.returncode == 128 + number, error
     newest = newest_checkpoint(tmp_path / "out")
-    assert error.splitlines()[-2:] == [
+    *_, first, second, last = error.splitlines()
+    assert (first, second) == (
         signals.MESSAGE.strip(),
-        f"fastrlhf sft: error: interrupted; --resume continues from {newest}",
-    ]
-    assert main([*arguments, "--resume"]) == 0
+        f"fastrlhf sft: interrupted; the newest checkpoint is {newest}",
+    )
+    program, command = last.removeprefix("go on with: ").split(" -m fastrlhf ")
+    assert program == f"{sys.executable} -u" and main(shlex.split(command)) == 0
     assert f"resuming from {newest}" in capsys.readouterr().out
     for name in NAMES:
         assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+INTERRUPTED = """
+import os, signal, time
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("program", [["-m", "fastrlhf"], ["-mfastrlhf"], ["fastrlhf"], ["-c", "import fastrlhf", "-m"]])
+def test_ctrl_c_while_the_command_imports_ends_it_without_a_traceback(tmp_path, program):
+    """And leaves other programs that import the package as they are. The torch here sends it."""
+    (tmp_path / "torch.py").write_text(INTERRUPTED)
+    (tmp_path / "fastrlhf").write_text("from fastrlhf.__main__ import main")  # as pip makes one
+    command = [sys.executable, *program, "sft", "--model", "m"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    if program[0] != "-c":
+        assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "fastrlhf: interrupted\n")
+    else:
+        assert done.returncode == -signal.SIGINT and done.stderr.endswith("KeyboardInterrupt\n")
 
 
 REWARD = """
@@ -91,7 +115,7 @@ def test_ctrl_c_leaves_the_pool_of_a_reward_function_to_finish_the_step(tmp_path
         os.killpg(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=60)
         assert process.returncode == 128 + signal.SIGINT, error
-        assert error.splitlines()[-1].endswith(f"continues from {tmp_path / 'out/checkpoints/step-000001'}")
+        assert error.splitlines()[-2].endswith(f"newest checkpoint is {tmp_path / 'out/checkpoints/step-000001'}")
         with pytest.raises(ProcessLookupError):  # none is left
             for _ in range(100):
                 os.killpg(process.pid, 0)

@@ -139,7 +139,7 @@ def test_every_token_that_may_end_a_response_is_found():
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"^tokenizer: no folder '.*missing', and no hub id OWNER/NAME either"):
+    with pytest.raises(FileNotFoundError, match=r"^model '.*missing' not found: there is no such folder, and"):
         load_tokenizer(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match=rf"^tokenizer: cannot load '{tmp_path}': the folder has no tokenizer$"):
         load_tokenizer(tmp_path)

@@ -233,7 +233,7 @@ def test_a_kill_before_the_model_of_an_extended_run_is_replaced_does_not_leave_t
         assert list(sft(**plan, epochs=2, resume=True, output=str(tmp_path / name))) == []
         weights, steps = (tmp_path / name / file for file in ("model/model.safetensors", "steps.json"))
         assert weights.read_bytes() != old[Path("model/model.safetensors")]
-        assert json.loads(steps.read_text()) == {"model": 10}
+        assert json.loads(steps.read_text()) == {"planned": 10, "model": 10}
         at = weights.stat().st_mtime_ns
         assert list(sft(**plan, epochs=2, resume=True, output=str(tmp_path / name))) == []
         assert weights.stat().st_mtime_ns == at  # it is there, and not written again

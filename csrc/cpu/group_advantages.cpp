@@ -1,4 +1,6 @@
 // Scores of the responses to one prompt against each other.
+#include <float.h>
+
 #include "kernel.h"
 #include "numeric.h"
 
@@ -6,10 +8,12 @@ namespace FASTRLHF_ISA {
 namespace {
 
 // A = (s - mean) / (std + eps) for kind 1, s - mean for 2, s - mean of the others for 3. The mean
-// is taken of differences to the first score, so that it is exact where all are equal.
+// is taken of differences to the first score, so that it is exact where all are equal. For kind 1 a
+// std of at most 8 roundings of the mean is none, and A = 0.
 template <class T>
 void group_advantages(const T* scores, const int32_t* cu_groups, T* advantages, int64_t num_groups,
                       int64_t kind, double eps, int64_t num_threads) {
+  const double rounding = 8 * (sizeof(T) == sizeof(float) ? FLT_EPSILON : DBL_EPSILON);
   on_threads(cu_groups[num_groups] > kWorthThreads, num_threads, [=]() FASTRLHF_ONCE {
 #pragma omp for
     for (int64_t g = 0; g < num_groups; g++) {
@@ -26,9 +30,11 @@ void group_advantages(const T* scores, const int32_t* cu_groups, T* advantages, 
         return sum_lanes(total);
       };
       const double mean = first + sum(first, false) / n;
-      const double scale = kind == 1   ? 1 / (sqrt(sum(mean, true) / others) + eps)
-                           : kind == 2 ? 1
-                                       : n / others;
+      const double deviation = kind == 1 ? sqrt(sum(mean, true) / others) : 0;
+      const double scale = kind == 2                            ? 1
+                           : kind == 3                          ? n / others
+                           : deviation <= rounding * fabs(mean) ? 0
+                                                                : 1 / (deviation + eps);
       for_lanes(begin, end, [&](int64_t i, int size) FASTRLHF_LAMBDA {
         store(advantages + i, (load(scores + i, size) - mean) * scale, size);
       });

@@ -16,10 +16,11 @@ struct Bounds {
 };
 
 // max(-A rho, -A clip(rho, lowest, highest)), at most -A dual where A < 0; an infinite dual is
-// none.
+// none. Where A = 0 it is 0, also if rho overflows; a NaN stays.
 template <class V>
 static FASTRLHF_INLINE Term<V> surrogate(V ratio, V advantage, Bounds bounds) {
   const V lowest = all<V>(bounds.lowest), highest = all<V>(bounds.highest);
+  ratio = select((advantage == 0) & (ratio > 1), all<V>(1), ratio);
   const V bounded = select(ratio < lowest, lowest, select(ratio > highest, highest, ratio));
   const V plain = -advantage * ratio, clipped = -advantage * bounded;
   const V limit = -advantage * all<V>(bounds.dual);

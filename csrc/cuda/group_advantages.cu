@@ -1,4 +1,6 @@
 // Scores of the responses to one prompt against each other: a warp a group.
+#include <float.h>
+
 #include "kernel.h"
 #include "launch.h"
 
@@ -13,7 +15,8 @@ __device__ inline double warp_sum(double x) {
 }
 
 // A = (s - mean) / (std + eps) for kind 1, s - mean for 2, s - mean of the others for 3. The mean
-// is taken of differences to the first score, so that it is exact where all are equal.
+// is taken of differences to the first score, so that it is exact where all are equal. For kind 1 a
+// std of at most 8 roundings of the mean is none, and A = 0.
 template <class T>
 __global__ void __launch_bounds__(32 * kWarps)
     advantages_of_groups(const T* scores, const int32_t* cu_groups, T* advantages,
@@ -32,7 +35,12 @@ __global__ void __launch_bounds__(32 * kWarps)
   for (int64_t i = begin + lane; i < end; i += 32)
     squares += (scores[i] - mean) * (scores[i] - mean);
   squares = warp_sum(squares);
-  const double scale = kind == 1 ? 1 / (sqrt(squares / others) + eps) : kind == 2 ? 1 : n / others;
+  const double rounding = 8 * (sizeof(T) == sizeof(float) ? FLT_EPSILON : DBL_EPSILON);
+  const double deviation = sqrt(squares / others);
+  const double scale = kind == 2                            ? 1
+                       : kind == 3                          ? n / others
+                       : deviation <= rounding * fabs(mean) ? 0
+                                                            : 1 / (deviation + eps);
   for (int64_t i = begin + lane; i < end; i += 32)
     advantages[i] = static_cast<T>((scores[i] - mean) * scale);
 }

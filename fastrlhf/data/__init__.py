@@ -20,12 +20,13 @@ from fastrlhf.data.judged import (
     verdict_of,
 )
 from fastrlhf.data.loading import load_demonstrations, load_prompts
-from fastrlhf.data.order import batch_rows, shuffled, stream
+from fastrlhf.data.order import SPLIT, batch_rows, shuffled, stream
 from fastrlhf.data.report import Reason, Rejected, Report
 from fastrlhf.data.rows import Demonstration, Loaded, Prompt
 
 __all__ = [
     "RATING",
+    "SPLIT",
     "DataError",
     "Demonstration",
     "Judged",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
+from transformers.utils import logging
 
 CONFIG = "config.json"
 # what a folder holds that each of transformers' Auto classes reads: of each line one, by the start of the class's name
@@ -24,18 +28,33 @@ def read_pretrained(auto: Any, path: str | Path, **options: Any) -> Any:
     Raises: FileNotFoundError for a folder that is not there or lacks files, or a hub id that cannot be fetched;
     ValueError for files that cannot be read. Both name the path."""
     text = os.fspath(path)
-    what = "tokenizer" if auto.__name__ == "AutoTokenizer" else "model"
-    if not os.path.isdir(text):
-        _check_hub_id(text, what)
+    what, is_folder = "tokenizer" if auto.__name__ == "AutoTokenizer" else "model", os.path.isdir(text)
+    if not is_folder:
+        _check_hub_id(text)
     try:
-        return auto.from_pretrained(text, **options)
+        with without_bars():
+            return auto.from_pretrained(text, **options)
     except Exception as error:  # each file format has its own
-        lacks = _lacks(auto, Path(text)) if os.path.isdir(text) else ""
+        lacks = _lacks(auto, Path(text)) if is_folder else ""
         if lacks:
             raise FileNotFoundError(f"{what}: cannot load {text!r}: {lacks}") from error
-        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, OSError) and not is_folder:
+            why = f"from the hub or its cache it cannot be loaded as {auto.__name__}: {reason}"
+            raise FileNotFoundError(f"{_no_folder(text)}, and {why}") from error
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         raise kind(f"{what}: cannot load {text!r} as {auto.__name__} ({type(error).__name__}: {reason})") from error
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of transformers on weights that are read or written; those of downloads stay as they are."""
+    before = logging.is_progress_bar_enabled()
+    logging._tqdm_active = False  # logging.disable_progress_bar changes the hub's bars too
+    try:
+        yield
+    finally:
+        logging._tqdm_active = before
 
 
 def _lacks(auto: Any, folder: Path) -> str:
@@ -54,11 +73,24 @@ def _lacks(auto: Any, folder: Path) -> str:
     return f"the folder has no {' and no '.join(found)}{hint}"
 
 
-def _check_hub_id(text: str, what: str) -> None:
+def _no_folder(text: str) -> str:
+    """What to say of a model that is no folder: what there is in its place, and which folder has nearly its name."""
+    if os.path.exists(text):
+        return f"model {text!r} not found: it is a file, expected a folder"
+    parent, name = os.path.split(text.rstrip("/"))
+    beside = (
+        [path.name for path in Path(parent or ".").iterdir() if path.is_dir()] if os.path.isdir(parent or ".") else []
+    )
+    near = difflib.get_close_matches(name, beside, 1)
+    hint = f" (did you mean {os.path.join(parent, near[0])}?)" if near else ""
+    return f"model {text!r} not found: there is no such folder{hint}"
+
+
+def _check_hub_id(text: str) -> None:
     """Raises FileNotFoundError for what can only be a folder, and is none, and for a hub id where there is no hub: it
     is asked once, while transformers asks six times, for half a minute."""
     if text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise FileNotFoundError(f"{what}: no folder {text!r}, and no hub id OWNER/NAME either")
+        raise FileNotFoundError(f"{_no_folder(text)}, and it is no hub id OWNER/NAME either")
     cached = isinstance(huggingface_hub.try_to_load_from_cache(text, CONFIG), str)
     if cached or huggingface_hub.constants.HF_HUB_OFFLINE:  # transformers is quick with these
         return
@@ -68,6 +100,6 @@ def _check_hub_id(text: str, what: str) -> None:
         return
     except Exception as error:  # each version has other libraries to connect with
         raise FileNotFoundError(
-            f"{what}: no folder {text!r}, and as a hub id it is neither in the cache nor can it be fetched from "
+            f"{_no_folder(text)}, and as a hub id it is neither in the cache nor can it be fetched from "
             f"{huggingface_hub.constants.ENDPOINT} ({type(error).__name__}: {error})"
         ) from error

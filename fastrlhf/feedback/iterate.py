@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from fastrlhf.data import DataError, Prompt, Rejected, batch_rows, shuffled
+from fastrlhf.data import SPLIT, DataError, Prompt, Rejected, batch_rows, shuffled
 from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.feedback.label import Label
 from fastrlhf.feedback.rounds import accuracy, last_evaluated, round_line, round_row
@@ -27,7 +27,6 @@ from fastrlhf.jobs.evaluate import answer
 from fastrlhf.jobs.labels import label_pairs
 from fastrlhf.jobs.report import reward_model_line
 from fastrlhf.jobs.stages import Stages, write_tables
-from fastrlhf.loops.held_out import mean_and_error
 from fastrlhf.loops.ppo import PPO
 from fastrlhf.loops.reward import RewardTrainer
 from fastrlhf.models.policy import Policy
@@ -42,6 +41,7 @@ from fastrlhf.settings.feedback import MAX_ROUNDS, IterateConfig, JudgeConfig, L
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.training import RewardConfig
 from fastrlhf.settings.values import field_types
+from fastrlhf.trust.means import Mean
 
 STAGES = {"pairs": "pairs", "reward": "reward/model", "ppo": "ppo/model"}  # of a round, and what each leaves
 TAKEN = ("model", "data", "eval_data", "output", "resume", "overwrite")  # settings of a loop that no file may change
@@ -81,8 +81,8 @@ class Iterate(Stages):
         if config.gold is not None:
             parts = (self.tables[f"{name}.jsonl"] for name in ("prompts", "heldout"))
             columns = {name for rows in parts for row in rows for name in row} - {"prompt"}
-            tokens = config.max_tokens
-            self.judges["gold"] = Scorer(config.gold, self.tokenizer, max_tokens=tokens, columns=columns, **placing)
+            placing |= {"max_tokens": config.max_tokens, **config.reward_options()}
+            self.judges["gold"] = Scorer(config.gold, self.tokenizer, columns=columns, **placing)
 
     def read(self) -> dict[str, list[Row]]:
         """The tables of the data stage. Raises: DataError for rows that cannot be used, or too few."""
@@ -99,7 +99,7 @@ class Iterate(Stages):
         if len(kept) <= config.num_heldout:
             raise DataError(f"data: {config.data} has {len(kept)} prompts, of which {config.num_heldout} are held out")
         ranks.say(report)
-        rows = [{**kept[n].columns, "prompt": kept[n].prompt} for n in shuffled(len(kept), config.seed)]
+        rows = [{**kept[n].columns, "prompt": kept[n].prompt} for n in shuffled(len(kept), config.seed, purpose=SPLIT)]
         held_out = rows[: config.num_heldout]
         tables = {"heldout.jsonl": held_out, "prompts.jsonl": rows[config.num_heldout :]}
         if config.comparisons is not None:
@@ -174,8 +174,8 @@ class Iterate(Stages):
                 progress=done,
             )
         pairs, counts = label_pairs(answers, [row["prompt"] for row in rows])
-        mean, error = mean_and_error(answers.judgements["gold"].view(-1, 2).mean(1))  # of a prompt
-        gold = {"mean_gold": mean, "mean_gold_error": error}
+        mean = Mean.of(answers.judgements["gold"].view(-1, 2).mean(1))  # of a prompt
+        gold = {"mean_gold": mean.mean, "mean_gold_error": mean.error}
         return [{**pair, "rater": "gold"} for pair in pairs if pair], {**counts, **gold}
 
     def by_judge(self, number: int, name: str, rows: Sequence[Row]) -> tuple[list[Row], Row]:
@@ -243,6 +243,7 @@ class Iterate(Stages):
             "temperature": config.temperature,
             "save_every": max(1, config.steps // 2),
             **self.shared(folder / "ppo"),
+            **config.reward_options(),
             "seed": self.seed(number, PPO_SEED),
             **self.further["ppo"],
             "model": str(self.policy(number)),

@@ -12,6 +12,8 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from fastrlhf.data import DataError, Reason, Rejected
 from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.feedback.judge import Verdict, judge_pairs
@@ -37,7 +39,7 @@ from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.products import PRODUCTS, check_products, note_new
 from fastrlhf.runs.whole import write_file, write_json
 from fastrlhf.settings.feedback import LabelConfig
-from fastrlhf.trust.accuracy import wilson_interval
+from fastrlhf.trust.accuracy import share_of
 
 OURS = (
     "config.yaml",
@@ -183,8 +185,9 @@ def label(
             continue
         judged.append(verdict)
         tie, first_wins = abs(verdict.preference - 0.5) <= tie_margin, verdict.preference > 0.5
-        if item.labelled:
-            agreements.append(0.5 if tie else float(first_wins))
+        given = _given(item)
+        if given != 0.5:
+            agreements.append((0.5 if tie else float(first_wins == (given > 0.5)), as_text(item.prompt)))
         if tie:
             num_ties += 1
             continue
@@ -200,14 +203,22 @@ def label(
                 "rater": rater,
                 **{f"{side}_finished": item.finished[n] for side, n in (("chosen", better), ("rejected", worse))},
                 **item.columns,
-                **({"agrees": first_wins} if item.labelled else {}),
+                **({"agrees": first_wins == (given > 0.5)} if given != 0.5 else {}),
             }
         )
     return rows, {"pairs": len(rows), "ties": num_ties, **_summary(judged, agreements)}
 
 
-def _summary(judged: Sequence[Verdict], agreements: Sequence[float]) -> Row:
-    """What the verdicts came to: sureness, position bias, mass of the answers, agreement with the file's labels."""
+def _given(item: Item) -> float:
+    """What the file says of a pair, P(the first of its responses is better); 1/2 where it says nothing."""
+    value = item.label.get("preference")
+    return 0.5 if not item.labelled else float(value) if isinstance(value, int | float) else 1.0
+
+
+def _summary(judged: Sequence[Verdict], agreements: Sequence[tuple[float, str]]) -> Row:
+    """What the verdicts came to: sureness, position bias, mass of the answers, agreement with the file's labels.
+
+    agreements: of each pair that the file labels, 1, 0, or 1/2 for a tie, and its prompt"""
     num = len(judged)
     summary: Row = {
         "mean_preference": sum(max(each.preference, 1 - each.preference) for each in judged) / num,
@@ -218,8 +229,9 @@ def _summary(judged: Sequence[Verdict], agreements: Sequence[float]) -> Row:
         "least_mass": min(min(each.masses) for each in judged),
     }
     if agreements:
-        share = sum(agreements) / len(agreements)
-        summary["agreement"] = {"share": share, "interval": wilson_interval(share, len(agreements))}
+        hits, prompts = zip(*agreements, strict=True)
+        found = share_of(torch.tensor(hits), prompts)
+        summary["agreement"] = {"share": found.accuracy, "interval": (found.low, found.high)}
     return summary
 
 

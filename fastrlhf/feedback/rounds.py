@@ -14,13 +14,15 @@ from fastrlhf.models.policy import RewardModel
 from fastrlhf.packing import pack
 from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.settings.feedback import IterateConfig
+from fastrlhf.trust import accuracy as trust
+from fastrlhf.trust.means import with_error
 
 GOLD = {"heldout_gold": "eval/score", "heldout_gold_error": "eval/score_error"}  # of metrics, where gold judges
 
 
 @torch.no_grad()
 def accuracy(config: IterateConfig, model: Path, pairs: Path, *, max_length: int) -> Row:
-    """Returns the share of a file's pairs in which a reward model prefers the chosen response, ties half."""
+    """Returns the accuracy of a reward model on a file's pairs, as training reports it."""
     options = config.model_options()
     reward_model = RewardModel.from_pretrained(model, freeze=True, **options)
     loaded = load_pairs(
@@ -35,8 +37,9 @@ def accuracy(config: IterateConfig, model: Path, pairs: Path, *, max_length: int
     sides = [pair.prompt + side for pair in rows for side in (pair.chosen, pair.rejected)]
     parts = pack(sides, device=options["device"]).microbatches(config.max_tokens)
     scores = torch.cat([reward_model(part) for part in parts])
-    leads = (scores[0::2] - scores[1::2]).sign().double()
-    return {"accuracy": (leads.mean().item() + 1) / 2, "num": len(rows)}
+    labels, prompts = torch.tensor([pair.preference for pair in rows]), [tuple(pair.prompt) for pair in rows]
+    found = trust.accuracy((scores[0::2] - scores[1::2]).cpu(), labels, clusters=prompts)
+    return {"accuracy": found.accuracy, "low": found.low, "high": found.high, "num": found.num}
 
 
 def last_evaluated(folder: Path) -> Row:
@@ -80,7 +83,7 @@ def round_line(row: Row) -> str:
         )
     gold = ""
     if row["heldout_gold"] is not None:
-        after, before = (f"{row[name]:.3f} ± {row[f'{name}_error']:.3f}" for name in ("heldout_gold", "gold_before"))
+        after, before = (with_error(row[name], row[f"{name}_error"]) for name in ("heldout_gold", "gold_before"))
         gold = f", gold {after} after {before}"
     return (
         f"{right} on {row['heldout_accuracy']:.1%} of {row['heldout_pairs']} held-out pairs; score "

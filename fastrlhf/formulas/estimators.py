@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops import approx_kl, discounted_returns, gae, group_advantages, masked_whiten, ppo_advantages
+from fastrlhf.ops.group_advantages import is_level
 from fastrlhf.packing import Packed
 from fastrlhf.settings.ppo import GROUPED, PPOConfig
 
-ROUNDING = 1e-6  # of float32 scores, in units of the largest one: eight times its last bit
 GROUP_KINDS = {"rloo": "rloo", "dr_grpo": "dr_grpo", "reinforce++_baseline": "dr_grpo"}
 
 
@@ -95,8 +95,9 @@ def level(scores: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor]:
     """Returns scores (N,) that are equal where those of a group differ by rounding alone, which a deviation would
     blow up to advantages; and whether they are equal in each group (G,)."""
     groups = scores.view(-1, samples_per_prompt)
-    low, high = groups.aminmax(dim=1)
-    equal = high - low <= ROUNDING * groups.abs().amax(1)
+    wide = groups.double()
+    deviations = wide.var(1, correction=min(samples_per_prompt - 1, 1)).sqrt()
+    equal = is_level(deviations, wide.mean(1), scores.dtype)
     return torch.where(equal[:, None], groups[:, :1], groups).reshape(-1), equal
 
 

@@ -19,32 +19,9 @@ from fastrlhf.ops import approx_kl
 from fastrlhf.packing import Packed
 from fastrlhf.trust.accuracy import hits
 from fastrlhf.trust.calibration import Reliability, reliability
+from fastrlhf.trust.means import Mean
 
 Judge = Callable[[Sequence[Prompt], Sequence[Sample], Packed], Tensor]  # such as a Scorer
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over `num` prompts and its standard error, sd / sqrt(num); the sd has num - 1 in its denominator."""
-
-    mean: float
-    error: float
-    num: int
-
-    @classmethod
-    def of(cls, values: Tensor) -> Mean:
-        """The mean of (N,) values, one a prompt; with fewer than two the error is infinite."""
-        values = values.detach().double().flatten()
-        error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
-        return cls(values.mean().item(), error, len(values))
-
-    @property
-    def in_errors(self) -> float:
-        """How many standard errors the mean is away from 0; infinite where all values are the same."""
-        return self.mean / self.error if self.error else math.copysign(math.inf, self.mean) if self.mean else 0.0
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.error:.3f}"
 
 
 @dataclass(frozen=True)

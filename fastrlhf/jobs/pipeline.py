@@ -267,10 +267,11 @@ class Run(Stages):
         return Policy.from_pretrained(path, device=device, autocast=autocast, freeze=True)
 
     def scorer(self, reward: Any) -> Scorer:
-        """A judge: a reward model's folder, or module:function."""
+        """A judge: a reward model's folder, module:function or URL."""
         options = self.ppo_config()
         device, autocast = options.resolve_device(), options.autocast_dtype()
-        return Scorer(reward, self.tokenizer(), max_tokens=options.max_tokens, device=device, autocast=autocast)
+        limits: dict[str, Any] = {"max_tokens": options.max_tokens, "reward_timeout": self.config.reward_timeout}
+        return Scorer(reward, self.tokenizer(), device=device, autocast=autocast, **limits)
 
 
 def read_texts(path: str, *columns: str) -> list[dict[str, Any]]:

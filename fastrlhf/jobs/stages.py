@@ -15,6 +15,7 @@ from fastrlhf.runs import ranks, signals
 from fastrlhf.runs.lines import append, as_json
 from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.products import PRODUCTS, check_products, forget, note_new
+from fastrlhf.runs.whole import finite
 
 
 class Stages(ABC):
@@ -87,5 +88,5 @@ def write_tables(folder: Path, tables: dict[str, Any]) -> None:
         if name.endswith(".jsonl"):
             text = "".join(as_json(row) + "\n" for row in table)
         else:
-            text = json.dumps(table, indent=2) + "\n"
+            text = json.dumps(finite(table), indent=2, allow_nan=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")

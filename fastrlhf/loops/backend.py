@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
@@ -13,10 +14,12 @@ from fastrlhf.data.template import eos_token_ids
 from fastrlhf.generation.engine import Engine
 from fastrlhf.generation.rollout_server import ServerBackend
 from fastrlhf.generation.sampling import RolloutBackend, Sampling
+from fastrlhf.generation.weight_sync import check_adapter, lora
 from fastrlhf.models.policy import Policy
 from fastrlhf.runs import ranks
 from fastrlhf.runs.http import ServerError, read_key, reason_in, shown
-from fastrlhf.scoring.scorer import load_function
+from fastrlhf.runs.output import ROLLOUT_WEIGHTS
+from fastrlhf.scoring.named import load_function
 from fastrlhf.settings.ppo import STALE, PPOConfig
 
 
@@ -62,13 +65,18 @@ def check_servers(
 
 def weight_hook(config: PPOConfig, policy: Policy, key: str | None = None) -> Callable[[], None] | None:
     """What brings the policy's weights to the servers: the first process does, the others wait for it. The function
-    gets the policy and the urls of the servers, and their key where it has a parameter api_key."""
+    gets the policy and the urls of the servers, and those of the keywords folder, model and api_key that it names.
+
+    Raises: ValueError for `lora` and a policy without an adapter."""
     given = config.weight_sync
     if given == STALE:
         return None
     function: Callable[..., Any] = given if callable(given) else load_function(str(given), "weight_sync")
     name = getattr(function, "__qualname__", type(function).__qualname__) if callable(given) else str(given)
-    options = {"api_key": key} if "api_key" in inspect.signature(function).parameters else {}
+    if function is lora:
+        check_adapter(policy)
+    folder = Path(config.output) / ROLLOUT_WEIGHTS
+    options = _wanted(function, {"folder": folder, "model": config.rollout_model, "api_key": key})
 
     def bring() -> None:
         if ranks.is_first():
@@ -82,11 +90,21 @@ def weight_hook(config: PPOConfig, policy: Policy, key: str | None = None) -> Ca
     return bring
 
 
+def _wanted(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
+    """Those of the keywords that a function takes."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return offered
+    return {name: value for name, value in offered.items() if name in {each.name for each in parameters}}
+
+
 def _why(error: Exception) -> str:
     """What went wrong in a function of the user's: for a server its address and its words, else where it did."""
     if isinstance(error, HTTPError):
         return f"{shown(error.url or '')} answered {error.code}: {reason_in(error.read(4000))}"
-    if isinstance(error, (ServerError, OSError)):
+    if isinstance(error, ServerError):
+        return str(error)
+    if isinstance(error, OSError):
         return shown(str(error))
     response = getattr(error, "response", None)  # of requests and httpx, whose errors name the address alone
     if isinstance(said := getattr(response, "text", None), str):

@@ -163,11 +163,16 @@ class Trainer(ABC):
         self.close()
 
     def _write_model(self, name: str) -> None:
-        """Writes <output>/name, the model as it is now, and then its step into steps.json beside it."""
+        """Writes <output>/name, the model as it is now, and then its step into steps.json beside it, and its files into
+        products.json."""
         output = Path(self.config.output)
-        _note_step(output, name, None)
+        note_step(output, name, None)
+        if ranks.is_first():
+            products.forget(output, name)
         write_whole(output / name, self.save)
-        _note_step(output, name, self.num_steps_done)
+        note_step(output, name, self.num_steps_done)
+        if ranks.is_first():
+            products.note(output, name)
 
     def save_checkpoint(self) -> Path:
         """Writes a checkpoint of the steps done so far, from which resume=True goes on. Returns its folder.
@@ -187,8 +192,9 @@ class Trainer(ABC):
         """Deletes best/. A run whose plan changed calls this when best/ is of a step that it will do again."""
         self.best.clear()
         self.save_checkpoint()  # first, or a kill would bring back the score of what is deleted
-        _note_step(Path(self.config.output), "best", None)
+        note_step(Path(self.config.output), "best", None)
         if ranks.is_first():
+            products.forget(Path(self.config.output), "best")
             remove(Path(self.config.output) / "best")
 
     def close(self) -> None:
@@ -257,15 +263,9 @@ def _noted(output: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _note_step(output: Path, name: str, step: int | None) -> None:
-    """Notes the step of a model in the output folder, and its files, or that it is no longer known; the first process
-    does."""
-    if not ranks.is_first():
-        return
-    noted = _noted(output)
-    if noted.get(name) != step:
+def note_step(output: Path, name: str, step: int | None) -> None:
+    """Notes the step of a model in the output folder, or that it is no longer known, or how many steps are planned; the
+    first process does."""
+    noted = _noted(output) if ranks.is_first() else {}
+    if ranks.is_first() and noted.get(name) != step:
         write_json(output / STEPS, {**noted, name: step})
-    if step is None:
-        products.forget(output, name)
-    else:
-        products.note(output, name)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastrlhf.data import Loaded, Pair, load_pairs
 from fastrlhf.formulas.preferences import pair_losses
 from fastrlhf.loops.against_reference import AgainstReference
+from fastrlhf.loops.objectives.compared import accuracy_of_pairs
 from fastrlhf.loops.reward import pack_rows, parts_with_rows, sides
 from fastrlhf.models.policy import Policy
 from fastrlhf.models.shared_prompts import can_share_prompts
@@ -19,7 +20,7 @@ from fastrlhf.ops import linear_dpo_loss
 from fastrlhf.packing import Packed
 from fastrlhf.runs import ranks
 from fastrlhf.runs.metrics import Statistics
-from fastrlhf.trust.accuracy import wilson_interval
+from fastrlhf.trust.accuracy import is_right
 
 
 class DPO(AgainstReference[Pair]):
@@ -66,10 +67,7 @@ class DPO(AgainstReference[Pair]):
 
     def loss(self, part: Packed, pairs: Sequence[Pair], num_pairs: int) -> tuple[Tensor, dict[str, Tensor]]:
         """A micro-batch's share of the loss of num_pairs pairs, and of their statistics: those of `linear_dpo_loss`."""
-        config, reference = (
-            self.config,
-            part.fields.get("reference", torch.zeros_like(part.targets, dtype=torch.float32)),
-        )
+        config = self.config
         bounds = part.cu_responses if part.num_responses else part.cu_responses[:1]  # a filler has no pairs
         plain = all(pair.weight == pair.preference == 1 for pair in pairs)
         if plain and config.loss == "sigmoid" and not config.length_normalized and not config.sft_coef:
@@ -77,46 +75,53 @@ class DPO(AgainstReference[Pair]):
                 part,
                 op=linear_dpo_loss,
                 cu_seqlens=bounds,
-                ref_logprobs=reference,
+                ref_logprobs=reference_of(part),
                 beta=config.beta,
                 label_smoothing=config.label_smoothing,
                 denominator=num_pairs,
             )
-        lengths = part.response_lengths[: len(bounds) - 1]
+        losses, of_pairs = self.of_pairs(part, pairs)
+        return losses.sum() / num_pairs, {name: values.sum() / num_pairs for name, values in of_pairs.items()}
+
+    def of_pairs(self, part: Packed, pairs: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each pair of a micro-batch, weighted, and their statistics, all (N,) of N pairs."""
+        config, num = self.config, 2 * len(pairs)
+        lengths = part.response_lengths[:num]
         logprobs = self.model(part)
         sums, rewards = (
             torch.stack([x.sum() for x in values.split(lengths)]) if lengths else values
-            for values in (logprobs, logprobs - reference)
+            for values in (logprobs, logprobs - reference_of(part))
         )
         divisors = torch.tensor(lengths, device=self.device).clamp(min=1)
         if config.length_normalized or config.loss in ("simpo", "orpo"):
             rewards = rewards / divisors
         losses = pair_losses(config, rewards[0::2], rewards[1::2]) - config.sft_coef * (sums / divisors)[0::2]
-        if not plain:
+        weights, p = rewards.new_tensor([(pair.weight, pair.preference) for pair in pairs]).view(-1, 2).t()
+        if any(pair.preference != 1 for pair in pairs):
             swapped = pair_losses(config, rewards[1::2], rewards[0::2]) - config.sft_coef * (sums / divisors)[1::2]
-            weights, p = rewards.new_tensor([(pair.weight, pair.preference) for pair in pairs]).t()
-            losses = weights * (p * losses + (1 - p) * swapped)
+            losses = p * losses + (1 - p) * swapped
         chosen, rejected = (config.beta * rewards[n::2].detach() for n in (0, 1))
         of_pairs = {
-            "accuracy": 0.5 + 0.5 * (chosen - rejected).sign(),
+            "accuracy": torch.where(p == 0.5, 0.5, is_right(chosen - rejected, p)).to(chosen),
             "margin": chosen - rejected,
             "chosen": chosen,
             "rejected": rejected,
             "chosen_logprobs": sums[0::2].detach(),
             "rejected_logprobs": sums[1::2].detach(),
         }
-        return losses.sum() / num_pairs, {name: values.sum() / num_pairs for name, values in of_pairs.items()}
+        return weights * losses, of_pairs
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Means over the held-out pairs, with the ends of the 95 % confidence interval of the accuracy."""
-        batch, size, stats = self.pack("held_out", range(len(self.held_out))), len(self.held_out), Statistics()
+        """Means over the held-out pairs, and the accuracy as that of reward models, with its interval."""
+        batch, parts = self.pack("held_out", range(len(self.held_out))), []
         for part, pairs in parts_with_rows(batch, self.held_out, self.config.max_tokens):
-            loss, part_stats = self.loss(part, pairs, size)
-            stats.add("", {"loss": loss, **part_stats})
-        metrics = {f"eval/{name}": value.item() for name, value in stats.joined().values.items()}
-        low, high = wilson_interval(metrics["eval/accuracy"], size)
-        return {**metrics, "eval/accuracy_low": low, "eval/accuracy_high": high, "eval/num_pairs": size}
+            losses, of_pairs = self.of_pairs(part, pairs)
+            parts.append({"loss": losses, **of_pairs})
+        found = {name: ranks.joined(torch.cat([each[name] for each in parts])).double() for name in parts[0]}
+        metrics = {name: values.mean().item() for name, values in found.items()}
+        metrics |= accuracy_of_pairs(found["margin"], self.held_out)
+        return {f"eval/{name}": value for name, value in metrics.items()}
 
     def pack(self, name: str, rows: Sequence[int]) -> Packed:
         """The pack of some of the pairs or held_out, with the field reference (R,) where there is one."""
@@ -139,3 +144,8 @@ class DPO(AgainstReference[Pair]):
             return torch.empty(0)
         parts = self.pack_of(pairs).microbatches(self.config.max_tokens, together=2, share=ranks.place())
         return ranks.joined(torch.cat([policy(part) for part in parts])).cpu()
+
+
+def reference_of(part: Packed) -> Tensor:
+    """The reference's log-probabilities (R,) of the response tokens, 0 without one."""
+    return part.fields.get("reference", torch.zeros_like(part.targets, dtype=torch.float32))

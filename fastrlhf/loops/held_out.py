@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
-
-from torch import Tensor
 
 from fastrlhf.data import Prompt, load_prompts
 from fastrlhf.generation.sampling import Sample
@@ -15,6 +13,8 @@ from fastrlhf.runs import ranks
 from fastrlhf.runs.checkpoint import fingerprint
 from fastrlhf.scoring.scorer import Scorer
 from fastrlhf.settings.ppo import PPOConfig
+from fastrlhf.trust.falls import Falls
+from fastrlhf.trust.means import Mean
 
 FIRST = 2**31  # number of the first held-out answer, above that of any answer that is trained on
 
@@ -30,6 +30,7 @@ class HeldOut:
         self.config, self.trained, self.scorer = config, trained, trained
         self.prompts: list[Prompt] = []
         self.best: dict[str, Any] = {}
+        self.falls = Falls()
         if config.eval_data is None:
             return
         loaded = load_prompts(
@@ -64,35 +65,35 @@ class HeldOut:
     def judge(self, step: int, samples: Sequence[Sample], batch: Packed) -> dict[str, float]:
         """The metrics of the answers after a step, of which `best` takes note; batch: the pack of the samples.
 
-        eval/score_error is the standard error of the mean eval/score."""
-        score, error = mean_and_error(self.scorer(self.prompts, samples, batch))
-        if not self.best or score > self.best["score"]:
-            self.best.update(step=step, score=score)
+        eval/score_error is the standard error of the mean eval/score, NaN of one answer. eval/fall is by how much it
+        has fallen since the best step, as half of the prompts choose it and the other half measures, and
+        eval/fall_limit what chance may make of that."""
+        scores = self.scorer(self.prompts, samples, batch)
+        found, fall = Mean.of(scores), self.falls.add(scores)
+        if not self.best or found.mean > self.best["score"]:
+            self.best.update(step=step, score=found.mean)
         metrics = {
-            "eval/score": score,
-            "eval/score_error": error,
+            "eval/score": found.mean,
+            "eval/score_error": found.error,
+            "eval/fall": fall.mean,
+            "eval/fall_limit": self.falls.limit(fall),
             "eval/length": sum(len(sample.response) for sample in samples) / len(samples),
             "eval/eos_rate": sum(sample.finished for sample in samples) / len(samples),
             "eval/best_step": self.best["step"],
             "eval/best_score": self.best["score"],
         }
         if self.scorer is not self.trained:
-            metrics["eval/trained_score"], _ = mean_and_error(self.trained(self.prompts, samples, batch))
+            metrics["eval/trained_score"] = Mean.of(self.trained(self.prompts, samples, batch)).mean
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The best so far, and a checksum of the prompts."""
-        return {"best": dict(self.best), "prompts": fingerprint(prompt.tokens for prompt in self.prompts)}
+        """The best so far, what falls are measured from, and a checksum of the prompts."""
+        prompts = fingerprint(prompt.tokens for prompt in self.prompts)
+        return {"best": dict(self.best), "falls": deepcopy(self.falls.state), "prompts": prompts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what state_dict gave; raises ValueError when the prompts are others."""
         if state["prompts"] != self.state_dict()["prompts"]:
             raise ValueError(f"resume: the tokens of {self.config.eval_data} are no longer those of the checkpoint")
         self.best.update(state["best"] or {})
-
-
-def mean_and_error(scores: Tensor) -> tuple[float, float]:
-    """The mean of scores (N,) and its standard error, 0 of a single one."""
-    values = scores.double()
-    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return values.mean().item(), error
+        self.falls.state = state.get("falls", self.falls.state)  # an older checkpoint has none

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,21 +148,21 @@ class Health:
         return [f"warning: {rules[name][1]}" for name in new]
 
     def over_optimised(self, metrics: dict[str, float]) -> tuple[bool, str]:
-        """Whether the reward went up while held-out answers became worse than the best, by two standard errors of the
-        difference; and the words for it."""
+        """Whether the reward went up while held-out answers became worse than the best by more than chance makes of
+        answers that stay as good; and the words for it."""
         if "eval/score" not in metrics:
             return False, ""
-        now = {name: metrics[name] for name in ("objective/scores", "eval/score", "eval/score_error")}
+        now = {name: metrics[name] for name in ("objective/scores", "eval/score")}
         best = self.state["best"] or now
         if now["eval/score"] >= best["eval/score"]:
             self.state["best"] = best = now
-        fell = best["eval/score"] - now["eval/score"]
-        noise = 2 * math.hypot(best["eval/score_error"], now["eval/score_error"])
+        fall, limit = metrics["eval/fall"], metrics["eval/fall_limit"]
         return (
-            fell > noise and now["objective/scores"] > best["objective/scores"],
+            fall > limit and now["objective/scores"] > best["objective/scores"],
             f"the reward rose from {best['objective/scores']:.3g} to {now['objective/scores']:.3g} while the score of "
-            f"held-out answers fell from {best['eval/score']:.3g} to {now['eval/score']:.3g}: the policy may exploit "
-            "the reward (larger kl_coef, fewer steps, or take the model in best/)",
+            f"held-out answers fell from {best['eval/score']:.3g}, the best so far, to {now['eval/score']:.3g} (by "
+            f"{fall:.3g} on prompts that did not choose the best; chance makes up to {limit:.3g}): the policy may "
+            "exploit the reward (larger kl_coef, fewer steps, or take the model in best/)",
         )
 
 

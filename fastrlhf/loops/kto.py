@@ -95,7 +95,7 @@ class KTO(AgainstReference[Labelled]):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Means over the held-out rows; accuracy: a wanted response is above kl, another below."""
+        """Means over the held-out rows; accuracy: a wanted response is above kl, another below, of labels but 1/2."""
         size, max_tokens = len(self.held_out), self.config.max_tokens
         numbers = range(size)
         kl = self.kl("held_out", numbers, max_tokens)
@@ -106,7 +106,9 @@ class KTO(AgainstReference[Labelled]):
         names = ("accuracy", "wanted", "unwanted", "logprobs")
         found = {name: ranks.joined(torch.cat([stats[name] for _, stats in parts])).double() for name in names}
         metrics = {"loss": losses.double().mean().item(), **{name: x.mean().item() for name, x in found.items()}}
-        metrics |= {**accuracy_of(found["accuracy"], self.held_out), "kl": kl.item(), "num_labels": size}
+        decided = [n for n in numbers if self.held_out[n].label != 0.5]
+        metrics |= accuracy_of(found["accuracy"][decided], [self.held_out[n] for n in decided])
+        metrics |= {"kl": kl.item(), "num_labels": len(decided)}
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     def microbatches(self, name: str, rows: Sequence[int], max_tokens: int) -> list[tuple[Packed, Sequence[int]]]:

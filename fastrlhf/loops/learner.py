@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.data import Demonstration, batch_rows, shuffled
+from fastrlhf.data.order import MINIBATCHES, PTX, ROWS
 from fastrlhf.formulas.estimators import token_weights
 from fastrlhf.loops.base import bytes_of
 from fastrlhf.loops.budget import Budget
@@ -37,6 +38,7 @@ class Learner:
         self.config, self.ptx, self.num_value_warmup_steps = config, ptx, roles.num_value_warmup_steps
         self.policy, self.value_model = roles.policy, roles.value_model
         self.step, self.kl_coef = 0, config.kl_coef
+        self.orders = {"minibatches": MINIBATCHES, "ptx": PTX}  # what shuffles them is for
         updates = config.epochs * config.minibatches
         # the policy's schedule begins where its training does
         self.policy_optimizer = Optimizer.of(
@@ -93,7 +95,7 @@ class Learner:
         # as many minibatches as were asked for, whose sizes differ by one response, or prompt, at most
         bounds = [n * num_units // config.minibatches for n in range(config.minibatches + 1)]
         for epoch in range(config.epochs):
-            order = shuffled(num_units, config.seed, step * config.epochs + epoch)
+            order = shuffled(num_units, config.seed, step * config.epochs + epoch, purpose=self.orders["minibatches"])
             for start, stop in pairwise(bounds):
                 yield batch.select([each * unit + n for unit in sorted(order[start:stop]) for n in range(each)])
 
@@ -186,7 +188,8 @@ class Learner:
         """Adds the gradients of as many demonstrations to an update's (PPO-ptx: Ouyang et al., arXiv 2203.02155)."""
         config, number = self.config, self.policy_optimizer.num_steps_done
         num_rows = config.batch_size // config.minibatches  # alike each time: pieces of one stream
-        rows = [self.ptx[row] for row in batch_rows(len(self.ptx), num_rows, number, seed=config.seed)]
+        drawn = batch_rows(len(self.ptx), num_rows, number, seed=config.seed, purpose=self.orders["ptx"])
+        rows = [self.ptx[row] for row in drawn]
         batch = pack([row.tokens for row in rows], [row.response_mask for row in rows], device=self.policy.model.device)
         total = torch.zeros((), device=batch.tokens.device)
         for part in batch.microbatches(max_tokens, share=ranks.place()):
@@ -206,14 +209,17 @@ class Learner:
         return trained + copies * bytes_of(self.policy_optimizer.parameters)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizers, and a checksum of the demonstrations."""
+        """The optimizers, what the orders are keyed by, and a checksum of the demonstrations."""
         state = {"policy_optimizer": self.policy_optimizer.state_dict(), "ptx": self.ptx_fingerprint()}
+        state["orders"] = dict(self.orders)
         return state if self.value_model is None else {**state, "value_optimizer": self.value_optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what state_dict gave; raises ValueError when the demonstrations are others."""
         if state["ptx"] != self.ptx_fingerprint():
             raise ValueError(f"resume: the tokens of {self.config.ptx_data} are no longer those of the checkpoint")
+        # a run of a version whose orders had one key goes on as it began
+        self.orders = state.get("orders", dict.fromkeys(self.orders, ROWS))
         with awake(*self.optimizers):
             self.policy_optimizer.load_state_dict(state["policy_optimizer"])
             if self.value_model is not None:

@@ -12,7 +12,7 @@ import torch
 
 from fastrlhf.data import Loaded
 from fastrlhf.data.statistics import warnings
-from fastrlhf.loops.base import Clock, Trainer, step_of
+from fastrlhf.loops.base import Clock, Trainer, note_step, step_of
 from fastrlhf.models.policy import Role
 from fastrlhf.runs import ranks, signals
 from fastrlhf.runs.checkpoint import fingerprint, load_state, restore_lines
@@ -80,6 +80,7 @@ def begin(loop: Trainer, data: Iterable[Sequence[int]]) -> None:
         loop.folder.open()
         if checkpoint is not None:
             restore_lines(checkpoint)
+        note_step(Path(config.output), "planned", loop.num_steps)
     loop.log = MetricsLog(
         config.output, num_steps=loop.num_steps, step=loop.num_steps_done, tensorboard=config.tensorboard
     )

@@ -26,7 +26,7 @@ from fastrlhf.models.policy import ADAPTER
 from fastrlhf.packing import pack
 from fastrlhf.runs import ranks
 from fastrlhf.runs.metrics import forget_peak, peak_memory_gib
-from fastrlhf.scoring.scorer import reward_folders
+from fastrlhf.scoring.sources import reward_folders
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.training import LoopConfig
 

@@ -42,7 +42,8 @@ from fastrlhf.packing import Packed
 from fastrlhf.runs import ranks
 from fastrlhf.runs.metrics import Statistics
 from fastrlhf.runs.shards import twin, unsharded
-from fastrlhf.scoring.scorer import Scorer, check_reward
+from fastrlhf.scoring.scorer import Scorer
+from fastrlhf.scoring.sources import check_reward
 from fastrlhf.settings.ppo import STALE, PPOConfig
 
 NUM_SAMPLES = 4  # of a step that are left in samples.jsonl
@@ -60,21 +61,19 @@ class PPO(Trainer):
     def __init__(self, config: PPOConfig, *, backend: Callable[[Policy], RolloutBackend] | None = None) -> None:
         self.config = config
         self.num_steps = config.steps
-        for reward in (config.reward, config.eval_reward):
-            check_reward(reward)  # what is wrong with it is told before anything is read
+        check_reward(config.reward, config.eval_reward)  # what is wrong with them is told before anything is read
         self.folder = prepare(config)
         ranks.check_share(config.batch_size, config.samples_per_prompt)
         self.device = config.resolve_device()
         check_offload(config.offload, self.device)
         self.tokenizer = load_tokenizer(config.model)
-        options: dict[str, Any] = {
-            name: getattr(config, name) for name in ("template", "template_kwargs", "limit", "max_rejected")
-        }
+        names = ("template", "template_kwargs", "limit", "max_rejected")
+        options: dict[str, Any] = {name: getattr(config, name) for name in names}
         loaded = load_prompts(config.data, self.tokenizer, max_prompt_tokens=config.max_prompt_tokens, **options)
         self.prompts = loaded.rows
         self.plan = tell(plan_ppo, config, longest_prompt=max(len(prompt.tokens) for prompt in self.prompts))
         base = load_base(config)
-        options = {"device": self.device, "autocast": config.autocast_dtype(), "base": base}
+        options = {"device": self.device, "autocast": config.autocast_dtype(), "base": base, **config.reward_options()}
         columns = {name for prompt in self.prompts for name in prompt.columns}
         self.scorer = Scorer(config.reward, self.tokenizer, max_tokens=config.max_tokens, columns=columns, **options)
         self.held_out = HeldOut(config, self.tokenizer, self.scorer, self.prompts, **options)
@@ -100,8 +99,7 @@ class PPO(Trainer):
         self.kl_coef, self.moments = config.kl_coef, RunningMoments()
         synced = config.rollout_url is not None and config.weight_sync != STALE
         self.health = Health(ratios_start_at_one=config.truncation != "sampler", weights_are_synced=synced)
-        names = {field.name for field in fields(Sampling)} - {"greedy"}
-        self.sampling = Sampling(**{name: getattr(config, name) for name in names})
+        self.sampling = Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling) if f.name != "greedy"})
         make = partial(make_backend, config, tokenizer=self.tokenizer) if backend is None else backend
         self.engine, average = make(twin(self.policy)), self.roles.average
         self.final_engine = self.engine if average is None else make_engine(config, twin(average), self.tokenizer)

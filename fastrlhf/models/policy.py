@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastrlhf.data.pretrained import without_bars
 from fastrlhf.models.heads import autocasting, head_logprobs, head_scores, hidden_states, offsets_of
 from fastrlhf.models.loading import attach_scalar, classifier, heads_of, load_causal_lm, load_scalar
 from fastrlhf.models.lora import Adapter, merge_into, save_merged
@@ -74,11 +75,12 @@ class Role(nn.Module):
             check_finite_weights(whole.named_parameters())
             if not ranks.is_first():
                 return
-            if self.adapter is None:
-                whole.model.save_pretrained(folder)
-            else:
-                save_merged(self.model, self.adapter, folder)
-                self.adapter.save(Path(folder) / ADAPTER, **self.own_head())
+            with without_bars():
+                if self.adapter is None:
+                    whole.model.save_pretrained(folder)
+                else:
+                    save_merged(self.model, self.adapter, folder)
+                    self.adapter.save(Path(folder) / ADAPTER, **self.own_head())
 
     def save_trained(self, folder: str | Path) -> None:
         """Writes what training changes: the model, or the adapter and the head beside it."""

@@ -12,16 +12,22 @@ STATS = ("clip_fraction", "approx_kl", "ratio", "ratio_max", "ratio_min")
 
 
 def surrogate(
-    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
-) -> tuple[Tensor, Tensor]:
-    """(the loss of each token, whether a bound holds its ratio, so that it gets no gradient)."""
-    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    losses, held = torch.maximum(plain, clipped), clipped > plain
-    if dual_clip is None:
-        return losses, held
-    limit = -advantages * dual_clip
-    over = (advantages < 0) & (losses > limit)
-    return torch.where(over, limit, losses), held | over
+    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(the loss of each token, its slope in the log-ratio, whether a bound holds its ratio, so that the slope is 0)."""
+    # with advantage 0 any ratio gives 0, also one that overflows; a NaN stays
+    log_ratio = torch.where((advantages == 0) & (log_ratio > 0), 0, log_ratio)
+    with torch.no_grad():
+        ratio = log_ratio.exp()
+        plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+        bound, held = clipped, clipped > plain
+        if dual_clip is not None:
+            limit = -advantages * dual_clip
+            over = (advantages < 0) & (torch.where(held, clipped, plain) > limit)
+            bound, held = torch.where(over, limit, clipped), held | over
+    # the ratio of what is held is left out before exp, whose gradient would be 0 times infinity where it overflows
+    slopes = torch.where(held, 0, -advantages * torch.where(held, 0, log_ratio).exp())
+    return torch.where(held, bound, slopes), slopes.detach(), held
 
 
 def clip_bounds(

@@ -14,15 +14,25 @@ from fastrlhf.ops._registry import leaf, op
 
 FLOATS = (torch.float32, torch.float64)
 KINDS = {"grpo": 1, "dr_grpo": 2, "rloo": 3}
+ROUNDINGS = 8  # of the mean, relative to which a deviation counts as 0; the kernels know the number, too
+
+
+def is_level(deviation: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether scores of this deviation and mean differ by the rounding of their dtype alone."""
+    return deviation <= ROUNDINGS * torch.finfo(dtype).eps * mean.abs()
 
 
 def group_advantages_ref(scores: Tensor, cu_groups: Tensor, kind: int, eps: float) -> Tensor:
     advantages = torch.zeros_like(scores)
     for start, end in itertools.pairwise(cu_groups.tolist()):
         group, others = scores[start:end], max(end - start - 1, 1)
-        centred = group - group.mean() if end > start else group
+        if end == start:
+            continue
+        mean = group.mean()
+        centred = group - mean
         if kind == KINDS["grpo"]:
-            centred = centred / ((centred.square().sum() / others).sqrt() + eps)
+            deviation = (centred.square().sum() / others).sqrt()
+            centred = centred * torch.where(is_level(deviation, mean, scores.dtype), 0, 1 / (deviation + eps))
         elif kind == KINDS["rloo"]:
             centred = centred * ((end - start) / others)
         advantages[start:end] = centred
@@ -101,7 +111,9 @@ def group_advantages(scores: Tensor, cu_groups: Tensor, *, kind: str = "grpo", e
     kind: "grpo", "dr_grpo" or "rloo"
     eps: added to the standard deviation, for grpo alone
 
-    Equal scores give exactly 0, and so does a group of one, by every kind: there is nothing to compare it with. The
+    Equal scores give exactly 0, and so does a group of one, by every kind: there is nothing to compare it with. To grpo
+    scores are equal, too, if std is at most 8 roundings of the mean (8 * 2^-23 |mean| in float32): it would make
+    advantages of rounding, which the other kinds leave as small as it is. The
     result is one number a response; give it to each of its tokens (torch.repeat_interleave by response lengths).
     Computed in float64. Not differentiable. NaN in, NaN out for its group.
     Raises: ValueError for shapes, devices, cu_groups or options that do not fit, TypeError for dtypes.

@@ -35,14 +35,13 @@ def ppo_policy_loss_ref(
     log_ratio = torch.where(kept, logprobs - old_logprobs, 0)
     advantages = torch.where(kept, advantages, 0)
     ratio = log_ratio.exp()
-    losses, held = surrogate(ratio, advantages, clip_low, clip_high, dual_clip)
+    losses, slopes, held = surrogate(log_ratio, advantages, clip_low, clip_high, dual_clip)
     loss = losses.sum() / count
     with torch.no_grad():
         sums = (held.to(ratio.dtype), exp_minus_linear(log_ratio), torch.where(kept, ratio, 0))
         extremes = largest(ratio, kept), -largest(-ratio, kept)
         stats = torch.stack([*(x.sum() / count for x in sums), *extremes])
-        grad = torch.where(held, 0, -advantages * ratio / count)
-    return loss, stats, grad.contiguous()
+    return loss, stats, (slopes / count).contiguous()
 
 
 def _cpu_forward(
@@ -153,8 +152,8 @@ def ppo_policy_loss(
     to count loss and stats are 0.
 
     Only `logprobs` gets a gradient; the others must be detached. The log-ratio is not clamped: above 88.7 the ratio
-    overflows float32, and with a negative advantage the loss is inf without dual_clip. NaN in, NaN out where the mask
-    is True.
+    overflows float32, and with a negative advantage the loss is inf without dual_clip; with advantage 0 loss and
+    gradient are 0. NaN in, NaN out where the mask is True.
     Raises: ValueError for shapes, devices, options or cu_seqlens that do not fit, TypeError for dtypes.
     Source: Schulman et al., arXiv 1707.06347, equation 7; dual_clip: Ye et al., arXiv 1912.09729, equation 5; sequence
     ratio: Zheng et al., arXiv 2507.18071, equations 5 to 7.

@@ -42,15 +42,15 @@ def ppo_sequence_loss_ref(
     count = (sizes > 0).sum().clamp(min=1).to(logprobs.dtype) if denominator is None else denominator
     log_ratio = torch.where(kept, logprobs - old_logprobs, 0)
     advantages = torch.where(kept, advantages, 0)
-    ratio = torch.where(kept, total(share * log_ratio).exp()[owner], 1)
-    losses, held = surrogate(ratio, advantages, clip_low, clip_high, dual_clip)
+    means = torch.where(kept, total(share * log_ratio)[owner], 0)
+    losses, slopes, held = surrogate(means, advantages, clip_low, clip_high, dual_clip)
     loss = (share * losses).sum() / count
     with torch.no_grad():
-        means = (share * x for x in (held.to(ratio.dtype), exp_minus_linear(log_ratio), ratio))
+        ratio = means.exp()
+        sums = (share * x for x in (held.to(ratio.dtype), exp_minus_linear(log_ratio), ratio))
         extremes = largest(ratio, kept), -largest(-ratio, kept)
-        stats = torch.stack([*(x.sum() / count for x in means), *extremes])
-        slopes = total(share * torch.where(held, 0, -advantages * ratio))
-        grad = torch.where(kept, slopes[owner] * share / count, 0)  # not 0 NaN outside the mask
+        stats = torch.stack([*(x.sum() / count for x in sums), *extremes])
+        grad = torch.where(kept, total(share * slopes)[owner] * share / count, 0)  # not 0 NaN outside the mask
     return loss, stats, grad.contiguous()
 
 

@@ -54,13 +54,14 @@ class _Connection(HTTPConnection):
         self._create_connection = self._reach
 
     def _reach(self, address: tuple[str, int], *_: Any) -> socket.socket:
-        failed: OSError = socket.gaierror("the name has no address")
-        for *_kind, where in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+        addresses = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+        for *_kind, where in addresses:
             try:
                 return socket.create_connection(where[:2], _left(self.ends))  # type: ignore[arg-type]
-            except OSError as error:
-                failed = error
-        raise failed
+            except OSError:
+                if where == addresses[-1][-1]:
+                    raise
+        raise socket.gaierror(f"{address[0]} has no address")
 
     def send(self, data: Any) -> None:
         if self.sock is None:

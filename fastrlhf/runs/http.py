@@ -107,22 +107,19 @@ class Server:
         """The answer's bytes, of as many tries as it takes."""
         start, pause = time.monotonic(), FIRST_WAIT
         for number in range(1, tries + 1):
-            left = self.timeout - (time.monotonic() - start)
             try:
-                return self._try(path, body, repeat, left)
-            except ServerError as error:
-                failed, asked = error, error.wait
-            if asked is None:
-                raise failed
-            wait = max(asked, pause * _jitter.uniform(0.5, 1))
-            spent = time.monotonic() - start
-            if number == tries or wait >= self.timeout - spent:
-                break
+                return self._try(path, body, repeat, self.timeout - (time.monotonic() - start))
+            except ServerError as error:  # kept in no variable: a cycle would keep what the caller holds
+                if error.wait is None:
+                    raise
+                wait, spent = max(error.wait, pause * _jitter.uniform(0.5, 1)), time.monotonic() - start
+                if number == tries or wait >= self.timeout - spent:
+                    times = f" (tried {number} times in {spent:.3g} s)" if number > 1 else ""
+                    later = f" (it asks to wait {error.wait:g} s)" if error.wait >= self.timeout - spent else ""
+                    raise ServerError(f"{error}{times}{later}", error.status) from error
             time.sleep(wait)
             pause = min(2 * pause, LONGEST_WAIT)
-        times = f" (tried {number} times in {spent:.3g} s)" if number > 1 else ""
-        later = f" (it asks to wait {failed.wait:g} s)" if (failed.wait or 0) >= self.timeout - spent else ""
-        raise ServerError(f"{failed}{times}{later}", failed.status)
+        raise ValueError(f"{self.caller}: tries must be at least 1, got {tries}")
 
     def _try(self, path: str, body: bytes | None, repeat: bool, left: float) -> bytes:
         request = urllib.request.Request(self.url + path, data=body, headers=self.headers)
@@ -132,24 +129,26 @@ class Server:
                 data = b"" if length > self.max_bytes else answer.read(None if length else self.max_bytes + 1)
                 status, headers = answer.status, answer.headers
         except (OSError, HTTPException) as error:
-            cause = error.reason if isinstance(error, URLError) else error
-            if isinstance(cause, TimeoutError):
-                raise self.error("", f"gave no answer in {self.timeout:g} s") from error
-            why = shown(f"{type(cause).__name__}: {cause}")
-            if isinstance(cause, BROKEN) and not isinstance(cause, UNSENT):
-                raise self.error(path, f"gave no whole answer: {why}", wait=0 if repeat else None) from error
-            again = 0 if isinstance(cause, UNSENT) else None
-            raise self.error("", f"cannot be reached: {why}", wait=again) from error
+            raise self._broken(error.reason if isinstance(error, URLError) else error, path, repeat) from error
         if max(length, len(data)) > self.max_bytes:
             raise self.error(path, f"answered with more than {self.max_bytes / 2**20:g} MiB")
         if 300 <= status < 400:
-            where = shown(urljoin(self.url + path, headers.get("Location") or "nowhere"))
+            where = shown(urljoin(self.url + path, headers.get("Location") or ""))
             raise self.error(path, f"answered {status}, a redirect to {where}: give that address, if you trust it")
         if not 200 <= status < 300:
             wait = _seconds(headers.get("Retry-After")) if status in BUSY else None
             said = data if self.key is None else data.replace(self.key.encode(), b"***")
             raise self.error(path, f"answered {status}: {reason_in(said)}", status, wait)
         return bytes(data)
+
+    def _broken(self, cause: Any, path: str, repeat: bool) -> ServerError:
+        """What a connection that could not be made, or that broke, is called."""
+        if isinstance(cause, TimeoutError):
+            return self.error("", f"gave no answer in {self.timeout:g} s")
+        why = shown(f"{type(cause).__name__}: {cause}")
+        if isinstance(cause, BROKEN) and not isinstance(cause, UNSENT):
+            return self.error(path, f"gave no whole answer: {why}", wait=0 if repeat else None)
+        return self.error("", f"cannot be reached: {why}", wait=0 if isinstance(cause, UNSENT) else None)
 
     def _parsed(self, path: str, data: bytes) -> dict[str, Any]:
         said = shown(data[:400].decode(errors="replace"), 100)

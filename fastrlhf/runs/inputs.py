@@ -23,7 +23,7 @@ import huggingface_hub
 from fastrlhf.data.files import DataError, data_files
 from fastrlhf.settings.values import PATHS
 
-INPUTS = PATHS - {"config", "output", "file", "out", "ppo", "judge_key_file", "rollout_key_file"}
+INPUTS = PATHS - {"config", "output", "file", "out", "ppo", "judge_key_file", "reward_key_file", "rollout_key_file"}
 Files = dict[str, str]  # what each file holds, by its name
 # of a model's folder: what changes what it computes
 MODEL = (

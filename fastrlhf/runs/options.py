@@ -9,9 +9,10 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 
+from fastrlhf.settings.other_names import hint
 from fastrlhf.settings.ppo import PRESETS, PPOConfig
 from fastrlhf.settings.run import RUN_PRESETS, RunConfig
-from fastrlhf.settings.training import REQUIRED, LoopConfig, did_you_mean
+from fastrlhf.settings.training import REQUIRED, LoopConfig
 from fastrlhf.settings.values import expand, field_types
 
 T = TypeVar("T")
@@ -64,15 +65,16 @@ def read_arguments(config_class: type, arguments: Sequence[str]) -> dict[str, st
         argument = rest.pop(0)
         if not argument.startswith("--"):
             if not places:
-                raise UsageError(f"expected an option --key, got {argument!r}")
+                key, equals, _ = argument.partition("=")  # as verl's are given
+                hinted = hint(key, kinds, dashes=True) if equals else ""
+                raise UsageError(f"expected an option --key, got {argument!r}{hinted}")
             argument = f"{_dashed(places.pop(0))}={argument}"
         key, equals, value = argument[2:].partition("=")
         name = key.replace("-", "_")
         if name.startswith("no_") and kinds.get(name[3:]) is bool and not equals:
             name, value = name[3:], "false"
         elif name not in kinds:
-            hint = did_you_mean(key.replace("_", "-"), [kind.replace("_", "-") for kind in kinds])
-            raise UsageError(f"unknown option --{key}{hint.replace('mean ', 'mean --')}")
+            raise UsageError(f"unknown option --{key}{hint(key, kinds, dashes=True)}")
         elif kinds[name] is bool and not equals:
             value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
         elif not equals:
@@ -109,7 +111,7 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
     known = list(field_types(config_class))
     for key in values:
         if str(key).replace("-", "_") not in known:
-            raise UsageError(f"config: {path}: unknown key {key}{did_you_mean(str(key), known)}")
+            raise UsageError(f"config: {path}: unknown key {key}{hint(str(key), known, dashes=False)}")
     # PyYAML keeps the last of several in silence
     names = [str(key.value).replace("-", "_") for key, _ in yaml.compose(text).value] if values else []
     for name in names:

@@ -2,7 +2,9 @@
 
 <output>/config.yaml    the resolved configuration; its first line marks the folder as ours
 <output>/inputs.json    fingerprints of the models, files and functions that the configuration names
-<output>/steps.json     after which steps the models in model/ and best/ were written; products.json: their files
+<output>/steps.json     after which steps the models in model/ and best/ were written; how many are planned
+<output>/products.json  the files of model/ and best/
+<output>/rollout_weights  weights on their way to the servers of PPO's rollouts
 <output>/.lock          the process that writes here; .deleting: what an overwriting run has yet to delete
 """
 
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.runs.checkpoint import LINES, newest_whole, settings_of_checkpoints
+from fastrlhf.runs.going_on import how_far
 from fastrlhf.runs.inputs import base_of, inputs_of, pieces_of
 from fastrlhf.runs.lock import LOCK, Lock, check_free_above, check_free_below
 from fastrlhf.runs.products import PRODUCTS
@@ -28,10 +31,11 @@ from fastrlhf.settings.values import PATHS, dump
 MARK = "# settings of a fastrlhf run\n"
 KIND = "# kind: "  # of the settings, on the second line
 STEPS, DELETING = "steps.json", ".deleting"
-OURS = (CONFIG, INPUTS, STEPS, PRODUCTS, *LINES, "checkpoints", "model", "best", "tensorboard")
+ROLLOUT_WEIGHTS = "rollout_weights"
+OURS = (CONFIG, INPUTS, STEPS, PRODUCTS, *LINES, "checkpoints", "model", "best", "tensorboard", ROLLOUT_WEIGHTS)
 BEGUN = {LOCK, f"{CONFIG}.partial", f"{DELETING}.partial"}  # what there may be before config.yaml
 # what holds no work: a folder of ours without anything else is free
-NO_WORK = {LOCK, CONFIG, INPUTS, STEPS, PRODUCTS, "rows.crc32", "timing.jsonl", "samples.jsonl"}
+NO_WORK = {LOCK, CONFIG, INPUTS, STEPS, PRODUCTS, "rows.crc32", "timing.jsonl", "samples.jsonl", ROLLOUT_WEIGHTS}
 
 
 class OutputFolder:
@@ -109,19 +113,17 @@ class OutputFolder:
         config = self.config
         if not self.path.exists() or not (names := self._work()):
             return False
-        if not (config.resume or config.overwrite):
-            raise FileExistsError(
-                f"output: {self.path} is not empty: --resume (resume=True) continues, --overwrite deletes it"
-            )
         text = read(self.path / CONFIG)
+        if not (config.resume or config.overwrite):
+            raise FileExistsError(f"output: {self.path} is not empty: {self._found(text, names)}")
         if not (text or "").startswith(MARK) and not settings_of_checkpoints(self.path):
             raise FileExistsError(
                 f"output: {self.path} holds no fastrlhf run (no {CONFIG} of one), so it is left alone"
             )
-        kind = re.search(rf"^{KIND}(\w+)$", text or "", re.MULTILINE)
-        if kind and kind[1] != type(config).__name__ and (config.resume or not {*names} <= {*self.ours}):
+        kind = _kind_in(text)
+        if kind and kind != type(config).__name__ and (config.resume or not {*names} <= {*self.ours}):
             raise FileExistsError(
-                f"output: {self.path} holds a run of another kind ({kind[1]}, not {type(config).__name__}): give "
+                f"output: {self.path} holds a run of another kind ({kind}, not {type(config).__name__}): give "
                 "another folder, or delete that one"
             )
         if config.overwrite:
@@ -130,6 +132,17 @@ class OutputFolder:
         saved = settings_in(text) or self._settings_of_checkpoint()
         self.changes = check_same(config, saved, may_change=getattr(config, "may_change", ()))
         return True
+
+    def _found(self, text: str | None, names: list[str]) -> str:
+        """What run the folder holds, and the ways on. text: of its config.yaml; names: of what took work."""
+        if not (text or "").startswith(MARK) and not settings_of_checkpoints(self.path):
+            return f"it holds no fastrlhf run (no {CONFIG} of one); give another folder"
+        here, kind = type(self.config).__name__, _kind_in(text)
+        found = how_far(self.path, kind or here)
+        ways = ["--resume (resume=True) continues it"] if kind in (None, here) else []
+        if ways or {*names} <= {*self.ours}:
+            ways.append("--overwrite (overwrite=True) deletes it")
+        return f"it holds {found}; {', '.join([*ways, 'or give another folder' if ways else 'give another folder'])}"
 
     def _work(self) -> list[str]:
         """What the folder holds that took work, or that is not ours; without such it is free."""
@@ -194,6 +207,12 @@ def check_reads_none_of(config: Any, deleted: Iterable[Path]) -> None:
                     f"overwrite: {name} reads {path}, which lies in {config.output} and would be deleted; "
                     "give another output, or copy it elsewhere first"
                 )
+
+
+def _kind_in(text: str | None) -> str | None:
+    """The class of the settings in a config.yaml, as its second line names it."""
+    kind = re.search(rf"^{KIND}(\w+)$", text or "", re.MULTILINE)
+    return kind[1] if kind else None
 
 
 def _is_ours(folder: Path) -> bool:

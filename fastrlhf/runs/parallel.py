@@ -41,7 +41,10 @@ def concurrently(
         for _ in items:
             number, result, error = done.get()
             if error is not None:
-                raise error
+                try:
+                    raise error
+                finally:
+                    error = None  # a cycle would keep what the caller holds
             yield number, items[number], result
     finally:
         stopped.set()

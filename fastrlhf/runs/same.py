@@ -33,6 +33,9 @@ MAY_DIFFER = {
     "judge_requests",
     "judge_timeout",
     "judge_key_file",
+    "reward_timeout",
+    "reward_batch",
+    "reward_key_file",
     "rollout_url",
     "rollout_timeout",
     "rollout_key_file",
@@ -52,7 +55,7 @@ def check_same(config: Any, saved: dict[str, Any], *, may_change: Collection[str
     """Raises ValueError when settings, or the models and files that they name, are not those of the run in their output
     folder; warns when the source of a function is not. A folder may have moved, with what the run reads or alone.
     Returns lines on those of may_change that differ."""
-    changes = []
+    changes, differing = [], []
     now, output = yaml.safe_load(dump(config)), Path(config.output)
     defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
     then_inputs, inputs = _saved_inputs(output), inputs_of(config, leave_out=MAY_DIFFER)
@@ -64,21 +67,38 @@ def check_same(config: Any, saved: dict[str, Any], *, may_change: Collection[str
         elif not same and not _moved(before, after, saved.get("output"), output):
             pieces = then_inputs.get(name, {}), inputs.get(name, {})
             if not (_without(before, pieces[0]) == _without(after, pieces[1]) and pieces[0] and pieces[1]):
-                raise ValueError(
-                    f"resume: {name} was {before!r} and is {after!r}; give the same, or --overwrite to start anew"
-                )
+                differing.append(f"{name} was {before!r} and is {after!r}")
+    named = {text.partition(" ")[0] for text in differing}
+    edited = [text for text in _edited(then_inputs, inputs) if text.partition(":")[0] not in named]
+    if differing or edited:
+        raise ValueError(_refusal(differing, edited, output))
+    return changes
+
+
+def _edited(then_inputs: Any, inputs: Any) -> list[str]:
+    """Which of the files and models that the settings name have changed; warns of functions."""
+    found: dict[str, list[str]] = {}
     for name, piece, file in changed(then_inputs, inputs):
         if is_function(piece):
             text = (
                 f"resume: the source of {piece} ({name}) has changed since the run began; it goes on with the new one"
             )
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(text, stacklevel=3)
         else:
-            where = piece if os.path.isfile(piece) else f"{piece} ({file})"
-            raise ValueError(
-                f"resume: {name}: {where} has changed since the run began; restore it, or --overwrite to start anew"
-            )
-    return changes
+            found.setdefault(f"{name}: {piece}", []).extend([] if os.path.isfile(piece) else [file])
+    return [f"{text} ({', '.join(files)})" if files else text for text, files in found.items()]
+
+
+def _refusal(differing: list[str], edited: list[str], output: Path) -> str:
+    """Why a run is not resumed, and what to do."""
+    reasons, ways = [], []
+    if differing:
+        reasons.append("; ".join(differing))
+        ways.append("give the same" if len(differing) == 1 else f"give those of {output / CONFIG}")
+    if edited:
+        reasons.append(f"{', '.join(edited)} {'has' if len(edited) == 1 else 'have'} changed since the run began")
+        ways.append("restore it" if len(edited) == 1 else "restore them")
+    return f"resume: {'; '.join(reasons)}; {' and '.join(ways)}, or --overwrite to start anew"
 
 
 def check_finished(config: Any) -> None:

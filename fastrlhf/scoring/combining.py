@@ -2,7 +2,7 @@
 
 REWARD  = TERM,TERM,...                      their sum
 TERM    = VALUE  or  VALUE=WEIGHT            VALUE times the weight; 1 where there is none
-VALUE   = SOURCE                             FOLDER, FOLDER#HEAD or module:function
+VALUE   = SOURCE                             FOLDER, FOLDER#HEAD, module:function or http(s)://URL
         | mean(VALUE|VALUE|...)              the mean of an ensemble
         | min(VALUE|VALUE|...)               its worst case
         | lcb(VALUE|VALUE|...;LAMBDA)        its mean - LAMBDA standard deviations
@@ -98,7 +98,7 @@ def parse_reward(text: str) -> Combined:
 
     Raises: ValueError for a text that is none, naming the part."""
     if not text:
-        raise ValueError("reward: give a reward model folder or module:function")
+        raise ValueError("reward: give a reward model folder, module:function or http(s)://URL")
     terms = [_weighted(term.strip()) for term in _split(text, ",")]
     return Combined("sum", tuple(value for value, _ in terms), tuple(weight for _, weight in terms))
 

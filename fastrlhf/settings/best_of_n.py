@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastrlhf.settings.training import REQUIRED, JobConfig, above, at_least, option, rare, within
+from fastrlhf.settings.scoring import ScoringConfig
+from fastrlhf.settings.training import REQUIRED, above, at_least, option, rare, within
 
 # settings that loops have too
 SHARED = (
@@ -22,7 +23,7 @@ SHARED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(JobConfig):
+class SearchConfig(ScoringConfig):
     """What all three need."""
 
     model: str = option(REQUIRED, "folder or hub id of the policy that responds")
@@ -88,7 +89,7 @@ class OveroptimizeConfig(SearchConfig):
     """Gold and proxy reward over the KL."""
 
     n: int = option(64, "best-of-n: responses to each held-out prompt")
-    gold: str = option(REQUIRED, "reward that labels the pairs and judges: a folder or module:function")
+    gold: str = option(REQUIRED, "reward that labels the pairs and judges: a folder, module:function or URL")
     eval_data: str = option(REQUIRED, "file of held-out prompts, on which gold and proxy are measured")
     eval_limit: int | None = option(None, "use only so many held-out prompts")
     num_pairs: int = option(256, "pairs that the proxy is trained on, before ties are dropped")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastrlhf.settings.scoring import ScoringConfig
 from fastrlhf.settings.training import REQUIRED, JobConfig, above, at_least, choose, option, rare, within
 
 MAX_ROUNDS = 64
@@ -114,12 +115,12 @@ class ReviseConfig(FeedbackConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class IterateConfig(JudgeConfig):
+class IterateConfig(ScoringConfig, JudgeConfig):
     """Rounds: labels, reward model, PPO."""
 
     model: str = option(REQUIRED, "SFT model, folder or hub id: first policy, reference, start of reward models")
     data: str = option(REQUIRED, "file with prompts")
-    gold: str | None = option(None, "module:function that labels in place of a judge")
+    gold: str | None = option(None, "module:function or URL that labels in place of a judge")
     comparisons: str | None = option(None, "pairs to begin with, such as people's")
     rounds: int = option(3, "labels, reward model, PPO: so many times")
     mix: str = option("all", "what a reward model learns from: all pairs so far, or those of the last round")

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fastrlhf.settings.scoring import ScoringConfig
 from fastrlhf.settings.training import REQUIRED, SCHEDULES, LoopConfig, above, at_least, choose, option, rare, within
 
 # summarize: Stiennon et al., as Huang et al. (arXiv 2403.17031) reproduce it; chat: Ouyang et al., as trainers do today
@@ -37,12 +38,12 @@ KL_OF = {"grpo": ("loss", "k3"), "dr_grpo": ("loss", "k3"), "reinforce++_baselin
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(LoopConfig):
+class PPOConfig(ScoringConfig, LoopConfig):
     """PPO against a reward with a KL penalty."""
 
     may_change = ("steps", *LoopConfig.may_change, "value_learning_rate", "value_schedule")
     reward: str | Callable[..., Any] = option(  # noqa: RUF009
-        REQUIRED, "reward model folder, module:function, or several (docs/combining.md)"
+        REQUIRED, "reward model folder, module:function, URL, or several (docs/combining.md)"
     )
     reference: str | None = option(None, "model that the KL is measured to; default: model")
     preset: str = option("summarize", "summarize or chat: which of the defaults a | b hold")
@@ -70,9 +71,7 @@ class PPOConfig(LoopConfig):
     kl_coef_end: float | None = rare(None, "kl_coef goes to this by the last step, its logarithm linearly")
     reference_every: int = rare(0, "steps after which the reference becomes the policy; 0: never")
     # scores and rewards
-    score_norm: str = option(
-        "none", "none, scale (by the deviation of all scores so far) or whiten (by mean too)", rare=True
-    )
+    score_norm: str = rare("none", "none, scale (by the deviation of all scores so far) or whiten (by mean too)")
     score_clip: float | None = rare(None, "then clip scores to this size")
     missing_eos: str = option("none", "for responses that were cut off: none, subtract:V or replace:V")
     min_response_tokens: int = rare(0, "shorter responses too count as cut off for missing_eos")
@@ -182,11 +181,10 @@ class PPOConfig(LoopConfig):
         at_least(self, 0, "value_lora_rank")
         above(self, 0, "value_learning_rate", "value_coef", "temperature", "kl_target", "kl_coef_end", "score_clip")
         above(self, 0, "clip_range", "clip_range_high", "clip_range_value", "max_update_kl", "kv_budget")
-        above(self, 0, "rollout_timeout")
         above(self, 1, "dual_clip")
         at_least(self, 0, "kl_coef", "entropy_coef", "value_warmup_steps", "reference_every", "min_response_tokens")
         at_least(self, 0, "min_new_tokens", "samples_every", "overlong_tokens", "overlong_penalty", "ptx_coef", "top_k")
-        above(self, 0, "top_p")
+        above(self, 0, "top_p", "rollout_timeout")
         within(self, 0, 1, "gamma", "lam", "ema_decay", "top_p", "min_p", "clip_range")
         if self.ema_decay == 1:
             raise ValueError("ema_decay must be below 1, or the final model is the one that the run starts from")
@@ -234,10 +232,9 @@ class PPOConfig(LoopConfig):
         if self.batch_size % self.samples_per_prompt:
             counts = f"batch_size ({self.batch_size}) must be a multiple of samples_per_prompt"
             raise ValueError(f"{counts} ({self.samples_per_prompt})")
-        if self.loss_mean == "prompt" and self.minibatches > self.batch_size // self.samples_per_prompt:
-            counts = (
-                f"minibatches ({self.minibatches}) must not exceed the {self.batch_size // self.samples_per_prompt}"
-            )
+        num_prompts = self.batch_size // self.samples_per_prompt
+        if self.loss_mean == "prompt" and self.minibatches > num_prompts:
+            counts = f"minibatches ({self.minibatches}) must not exceed the {num_prompts}"
             raise ValueError(f"loss_mean=prompt keeps the responses to a prompt together: {counts} prompts of a step")
         if self.estimator in GROUPED and self.samples_per_prompt == 1:
             raise ValueError(f"{self.estimator} compares the responses to a prompt: samples_per_prompt must be above 1")
@@ -280,10 +277,7 @@ class PPOConfig(LoopConfig):
                 ("eval_every", "eval_reward", "eval_limit", "eval_greedy"),
                 "" if self.eval_data is not None else "give eval_data",
             ),
-            "rollout_model": servers,
-            "rollout_logprobs": servers,
-            "rollout_timeout": servers,
-            "rollout_key_file": servers,
+            **dict.fromkeys(("rollout_model", "rollout_logprobs", "rollout_timeout", "rollout_key_file"), servers),
             "weight_sync": servers,
             "kv_budget": engine,
             "cuda_graphs": engine,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastrlhf.settings.training import REQUIRED, JobConfig, at_least, option, rare
+from fastrlhf.settings.scoring import ScoringConfig
+from fastrlhf.settings.training import REQUIRED, at_least, option, rare
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateRewardConfig(JobConfig):
+class EvaluateRewardConfig(ScoringConfig):
     """How far a reward model can be trusted: accuracy, calibration, length, labels, probes, as a page and as JSON."""
 
-    model: str = option(REQUIRED, "reward model FOLDER[,FOLDER...] or module:function; several are an ensemble")
+    model: str = option(REQUIRED, "reward model FOLDER[,FOLDER...], module:function or URL; several are an ensemble")
     data: str = option(REQUIRED, "held-out preference pairs (layouts: docs/data.md)")
     output: str = option(REQUIRED, "folder for report.html, summary.json and scores.jsonl")
     by: str = option("split,rater,head", "columns of the data by which accuracy is told apart, those that it has")

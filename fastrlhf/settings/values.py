@@ -18,7 +18,7 @@ import yaml
 PATHS = {
     *("config", "model", "data", "output", "file", "out", "against", "tokenizer", "eval_data", "center_data"),
     *("ptx_data", "reference", "reward", "eval_reward", "gold", "proxy", "policy", "judge", "judge_key_file"),
-    *("rollout_key_file",),
+    *("rollout_key_file", "reward_key_file"),
     *("rubric", "principles", "comparisons", "prompts", "demonstrations", "benchmark", "sycophancy"),
     *("reference_data", "first", "second", "ppo"),
 }

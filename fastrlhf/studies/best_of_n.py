@@ -20,7 +20,7 @@ from torch import Tensor
 from fastrlhf.data import DataError, Prompt, load_prompts
 from fastrlhf.data.template import load_tokenizer
 from fastrlhf.generation.engine import Sampling
-from fastrlhf.jobs.evaluate import Answers, Mean, answer, best_of_n_kl
+from fastrlhf.jobs.evaluate import Answers, answer, best_of_n_kl
 from fastrlhf.models.policy import Policy
 from fastrlhf.models.shared_prompts import can_share_prompts
 from fastrlhf.runs import ranks
@@ -28,8 +28,10 @@ from fastrlhf.runs.lines import as_json, read_jsonl, sealed, whole_lines
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.whole import append_text, write_file, write_json
-from fastrlhf.scoring.scorer import Scorer, check_reward
+from fastrlhf.scoring.scorer import Scorer
+from fastrlhf.scoring.sources import check_reward
 from fastrlhf.settings.best_of_n import BestOfNConfig, SearchConfig
+from fastrlhf.trust.means import Mean, with_error
 
 Row = dict[str, Any]
 BLOCK = 1024  # responses between two writes of candidates.jsonl
@@ -81,16 +83,14 @@ def candidates(config: SearchConfig, judges: dict[str, str], folder: OutputFolde
     A row: prompt; completions, finished: of n responses; scores: of n responses by judge, and by source
 
     Raises: what loading raises, before any response is drawn."""
-    for reward in judges.values():
-        check_reward(reward)
+    check_reward(*judges.values())
     path, tokenizer = Path(config.output) / "candidates.jsonl", load_tokenizer(config.model)
     device, autocast = config.resolve_device(), config.autocast_dtype()
     prompts = prompts_of(config, tokenizer, least=least)
     columns = {name for prompt in prompts for name in prompt.columns}
-    scorers = {
-        name: Scorer(reward, tokenizer, max_tokens=config.max_tokens, columns=columns, device=device, autocast=autocast)
-        for name, reward in judges.items()
-    }
+    options: dict[str, Any] = {"max_tokens": config.max_tokens, "device": device, "autocast": autocast}
+    options |= config.reward_options()
+    scorers = {name: Scorer(reward, tokenizer, columns=columns, **options) for name, reward in judges.items()}
     share_prompts = all(can_share_prompts(model, device) for s in scorers.values() for model, _ in s.models)
     policy = Policy.from_pretrained(config.model, device=device, autocast=autocast, freeze=True)
     folder.open()
@@ -228,6 +228,6 @@ def table(points: Sequence[Row], names: Sequence[str]) -> str:
     lines = [f"{'k':>6}  {'KL <=':>6}  " + "  ".join(f"{name:>18}" for name in names)]
     for point in points:
         if point["k"] & (point["k"] - 1) == 0 or point is points[-1]:
-            cells = [f"{point[name]:>10.4f} ± {point[f'{name}_error']:.3f}" for name in names]
+            cells = [with_error(point[name], point[f"{name}_error"], ">10.4f") for name in names]
             lines.append(f"{point['k']:>6}  {point['kl']:>6.2f}  " + "  ".join(f"{cell:>18}" for cell in cells))
     return "\n".join(lines)

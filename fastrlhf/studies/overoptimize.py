@@ -22,7 +22,7 @@ from typing import Any
 from fastrlhf.data import DataError
 from fastrlhf.data.template import load_tokenizer
 from fastrlhf.generation.engine import Sampling
-from fastrlhf.jobs.evaluate import Mean, answer, kl_of_responses
+from fastrlhf.jobs.evaluate import answer, kl_of_responses
 from fastrlhf.jobs.labels import label_pairs, split_by_prompt
 from fastrlhf.jobs.stages import Stages, write_tables
 from fastrlhf.loops.ppo import PPO
@@ -38,8 +38,9 @@ from fastrlhf.settings.best_of_n import SHARED, OveroptimizeConfig
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.training import RewardConfig
 from fastrlhf.studies.best_of_n import OURS as CANDIDATES
-from fastrlhf.studies.best_of_n import candidates, curve, moments, prompts_of, scores_of
-from fastrlhf.studies.overoptimize_report import describe, write_report
+from fastrlhf.studies.best_of_n import best_of_k, candidates, curve, moments, prompts_of, scores_of
+from fastrlhf.studies.overoptimize_report import describe, efforts, write_report
+from fastrlhf.trust.means import Mean
 
 PRODUCTS = {  # of each stage, in order
     "pairs": "pairs",
@@ -86,6 +87,7 @@ class Overoptimize(Stages):
             columns=set.union(*columns),
             device=device,
             autocast=autocast,
+            **config.reward_options(),
         )
         for names in columns:  # what one file lacks is told now, and not when it is read
             self.gold.check_columns(names)
@@ -147,7 +149,10 @@ class Overoptimize(Stages):
         judges = {"proxy": str(self.output / "proxy/model"), "gold": self.config.gold}
         rows = candidates(config, judges, OutputFolder(config, CANDIDATES))
         scores = {name: scores_of(rows, name) for name in ("proxy", "gold")}
-        self.write("best_of_n.json", {"points": curve(scores["proxy"], scores), "moments": moments(rows)})
+        points, gold = curve(scores["proxy"], scores), best_of_k(scores["proxy"], scores["gold"])
+        for k in efforts(len(points)):
+            points[k - 1]["gold_of_prompts"] = gold[:, k - 1].tolist()
+        self.write("best_of_n.json", {"points": points, "moments": moments(rows)})
 
     def ppo(self) -> None:
         """Trains the policy against the proxy, and measures it on held-out prompts after every eval_every steps."""
@@ -165,8 +170,8 @@ class Overoptimize(Stages):
                     break
         self.write("ppo.json", {"points": points})
 
-    def measure(self, trainer: PPO) -> dict[str, float]:
-        """KL, proxy and gold of the policy's answers to the held-out prompts, with standard errors."""
+    def measure(self, trainer: PPO) -> dict[str, Any]:
+        """KL, proxy and gold of the policy's answers to the held-out prompts, with standard errors; gold of each."""
         config, policy = self.config, trainer.policy
         first = (config.seed << 32) + MEASURED
         answers = answer(
@@ -181,7 +186,7 @@ class Overoptimize(Stages):
         kl = kl_of_responses(
             policy, trainer.reference, answers, temperature=config.temperature, max_tokens=config.max_tokens
         )
-        point: dict[str, float] = {}
+        point: dict[str, Any] = {"gold_of_prompts": answers.judgements["gold"].tolist()}
         for name, values in {"kl": kl, **answers.judgements}.items():
             mean = Mean.of(values)
             point |= {name: mean.mean, f"{name}_error": mean.error}

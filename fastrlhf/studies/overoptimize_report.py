@@ -17,6 +17,8 @@ from fastrlhf.jobs import plots
 from fastrlhf.jobs.report import STYLE, read_json, reward_model_line, table
 from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.runs.whole import write_file, write_json
+from fastrlhf.trust.falls import fall_after_best
+from fastrlhf.trust.means import with_error
 
 Row = dict[str, Any]
 METHODS = {"best_of_n": "best-of-n", "ppo": "PPO"}
@@ -37,14 +39,17 @@ def describe(stage: str, output: Path) -> str:
     return f"proxy {last['proxy']:.3f}, gold {last['gold']:.3f} at a KL of {last['kl']:.2f} nats"
 
 
-def points_of(output: Path) -> list[Row]:
-    """The points of both methods, gold and proxy in standard units of the policy's responses at the start.
+def efforts(num: int) -> list[int]:
+    """The n of best-of-n that are shown: 1, 2, 3, 4, 6, 8, 11, ..., a factor of sqrt(2) apart, and the last."""
+    return sorted({n for step in range(2 * num.bit_length()) if (n := round(2 ** (step / 2))) <= num} | {num})
 
-    Of best-of-n those of n = 1, 2, 3, 4, 6, 8, 11, ...: a factor of sqrt(2) apart, and the last."""
+
+def points_of(output: Path) -> list[Row]:
+    """The points of both methods, gold and proxy in standard units of the policy's responses at the start, the gold of
+    each prompt (gold_of_prompts) among them. Of best-of-n those of `efforts`."""
     found = read_json(output / "best_of_n.json")
     moments = found["moments"]
-    num = len(found["points"])
-    wanted = {round(2 ** (step / 2)) for step in range(2 * num.bit_length())} | {num}
+    wanted = efforts(len(found["points"]))
     drawn = [{**point, "effort": point["k"]} for point in found["points"] if point["k"] in wanted]
     trained = [{**point, "effort": point["step"]} for point in read_json(output / "ppo.json")["points"]]
     rows = []
@@ -55,30 +60,43 @@ def points_of(output: Path) -> list[Row]:
             for name in ("proxy", "gold"):
                 unit = moments[name]["deviation"] or 1.0
                 row[name] = (point[name] - moments[name]["mean"]) / unit
-                row[f"{name}_error"] = point[f"{name}_error"] / unit
+                error = point[f"{name}_error"]
+                row[f"{name}_error"] = math.nan if error is None else error / unit
+            row["gold_of_prompts"] = [value / unit for value in point.get("gold_of_prompts", [])]
             rows.append(row)
     return rows
 
 
 def summarise(rows: list[Row]) -> dict[str, Any]:
-    """By method: the fit, the best gold point, the last one, and the fall from one to the other in standard errors."""
+    """By method: the fit, the best gold point, the last one, and the fall of gold after the best of num_points.
+
+    fall: as half of the prompts choose the best point and the other half measures from it (`fall_after_best`), in
+    which the best is not ahead by chance; fall_error, fall_in_errors: of differences on the same prompts. None where an
+    older version wrote the points without the prompts."""
     summary: dict[str, Any] = {}
     for method in METHODS:
         points = [row for row in rows if row["method"] == method]
-        best, last = max(points, key=lambda row: row["gold"]), points[-1]
-        error = math.hypot(best["gold_error"], last["gold_error"])
-        fall = best["gold"] - last["gold"]
+        best, last = (shown(row) for row in (max(points, key=lambda row: row["gold"]), points[-1]))
+        prompts = [torch.tensor(row["gold_of_prompts"], dtype=torch.float64) for row in points]
+        fall = fall_after_best(prompts) if all(map(len, prompts)) else None
         kl, gold = (torch.tensor([row[name] for row in points], dtype=torch.float64) for name in ("kl", "gold"))
         fitted: Fit | None = fit(kl, gold, method) if int((kl > 0).sum()) > 2 else None
         summary[method] = {
             "best": best,
             "last": last,
-            "fall": fall,
-            "fall_in_errors": fall / error if error else 0.0,
+            "num_points": len(points),
+            "fall": fall and fall.mean,
+            "fall_error": fall and fall.error,
+            "fall_in_errors": fall and fall.in_errors,
             "proxy_rise_after_best": last["proxy"] - best["proxy"],
             "fit": fitted and {**asdict(fitted), "peak": fitted.peak},
         }
     return summary
+
+
+def shown(row: Row) -> Row:
+    """A point without the values of each prompt."""
+    return {name: row[name] for name in COLUMNS}
 
 
 def verdict(summary: dict[str, Any]) -> str:
@@ -88,12 +106,23 @@ def verdict(summary: dict[str, Any]) -> str:
         found = summary[method]
         best, last = found["best"], found["last"]
         texts.append(
-            f"{name}: gold is best, {best['gold']:+.2f}, at sqrt(KL) = {best['distance']:.2f}, and "
-            f"{last['gold']:+.2f} at {last['distance']:.2f}, a fall of {found['fall']:.2f} "
-            f"({found['fall_in_errors']:.1f} standard errors), while the proxy went from {best['proxy']:+.2f} to "
-            f"{last['proxy']:+.2f}"
+            f"{name}: of {found['num_points']} points gold is best, {best['gold']:+.2f}, at sqrt(KL) = "
+            f"{best['distance']:.2f}, and {last['gold']:+.2f} at {last['distance']:.2f}, {fall_line(found)}, while the "
+            f"proxy went from {best['proxy']:+.2f} to {last['proxy']:+.2f}"
         )
     return "; ".join(texts)
+
+
+def fall_line(found: dict[str, Any]) -> str:
+    """The fall in words, and how sure it is."""
+    if found["fall"] is None:
+        return "points of an older version, of which nobody can say by how much it fell"
+    error = found["fall_error"]
+    if error is None or math.isnan(error):
+        sure = "one prompt, so nobody knows its error"
+    else:
+        sure = f"{found['fall'] / error:.1f} standard errors" if error else "the same on every prompt"
+    return f"a fall of {with_error(found['fall'], found['fall_error'], '.2f')} ({sure}) from the best"
 
 
 def write_report(output: Path) -> None:
@@ -101,7 +130,7 @@ def write_report(output: Path) -> None:
     rows = points_of(output)
     summary = summarise(rows)
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for row in rows:
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -120,7 +149,9 @@ def write_report(output: Path) -> None:
         f"<p>The proxy: {escape(describe('proxy', output))}; {escape(describe('pairs', output))}.</p>",
         picture,
         '<p class="note">Rewards are in standard deviations of the responses before any optimisation, less their mean. '
-        "Bars are standard errors over prompts. The KL of best-of-n is its upper bound log n - (n - 1) / n. Standard "
+        "Bars are standard errors over prompts. The best of several points is ahead by chance, too, so either half of "
+        "the prompts measures the fall from the point that is best by the other, and its error is that of differences "
+        "on the same prompts. The KL of best-of-n is its upper bound log n - (n - 1) / n. Standard "
         "errors of a fit take the points for independent; those of best-of-n are of the same responses.</p>",
         table(["method", "form", "a", "b", "R^2", "peak of the fit: KL, gold"], fits_table(summary)),
         table(list(COLUMNS), [[cell(row[name]) for name in COLUMNS] for row in rows]),

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastrlhf.data.template import load_tokenizer
 from fastrlhf.generation.engine import Sampling
 from fastrlhf.jobs import plots
-from fastrlhf.jobs.evaluate import Mean, answer, best_of_n, best_of_n_kl, kl_of_responses
+from fastrlhf.jobs.evaluate import answer, best_of_n, best_of_n_kl, kl_of_responses
 from fastrlhf.loops.ppo import PPO
 from fastrlhf.runs.options import read_further
 from fastrlhf.runs.output import OutputFolder
@@ -30,6 +30,7 @@ from fastrlhf.scoring.scorer import Scorer
 from fastrlhf.settings.best_of_n import SHARED, SweepConfig
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.studies.best_of_n import candidates, moments, prompts_of, scores_of
+from fastrlhf.trust.means import Mean, with_error
 
 Row = dict[str, Any]
 NAMES = ("first", "second")
@@ -48,7 +49,8 @@ def sweep(config: SweepConfig) -> Iterator[str]:
             raise ValueError(f"{name}: give one reward without a weight, got {getattr(config, name)!r}")
     further, folder = read_further(PPOConfig, config.ppo, taken=TAKEN), OutputFolder(config, OURS)
     for weight in config.shares() if config.ppo else ():
-        ppo_config(config, weight, "x:y", further)  # refused now, and not after the responses are drawn
+        # refused now, and not after the responses are drawn
+        ppo_config(config, weight, f"{config.first},{config.second}", further)
     rows = candidates(config, {name: getattr(config, name) for name in NAMES}, folder, least=2)
     units = moments(rows)
     texts = [standard(getattr(config, name), units[name]) for name in NAMES]
@@ -102,7 +104,7 @@ def ppo_config(config: SweepConfig, weight: float, reward: str, further: dict[st
     """The settings of PPO for a weight; those of the YAML file win."""
     folder = Path(config.output) / "ppo" / f"{weight:g}"
     names = (*SHARED, "max_prompt_tokens", "max_new_tokens", "temperature")
-    options = {name: getattr(config, name) for name in names}
+    options = {name: getattr(config, name) for name in names} | config.reward_options()
     return PPOConfig(**{**options, **further, "reward": reward, "output": str(folder), "resume": folder.exists()})
 
 
@@ -117,7 +119,8 @@ def trained_point(config: SweepConfig, weight: float, reward: str, further: dict
     trainer.run()
     prompts = prompts_of(config, tokenizer)
     options: dict[str, Any] = {"device": trainer.device, "autocast": trainer.config.autocast_dtype()}
-    judges = {name: Scorer(getattr(config, name), tokenizer, max_tokens=config.max_tokens, **options) for name in NAMES}
+    options |= {"max_tokens": config.max_tokens, **config.reward_options()}
+    judges = {name: Scorer(getattr(config, name), tokenizer, **options) for name in NAMES}
     first = (config.seed << 32) + JUDGED
     answers = answer(
         trainer.roles.final,
@@ -153,7 +156,7 @@ def table(points: Sequence[Row]) -> str:
     lines = [f"{'method':>10}  {'weight':>6}  {'KL':>6}  {'first':>18}  {'second':>18}"]
     for point in points:
         weight = "" if point["weight"] is None else f"{point['weight']:g}"
-        cells = [f"{point[name]:>10.4f} ± {point[f'{name}_error']:.3f}" for name in NAMES]
+        cells = [with_error(point[name], point[f"{name}_error"], ">10.4f") for name in NAMES]
         lines.append(
             f"{point['method']:>10}  {weight:>6}  {point['kl']:>6.2f}  " + "  ".join(f"{c:>18}" for c in cells)
         )

@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of pairs on which scores and labels agree, with its 95 % interval.
+    """Share of pairs, or other trials, that are right, with its 95 % interval.
 
-    low, high: `wilson_interval` of the share in `effective_num` trials; ties: pairs with equal scores, of which each
-    counts half; num: pairs; num_clusters: prompts"""
+    low, high: `wilson_interval` of the share in `effective_num` trials, 0 and 1 where there are none; ties: trials that
+    are neither right nor wrong, of which each counts half; num: trials; num_clusters: prompts"""
 
     accuracy: float
     low: float
@@ -45,6 +45,17 @@ def hits(margins: Tensor, labels: Tensor | None = None) -> Tensor:
     return signs if labels is None else labels.double() * signs + (1 - labels.double()) * (1 - signs)
 
 
+def is_right(margins: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Returns whether each pair's scores agree with its label, (N,) float64: 1 where d and y - 1/2 have one sign, 0
+    where they have not, 1/2 where d = 0; NaN where y = 1/2, as neither response is the better one. A pair that is
+    written the other way round, with -d and 1 - y, is the same. margins: (N,) d; labels: (N,) y, default 1"""
+    margins = margins.double()
+    if labels is None:
+        return 0.5 + 0.5 * margins.sign()
+    sides = labels.double() - 0.5
+    return torch.where(sides == 0, torch.nan, 0.5 + 0.5 * margins.sign() * sides.sign())
+
+
 def accuracy(
     margins: Tensor,
     labels: Tensor | None = None,
@@ -52,25 +63,37 @@ def accuracy(
     clusters: Sequence[Hashable] | None = None,
     weights: Tensor | None = None,
 ) -> Accuracy:
-    """Returns the mean of `hits`, with its interval.
+    """Returns the mean of `is_right`, with its interval. Pairs with a label of 1/2 are left out.
 
-    margins, labels: as for `hits`; clusters: the prompt of each pair, default all different; weights: (N,) of pairs in
-    the mean, at least 0, default 1. A pair of weight 0 is as if it were not there
+    margins, labels: as for `is_right`; clusters, weights: as for `share_of`
 
     Raises: ValueError for no pairs."""
-    names = list(range(len(margins)) if clusters is None else clusters)
-    if weights is not None:
-        kept = weights > 0
-        names = [name for name, keep in zip(names, kept.tolist(), strict=True) if keep]
-        margins, labels, weights = margins[kept], None if labels is None else labels[kept], weights[kept].double()
     if not len(margins):
         raise ValueError("accuracy: there are no pairs")
-    values, numbers = hits(margins, labels), number(names)
-    share = (values.mean() if weights is None else (weights * values).sum() / weights.sum()).item()
-    effective = effective_num(values, numbers, weights)
+    kept = torch.ones_like(margins, dtype=torch.bool) if labels is None else labels != 0.5
+    names = None if clusters is None else [n for n, keep in zip(clusters, kept.tolist(), strict=True) if keep]
+    return share_of(is_right(margins, labels)[kept], names, None if weights is None else weights[kept])
+
+
+def share_of(hits: Tensor, clusters: Sequence[Hashable] | None = None, weights: Tensor | None = None) -> Accuracy:
+    """Returns the mean of how far trials are right, with its interval: what every accuracy here and in training is.
+
+    hits: (N,) in [0, 1]; clusters: the prompt of each trial, default all different; weights: (N,) of trials in the
+    mean, at least 0, default 1. A trial of weight 0 is as if it were not there. Without a trial nothing is known: 1/2,
+    between 0 and 1."""
+    names = list(range(len(hits)) if clusters is None else clusters)
+    hits = hits.detach().cpu().double()
+    if weights is not None:
+        kept = weights.cpu() > 0
+        names = [name for name, keep in zip(names, kept.tolist(), strict=True) if keep]
+        hits, weights = hits[kept], weights.cpu()[kept].double()
+    if not len(hits):
+        return Accuracy(0.5, 0.0, 1.0, 0, 0, 0, 0.0)
+    numbers = number(names)
+    share = (hits.mean() if weights is None else (weights * hits).sum() / weights.sum()).item()
+    effective = effective_num(hits, numbers, weights)
     low, high = wilson_interval(share, effective)
-    ties, num_clusters = int((margins == 0).sum()), int(numbers.max()) + 1
-    return Accuracy(share, low, high, len(values), ties, num_clusters, effective)
+    return Accuracy(share, low, high, len(hits), int((hits == 0.5).sum()), int(numbers.max()) + 1, effective)
 
 
 def effective_num(values: Tensor, clusters: Tensor, weights: Tensor | None = None) -> float:

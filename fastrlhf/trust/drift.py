@@ -45,9 +45,10 @@ def drift(
 ) -> Drift:
     """Returns how far two sets of prompts differ, and whether by more than chance.
 
-    A prompt counts once in each set. Of sets with more than max_prompts so many are drawn. The p-values are exact for
-    prompts that are independent draws: if the sets are from one distribution, each way to deal all prompts out to sets
-    of these sizes is as likely as any other.
+    A prompt counts once in each set. Of sets with more than max_prompts so many are drawn. A prompt that both sets hold
+    stays in both, and the others are dealt out anew. The p-values are exact if the sets are draws of different prompts
+    from one population: given which prompts both hold, each way to deal the others out to sets of these sizes is as
+    likely as any other. Where one set holds the other there is one way, so p is 1.
 
     first, second: token ids of the prompts; an empty one counts as length 0
     Source: permutation p-values: Phipson and Smyth, Statistical Applications in Genetics 9 (2010) 39.
@@ -60,28 +61,15 @@ def drift(
     known = set(sets[0])
     shared = sum(prompt in known for prompt in sets[1]) / len(sets[1])
     sets = [drawn_from(prompts, max_prompts, generator) for prompts in sets]
-    num = (len(sets[0]), len(sets[1]))
-    lengths = torch.tensor([len(prompt) for prompts in sets for prompt in prompts])
-    flat = torch.tensor([token for prompts in sets for prompt in prompts for token in prompt], dtype=torch.int64)
-    if not len(flat):
-        raise ValueError("drift: all prompts are empty")
-    ids, tokens = flat.unique(return_inverse=True)
-    totals = torch.bincount(tokens, minlength=len(ids))
-
-    def statistics(in_first: Tensor) -> Tensor:
-        counts = torch.bincount(tokens[in_first.repeat_interleave(lengths)], minlength=len(ids))
-        terms = js_terms(counts, totals - counts)
-        return torch.stack([terms.sum(), ks_statistic(lengths[in_first], lengths[~in_first])])
-
-    in_first = torch.arange(sum(num)) < num[0]
-    seen = statistics(in_first)
-    deals = [in_first[torch.randperm(sum(num), generator=generator)] for _ in range(num_permutations)]
-    drawn = torch.stack([statistics(deal) for deal in deals])
+    dealt = Dealt(*sets)
+    seen = dealt.statistics(dealt.in_first)
+    deals = [torch.randperm(len(dealt.in_first), generator=generator) for _ in range(num_permutations)]
+    drawn = torch.stack([dealt.statistics(dealt.in_first[deal]) for deal in deals])
     # equal values must count as equal, whatever the order of additions
     p = (1 + (drawn >= seen - 1e-12).double().sum(0)) / (1 + num_permutations)
-    mine = torch.bincount(tokens[in_first.repeat_interleave(lengths)], minlength=len(ids))
-    shares = [counts / counts.sum().clamp(min=1) for counts in (mine, totals - mine)]
-    top = js_terms(mine, totals - mine).argsort(descending=True, stable=True)[:num_tokens].tolist()
+    counts = dealt.counts(dealt.in_first)
+    shares = [own / own.sum().clamp(min=1) for own in counts]
+    top = js_terms(*counts).argsort(descending=True, stable=True)[:num_tokens].tolist()
     by_chance = drawn.mean(0)
     return Drift(
         divergence=seen[0].item(),
@@ -91,9 +79,43 @@ def drift(
         lengths_by_chance=by_chance[1].item(),
         lengths_p=p[1].item(),
         shared=shared,
-        tokens=[(int(ids[n]), shares[0][n].item(), shares[1][n].item()) for n in top],
-        num=num,
+        tokens=[(int(dealt.ids[n]), shares[0][n].item(), shares[1][n].item()) for n in top],
+        num=(len(sets[0]), len(sets[1])),
     )
+
+
+class Dealt:
+    """Two sets of prompts, of which those in one set only can be dealt out anew.
+
+    in_first: (M,) bool, which of those are in the first set; ids: (V,) the tokens that there are"""
+
+    def __init__(self, first: list[tuple[int, ...]], second: list[tuple[int, ...]]) -> None:
+        mine, theirs = set(first), set(second)
+        both = [prompt for prompt in first if prompt in theirs]
+        apart = [prompt for prompt in first if prompt not in theirs], [row for row in second if row not in mine]
+        rows = [*both, *apart[0], *apart[1]]
+        self.lengths = torch.tensor([len(prompt) for prompt in rows])
+        flat = torch.tensor([token for prompt in rows for token in prompt], dtype=torch.int64)
+        if not len(flat):
+            raise ValueError("drift: all prompts are empty")
+        self.ids, self.tokens = flat.unique(return_inverse=True)
+        self.num_shared = len(both)
+        self.in_first = torch.arange(len(rows) - len(both)) < len(apart[0])
+
+    def sets(self, in_first: Tensor) -> tuple[Tensor, Tensor]:
+        """Which prompts (N,) are in each set."""
+        shared = torch.ones(self.num_shared, dtype=torch.bool)
+        return torch.cat([shared, in_first]), torch.cat([shared, ~in_first])
+
+    def counts(self, in_first: Tensor) -> list[Tensor]:
+        """(V,) how often each token is in each set."""
+        tokens = [self.tokens[own.repeat_interleave(self.lengths)] for own in self.sets(in_first)]
+        return [torch.bincount(own, minlength=len(self.ids)) for own in tokens]
+
+    def statistics(self, in_first: Tensor) -> Tensor:
+        """(2,) the divergence of the tokens, and the difference of the lengths."""
+        divergence = js_terms(*self.counts(in_first)).sum()
+        return torch.stack([divergence, ks_statistic(*(self.lengths[own] for own in self.sets(in_first)))])
 
 
 def drawn_from(rows: list[tuple[int, ...]], num: int, generator: torch.Generator) -> list[tuple[int, ...]]:

@@ -6,6 +6,7 @@ An item is a prompt with two responses, in either order, judged for one head; a 
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ class Repeats:
 
     num_items: different items; duplicates: rows that say of an item what an earlier row said, by the same rater where
     raters are known; contradicted: items of which rows say both; self_contradicted: of which one rater says both;
-    best_accuracy: the highest that any scores could have on these very rows: sum over items of max(sum of the labels,
-    sum of 1 - label) / rows, since scores that follow a label of 0.6 are right by 0.6"""
+    best_accuracy: the highest that any scores could have on these very rows: sum over items of the votes of the side
+    that has more of them / all votes; NaN without a vote"""
 
     num_rows: int
     num_items: int
@@ -94,20 +95,17 @@ def repeats(cast: Sequence[Vote], raters: Sequence[Hashable] | None = None) -> R
     rows = Counter((vote.item, vote.side, name) for vote, name in zip(cast, names, strict=True))
     sides: dict[Hashable, Counter[int]] = defaultdict(Counter)
     own: dict[Hashable, set[int]] = defaultdict(set)
-    found: dict[int, list[float]] = defaultdict(list)
     for vote, name in zip(cast, names, strict=True):
         sides[vote.item][vote.side] += 1
-        found[vote.item].append(vote.label)
         own[vote.item, name] |= {vote.side}
-    sums = [math.fsum(labels) for labels in found.values()]
-    best = sum(max(own, len(labels) - own) for own, labels in zip(sums, found.values(), strict=True))
+    best, num_votes = (sum(of(said[1], said[-1]) for said in sides.values()) for of in (max, operator.add))
     return Repeats(
         num_rows=len(cast),
         num_items=len(sides),
         duplicates=sum(count - 1 for count in rows.values()),
         contradicted=sum({1, -1} <= votes.keys() for votes in sides.values()),
         self_contradicted=None if raters is None else sum({1, -1} <= said for said in own.values()),
-        best_accuracy=best / len(cast),
+        best_accuracy=best / num_votes if num_votes else math.nan,
     )
 
 

@@ -33,7 +33,8 @@ from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.output import check_reads_none_of
 from fastrlhf.runs.whole import write_file
 from fastrlhf.scoring.combining import parse_reward, sources_of
-from fastrlhf.scoring.scorer import Scorer, is_function, short_names, split_head
+from fastrlhf.scoring.scorer import Scorer
+from fastrlhf.scoring.sources import is_model, short_names, split_head
 from fastrlhf.settings.trust import EvaluateRewardConfig
 from fastrlhf.trust_report.findings import verdict
 from fastrlhf.trust_report.page import page
@@ -127,7 +128,7 @@ class EvaluateReward:
 
     def of_head(self, pairs: list[Pair]) -> list[Pair]:
         """The pairs for the one head that all models name, where there are such; otherwise all pairs."""
-        heads = {None if is_function(source) else split_head(source)[1] for source in self.config.models}
+        heads = {split_head(source)[1] if is_model(source) else None for source in self.config.models}
         own = [pair for pair in pairs if {pair.head} == heads and pair.head]
         if own and len(own) < len(pairs):
             (head,) = heads
@@ -144,6 +145,7 @@ class EvaluateReward:
             columns={name for pair in every for name in pair.columns},
             device=self.device,
             autocast=self.config.autocast_dtype(),
+            **self.config.reward_options(),
         )
         for model, _ in scorer.models:
             longest = max(len(side) for pair in every for side in sides(pair))
@@ -223,6 +225,6 @@ def first_folder(sources: Sequence[str]) -> str:
 
     Raises: ValueError when all are functions."""
     for source in sources:
-        if not is_function(source):
+        if is_model(source):
             return split_head(source)[0]
     raise ValueError("tokenizer: functions have none; give --tokenizer FOLDER")

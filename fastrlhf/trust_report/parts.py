@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from fastrlhf.jobs.report import table
+from fastrlhf.trust.means import with_error
 from fastrlhf.trust_report import plots
 from fastrlhf.trust_report.findings import percent
 
@@ -280,7 +281,7 @@ def number(value: float | None) -> str:
 
 def plus(found: Summary, name: str, error: str) -> str:
     """A mean with its standard error."""
-    return f"{found[name]:+.3f} ± {number(found[error])}"
+    return with_error(found[name], found[error], "+.3f")
 
 
 def note(text: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastrlhf.data import Pair
 from fastrlhf.settings.trust import EvaluateRewardConfig
-from fastrlhf.trust.accuracy import accuracy, hits, quantile_bins
+from fastrlhf.trust.accuracy import accuracy, hits, is_right, quantile_bins
 from fastrlhf.trust.calibration import cross_fit, fit_temperature, measure, reliability
 from fastrlhf.trust.correlation import correlation_interval, paired_pearson, paired_spearman, pearson, spearman
 from fastrlhf.trust.drift import drift
@@ -240,12 +240,12 @@ def of_ensemble(evidence: Evidence, config: EvaluateRewardConfig) -> Summary:
 
 def surest_errors(evidence: Evidence, tokenizer: Any) -> list[Summary]:
     """The pairs on which the scores contradict the label with the largest margin, the largest first, each once."""
-    agrees, margins = hits(evidence.margins, evidence.labels), evidence.margins.abs()
+    agrees, margins = is_right(evidence.margins, evidence.labels), evidence.margins.abs()
     found: dict[Any, Summary] = {}
     for n in margins.argsort(descending=True, stable=True).tolist():
         pair = evidence.pairs[n]
         which = (*map(tuple, (pair.prompt, pair.chosen, pair.rejected)),)
-        if agrees[n] < 0.5 and len(found) < NUM_ERRORS and which not in found:
+        if agrees[n] == 0 and len(found) < NUM_ERRORS and which not in found:
             texts = tokenizer.batch_decode([pair.chosen, pair.rejected], skip_special_tokens=True)
             found[which] = {
                 "pair": n + 1,
@@ -265,13 +265,13 @@ def shortened(text: str) -> str:
 
 def score_rows(evidence: Evidence) -> Iterator[Summary]:
     """A row a pair: its place among the pairs, its scores, its label, and what else its row says."""
-    margins, agrees = evidence.margins, hits(evidence.margins, evidence.labels)
+    margins, agrees = evidence.margins, is_right(evidence.margins, evidence.labels).tolist()
     for n, pair in enumerate(evidence.pairs):
         yield {
             "pair": n + 1,
             "margin": margins[n].item(),
             "probability": margins[n].sigmoid().item(),
-            "agrees": agrees[n].item(),
+            "agrees": None if math.isnan(agrees[n]) else agrees[n],
             "label": {name: getattr(pair, name) for name in ("preference", "margin", "weight", "head")},
             "scores": {
                 name: {"chosen": own[n, 0].item(), "rejected": own[n, 1].item()}

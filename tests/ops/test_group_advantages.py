@@ -1,11 +1,13 @@
 """Group advantages against the standard library's statistics and small cases."""
 
+import math
 import statistics
 
 import pytest
 import torch
 
 from fastrlhf import group_advantages
+from fastrlhf.ops.group_advantages import group_advantages_ref
 
 KINDS = ("grpo", "dr_grpo", "rloo")
 
@@ -77,3 +79,22 @@ def test_bad_input_is_named(change, error, text):
     with pytest.raises(error) as caught:
         group_advantages(**{"scores": torch.zeros(4), "cu_groups": cu(4), **change})
     assert "group_advantages: " in str(caught.value) and text in str(caught.value)
+
+
+def test_scores_that_differ_by_rounding_have_no_variance():
+    """Of any size and sign: a few last bits are no reason to push; a difference that means something is kept."""
+    for value in (0.3, -7.7, 1e5, 3e-5):
+        for dtype in (torch.float32, torch.float64):
+            scores = torch.full((8,), value, dtype=dtype)
+            scores[1] = torch.nextafter(scores[0], torch.tensor(torch.inf, dtype=dtype))
+            scores[2] = torch.nextafter(scores[0], torch.tensor(-torch.inf, dtype=dtype))
+            assert not group_advantages(scores, cu(8)).any()
+            assert not group_advantages_ref(scores, cu(8), 1, 1e-6).any()
+            assert group_advantages(scores, cu(8), kind="rloo").abs().max() <= 4 * torch.finfo(dtype).eps * abs(value)
+            scores[1] = value * (1 + 1000 * torch.finfo(dtype).eps)
+            deviation = statistics.stdev(scores.tolist())
+            expected = (scores.double() - statistics.fmean(scores.tolist())) / (deviation + 1e-12)
+            actual = group_advantages(scores, cu(8), eps=1e-12)
+            torch.testing.assert_close(actual, expected.to(dtype), rtol=1e-3, atol=1e-3)
+    assert group_advantages(torch.tensor([1.0, math.nan, 1.0]), cu(3)).isnan().all()
+    assert group_advantages(torch.tensor([1e-9, 0.0, 0.0]), cu(3), eps=1e-12).abs().max() > 1  # about a mean of 0

@@ -1,5 +1,7 @@
 """linear_ppo_loss against PPO written out on whole float64 logits, and its promises about memory and work."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -251,3 +253,19 @@ def test_bad_input_is_named(change, error, text):
         weight = {"weight": GOOD["weight"].clone().requires_grad_()} if "gets no gradient" in text else {}
         linear_ppo_loss(**{**GOOD, **weight, **change})
     assert "linear_ppo_loss: " in str(caught.value) and text in str(caught.value)
+
+
+def test_rows_of_advantage_0_give_0_though_their_ratio_overflows(monkeypatch):
+    """In the op, and in the reference, whose gradients autograd makes."""
+    module = sys.modules[linear_ppo_loss.__module__]
+    hidden, weight, bias, targets, old, advantages, _ = inputs()
+    far = torch.arange(T) % 3 == 0
+    old[far], advantages[far] = -1000.0, 0.0
+    given = hidden, weight, bias, targets, old, advantages, None
+    some, _, expected = gradients(ours, given, denominator=T, mask=~far)
+    loss, _, grads = gradients(ours, given, denominator=T)
+    found = []
+    monkeypatch.setattr(module, "_op", lambda *args: found.extend(module.linear_ppo_loss_ref(*args)) or found)
+    ours(*(t.requires_grad_() for t in given[:3]), *given[3:], denominator=T)
+    for actual, wanted in zip((loss, *grads, *found[:1], *found[2:5]), (some, *expected) * 2, strict=True):
+        torch.testing.assert_close(actual, wanted)

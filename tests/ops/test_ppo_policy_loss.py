@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrlhf import ppo_policy_loss
+from fastrlhf.ops.ppo_policy_loss import ppo_policy_loss_ref
 
 
 def test_at_ratio_1_it_is_minus_the_mean_advantage_with_the_policy_gradient():
@@ -155,3 +156,30 @@ def test_bad_input_is_named(change, error, text):
 def test_ratios_that_are_all_infinite_show_in_both_extremes():
     _, stats = ppo_policy_loss(torch.full((5,), 1000.0), torch.zeros(5), torch.ones(5))
     assert stats["ratio_max"] == stats["ratio_min"] == torch.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+@pytest.mark.parametrize("log_ratio", [800.0, math.inf])
+def test_advantage_0_gives_0_whatever_the_ratio(dtype, dual_clip, log_ratio):
+    """Between tokens that do count; the reference's own gradient, by autograd, agrees."""
+    advantages = torch.tensor([0.5, 0.0, -0.0, -0.5, 0.7], dtype=dtype)
+    old = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0], dtype=dtype)
+    new = torch.tensor([0.1, log_ratio, log_ratio, 0.05, log_ratio], dtype=dtype)
+    kept = torch.tensor([True, False, False, True, True])
+    results = []
+    for op, select in ((ppo_policy_loss, slice(None)), (by_reference, slice(None)), (ppo_policy_loss, kept)):
+        leaf = new.clone().requires_grad_()
+        loss, _ = op(leaf[select], old[select], advantages[select], dual_clip=dual_clip, denominator=5)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    for loss, grad in results:
+        torch.testing.assert_close(loss, results[2][0])  # without the two tokens at all
+        torch.testing.assert_close(grad, results[2][1])
+    new[1] = math.nan
+    assert ppo_policy_loss(new, old, advantages)[0].isnan()
+
+
+def by_reference(*tensors, dual_clip, denominator):
+    """The reference's loss, whose gradient autograd makes."""
+    return ppo_policy_loss_ref(*tensors, None, 0.2, 0.2, dual_clip, denominator)[:2]

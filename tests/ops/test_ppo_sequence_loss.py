@@ -125,3 +125,18 @@ def test_the_result_does_not_depend_on_the_number_of_threads(one_thread):
     alone = sequence_loss(logprobs, old, advantages, cu_seqlens=cu_seqlens)
     torch.set_num_threads(2)
     torch.testing.assert_close(sequence_loss(logprobs, old, advantages, cu_seqlens=cu_seqlens), alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_advantage_0_gives_0_whatever_the_ratio_of_its_sequence(dual_clip):
+    """A sequence of such tokens alone, and tokens of advantage 0 beside one that is held."""
+    old, new, advantages = torch.zeros(11), torch.zeros(11), torch.zeros(11)
+    new[:3] = new[4:] = 800.0
+    advantages[4], advantages[3] = 0.7, -0.5
+    leaf = new.clone().requires_grad_()
+    loss, _ = sequence_loss(leaf, old, advantages, dual_clip=dual_clip)
+    loss.backward()
+    assert loss.item() == pytest.approx((-1.2 * 0.7 / 7 + 0.5) / 3)
+    assert leaf.grad.tolist() == pytest.approx([0, 0, 0, 0.5 / 3, *[0] * 7])
+    new[5] = math.nan
+    assert sequence_loss(new, old, advantages, dual_clip=dual_clip)[0].isnan()

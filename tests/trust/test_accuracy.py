@@ -16,13 +16,34 @@ def test_wilson_interval_is_where_the_score_test_rejects():
             assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(max(end * (1 - end), 0) / num), abs=1e-9)
 
 
-def test_ties_count_half_and_soft_labels_by_their_weight():
+def test_ties_count_half_and_calibration_takes_soft_labels_by_their_weight():
     margins = torch.tensor([2.0, -1.0, 0.0, 3.0])
     assert hits(margins).tolist() == [1, 0, 0.5, 1]
     assert hits(margins, torch.tensor([0.9, 0.9, 0.9, 0.0])).tolist() == pytest.approx([0.9, 0.1, 0.5, 0])
     result = accuracy(margins)
     assert (result.accuracy, result.ties, result.num, result.effective_num) == (0.625, 1, 4, 4)
     assert (result.low, result.high) == wilson_interval(0.625, 4)
+
+
+def test_the_same_judgements_written_the_other_way_round_have_the_same_accuracy():
+    """Any pairs turned round: -d and 1 - y. What is likelier is what is right; of 1/2 nothing is."""
+    generator = torch.Generator().manual_seed(0)
+    margins = torch.randint(-2, 3, (200,), generator=generator).double()
+    labels = torch.randint(0, 5, (200,), generator=generator) / 4
+    clusters = torch.randint(0, 60, (200,), generator=generator).tolist()
+    turned = torch.rand(200, generator=generator) < 0.5
+    found = accuracy(margins, labels, clusters=clusters)
+    assert found == accuracy(
+        torch.where(turned, -margins, margins), torch.where(turned, 1 - labels, labels), clusters=clusters
+    )
+    by_hand = [
+        0.5 if d == 0 else float((d > 0) == (y > 0.5))
+        for d, y in zip(margins.tolist(), labels.tolist(), strict=True)
+        if y != 0.5
+    ]
+    assert (found.accuracy, found.num) == (pytest.approx(sum(by_hand) / len(by_hand)), len(by_hand))
+    undecided = accuracy(margins, torch.full((200,), 0.5))
+    assert (undecided.accuracy, undecided.low, undecided.high, undecided.num) == (0.5, 0, 1, 0)
 
 
 def test_no_pairs_are_refused():

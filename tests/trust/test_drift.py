@@ -45,6 +45,31 @@ def test_p_values_of_one_distribution_are_uniform_and_those_of_two_small():
     assert lengths.lengths_p == 0.01
 
 
+def test_p_values_are_right_where_both_sets_hold_the_same_prompts():
+    """200 times two sets of 20 and 30 prompts out of 33; `python -m benchmarks.coverage` has 500 of more kinds."""
+    population = prompts(33, seed=5)
+    generator = np.random.default_rng(0)
+    found = []
+    for n in range(200):
+        first, second = (generator.choice(len(population), size, replace=False) for size in (20, 30))
+        sets = ([population[row] for row in rows] for rows in (first, second))
+        found.append(drift(*sets, num_permutations=19, seed=n))
+    assert np.mean([result.shared * 30 / 20 for result in found]) == pytest.approx(0.9, abs=0.05)
+    for level in (0.05, 0.1, 0.25, 0.5):
+        error = math.sqrt(level * (1 - level) / 200)
+        assert np.mean([result.divergence_p <= level for result in found]) == pytest.approx(level, abs=3 * error)
+        size = np.mean([result.lengths_p <= level for result in found])  # equal values make it less than its level
+        assert level / 3 - 3 * error < size < level + 3 * error
+
+
+def test_a_difference_shows_beside_prompts_of_both_sets():
+    both = prompts(20, seed=2)
+    words = drift([*both, *prompts(30, seed=0)], [*both, *prompts(40, seed=1, first=20)], num_permutations=99)
+    assert words.divergence_p == 0.01 and words.num == (50, 60)
+    inside = drift([*both, *prompts(30, seed=0, first=20)], both, num_permutations=19)
+    assert (inside.divergence_p, inside.lengths_p, inside.shared) == (1, 1, 1)
+
+
 def test_the_tokens_that_differ_are_named_with_their_shares():
     result = drift([[1, 2], [2, 2, 1]], [[1, 7], [7, 7, 1], [1]], num_permutations=9)
     assert {token for token, *_ in result.tokens[:2]} == {2, 7}

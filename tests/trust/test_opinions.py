@@ -20,6 +20,6 @@ def test_the_rise_is_a_paired_difference_with_its_error():
 
 
 def test_one_question_has_no_error_and_none_is_refused():
-    assert sycophancy(torch.zeros(1), torch.ones(1)).error == math.inf
+    assert math.isnan(sycophancy(torch.zeros(1), torch.ones(1)).error)
     with pytest.raises(ValueError, match="no questions"):
         sycophancy(torch.zeros(0), torch.zeros(0))

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastrlhf.trust.accuracy import hits
+from fastrlhf.trust.accuracy import accuracy
 from fastrlhf.trust.raters import Vote, agreement, ceiling, repeats, votes
 
 A, B, C = [1, 2], [3], [4, 5, 6]
@@ -34,7 +34,7 @@ def test_repeats_are_counted_by_what_they_say():
     every = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=3)))  # what scores could say of the items
     labels = [0.6, 0.9, 0.8, 0.5, 0.7, 0.1]
     signs = torch.tensor([1, 1, -1, 1, -1, 1])
-    best = max(hits(own[[0, 0, 0, 1, 1, 2]] * signs, torch.tensor(labels)).mean().item() for own in every)
+    best = max(accuracy(own[[0, 0, 0, 1, 1, 2]] * signs, torch.tensor(labels)).accuracy for own in every)
     assert repeats(votes(prompts, chosen, rejected, labels)).best_accuracy == pytest.approx(best)
     assert found.self_contradicted is None
     known = repeats(votes(prompts, chosen, rejected), ["ann", "bob", "ann", "ann", "bob", "bob"])

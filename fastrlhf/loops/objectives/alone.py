@@ -12,6 +12,7 @@ from torch import Tensor
 from fastrlhf.data import RATING, DataError, Labelled, Rated
 from fastrlhf.loops.objectives.base import Loss, Objective, OfOneHead, accuracy_of
 from fastrlhf.settings.training import RewardConfig
+from fastrlhf.trust.accuracy import is_right
 from fastrlhf.trust.correlation import correlation_interval, pearson
 
 
@@ -29,7 +30,7 @@ class Outcomes(OfOneHead[Labelled]):
         """common: the accuracy of giving all the more common label. A label of 1/2 is in the loss only."""
         loss, _ = self.loss(scores, rows, len(rows))
         side = scores.new_tensor([row.label for row in rows]) - 0.5
-        hits = (0.5 + 0.5 * (self.own(scores, rows) * side).sign())[side != 0]
+        hits = is_right(self.own(scores, rows), side + 0.5)[side != 0]
         right = (side > 0).sum().item() / max(len(hits), 1)
         found = accuracy_of(hits, [row for row in rows if row.label != 0.5])
         return {"loss": loss.item(), **found, "common": max(right, 1 - right), "num_labels": len(hits)}
@@ -83,7 +84,8 @@ class Ratings(Objective[Rated]):
         for name, given, score in zip(self.names, table.t(), scores.t(), strict=True):
             rated = given.isfinite()
             if rated.any():
-                found.append(regression(given[rated], score[rated]))
+                prompts = {tuple(row.prompt) for row, here in zip(rows, rated.tolist(), strict=True) if here}
+                found.append(regression(given[rated], score[rated], len(prompts)))
                 if len(self.names) > 1:
                     metrics |= {f"{name}/{key}": value for key, value in found[-1].items()}
         means = ("rmse", "correlation") if len(self.names) > 1 else tuple(found[0])
@@ -93,9 +95,10 @@ class Ratings(Objective[Rated]):
         return self.measure(scores, rows)
 
 
-def regression(given: Tensor, score: Tensor) -> dict[str, float]:
-    """Error, correlation and the ends of its 95 % interval, of scores (N,) of ratings (N,)."""
+def regression(given: Tensor, score: Tensor, num_prompts: int) -> dict[str, float]:
+    """Error, correlation and the ends of its 95 % interval, of as many rows as there are prompts, of scores (N,) of
+    ratings (N,)."""
     r = pearson(given, score)
-    low, high = correlation_interval(r, len(given))
+    low, high = correlation_interval(r, num_prompts)
     rmse = (given - score).square().mean().sqrt().item()
     return {"rmse": rmse, "correlation": r, "correlation_low": low, "correlation_high": high, "num_ratings": len(given)}

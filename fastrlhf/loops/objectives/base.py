@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastrlhf.data import DataError, Labelled, Pair, Ranking, Rated
 from fastrlhf.settings.training import RewardConfig
-from fastrlhf.trust.accuracy import effective_num, number, wilson_interval
+from fastrlhf.trust.accuracy import share_of
 
 T = TypeVar("T", Pair, Ranking, Labelled, Rated)
 H = TypeVar("H", Pair, Ranking, Labelled)
@@ -81,9 +81,5 @@ class OfOneHead(Objective[H]):
 def accuracy_of(hits: Tensor, rows: Sequence[Any]) -> dict[str, float]:
     """The mean of hits (N,) in [0, 1] on N rows, with the ends of its 95 % interval, for which rows on one prompt are
     as many trials as they are worth; without a row nothing is known."""
-    if not rows:
-        return {"accuracy": 0.5, "accuracy_low": 0.0, "accuracy_high": 1.0}
-    trials = effective_num(hits.cpu(), number([tuple(row.prompt) for row in rows]))
-    accuracy = hits.mean().item()
-    low, high = wilson_interval(accuracy, trials)
-    return {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
+    found = share_of(hits, [tuple(row.prompt) for row in rows])
+    return {"accuracy": found.accuracy, "accuracy_low": found.low, "accuracy_high": found.high}

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastrlhf.data import Pair, Ranking
 from fastrlhf.loops.objectives.base import Loss, OfOneHead, accuracy_of
 from fastrlhf.ops import pairwise_reward_loss, ranking_loss
+from fastrlhf.trust.accuracy import is_right
 
 
 class Pairs(OfOneHead[Pair]):
@@ -22,7 +23,12 @@ class Pairs(OfOneHead[Pair]):
 
     def loss(self, scores: Tensor, rows: Sequence[Pair], denominator: int) -> Loss:
         config = self.config
-        return self._loss(scores, rows, config.label_smoothing, config.center_coef, denominator)
+        loss, stats = self._loss(scores, rows, config.label_smoothing, config.center_coef, denominator)
+        if any(row.preference < 1 for row in rows):  # the op counts the first response as the better one
+            labels, margins = scores.new_tensor([row.preference for row in rows]), self.own(scores.detach(), rows)
+            hits = torch.where(labels == 0.5, 0.5, is_right(margins[0::2] - margins[1::2], labels))
+            stats = {**stats, "accuracy": hits.sum().to(scores) / denominator}
+        return loss, stats
 
     def _loss(self, scores: Tensor, rows: Sequence[Pair], smoothing: float, center: float, denominator: int) -> Loss:
         scores = self.own(scores, rows)
@@ -42,11 +48,18 @@ class Pairs(OfOneHead[Pair]):
     def measure(self, scores: Tensor, rows: Sequence[Pair]) -> dict[str, float]:
         """A pair of preference 1/2 has no better side, so it is in the loss only."""
         loss, _ = self._loss(scores, rows, 0.0, 0.0, len(rows))
-        side = scores.new_tensor([row.preference for row in rows]) - 0.5
         scores = self.own(scores, rows)
-        ahead = (scores[0::2] - scores[1::2])[side != 0] * side[side != 0]
-        found = accuracy_of(0.5 + 0.5 * ahead.sign(), [row for row in rows if row.preference != 0.5])
-        return {"loss": loss.item(), **found, "ties": int((ahead == 0).sum()), "num_pairs": len(ahead)}
+        return {"loss": loss.item(), **accuracy_of_pairs(scores[0::2] - scores[1::2], rows)}
+
+
+def accuracy_of_pairs(margins: Tensor, rows: Sequence[Pair]) -> dict[str, float]:
+    """The accuracy on pairs, of which the first response is ahead by margins (N,), with its interval; those of
+    preference 1/2 are left out."""
+    labels = torch.tensor([row.preference for row in rows], dtype=torch.float64)
+    decided = labels != 0.5
+    hits = is_right(margins.cpu(), labels)[decided]
+    found = accuracy_of(hits, [row for row in rows if row.preference != 0.5])
+    return {**found, "ties": int((hits == 0.5).sum()), "num_pairs": len(hits)}
 
 
 class Rankings(OfOneHead[Ranking]):

@@ -1,0 +1,70 @@
+"""Reward functions: what they are called with, and what they must return."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.data import Prompt
+from fastrlhf.data.rows import REWARD_ARGUMENTS
+from fastrlhf.generation.engine import Sample
+from fastrlhf.scoring.named import keywords_of, name_of
+from fastrlhf.scoring.time_limit import within_reward_timeout
+
+RewardFunction = Callable[..., Sequence[float] | Tensor]
+
+
+def call_function(
+    function: RewardFunction,
+    prompts: Sequence[Prompt],
+    samples: Sequence[Sample],
+    responses: list[str],
+    *,
+    columns: Collection[str] | None,
+    timeout: float | None,
+) -> Tensor:
+    """Returns what a function says of responses, float32 (N,). It gets copies of all that it is given, and what it
+    returns is copied, so that it may do with both what it likes.
+
+    responses: as text; columns: the names of those that it may get, None: of all; timeout: in seconds
+
+    Raises: TypeError or ValueError for what is no finite number for each response; TimeoutError; what it raises."""
+    if columns is None:
+        columns = {name for prompt in prompts for name in prompt.columns}
+    response_ids = [list(sample.response) for sample in samples]
+    given: dict[str, Any] = {name: [prompt.columns.get(name) for prompt in prompts] for name in columns}
+    given |= {"response_ids": response_ids, "finished": [sample.finished for sample in samples]}
+    # each row by itself: the responses to a prompt have its columns, and not one copy of them together
+    taken = {name: [copy.deepcopy(value) for value in given[name]] for name in keywords_of(function, given)}
+    name, texts = name_of(function), [prompt.text for prompt in prompts]
+    call = functools.partial(function, texts, list(responses), **taken)
+    is_limited = not getattr(function, "has_own_timeout", False)
+    returned = within_reward_timeout(timeout if is_limited else None, name, len(samples), call)
+    try:
+        scores = torch.as_tensor(returned, dtype=torch.float32).detach().clone()
+    except OverflowError:  # its digits may be too many to be shown
+        raise ValueError(f"reward: {name} returned a number that is too large for a float") from None
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"reward: {name} must return {len(samples)} numbers, got {returned!r:.80}") from None
+    if scores.shape != (len(samples),):
+        raise ValueError(f"reward: {name} must return {len(samples)} scores, got {tuple(scores.shape)}")
+    return scores
+
+
+def check_keywords(function: RewardFunction, columns: Collection[str]) -> None:
+    """Raises TypeError for a function that needs another column of the prompts than these; ValueError for one that asks
+    by name for what is both an argument of ours and a column."""
+    taken = keywords_of(function, [*columns, *REWARD_ARGUMENTS])
+    for name in set(REWARD_ARGUMENTS) & set(columns) & set(taken):
+        if name in inspect.signature(function).parameters:
+            told = name_of(function)
+            raise ValueError(
+                f"reward: {told} takes {name!r}, by which functions are told of the response, and the prompts have a "
+                "column of that name: rename the column, or leave it out"
+            )

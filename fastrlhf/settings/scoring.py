@@ -1,0 +1,42 @@
+"""Settings of what scores with functions and servers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from fastrlhf.settings.training import JobConfig, above, at_least, rare
+
+REWARDS = ("reward", "eval_reward", "gold", "first", "second", "model")  # settings that may be the URL of a server
+ORIGIN = re.compile(r"https?://[^/,|;()=]+", re.IGNORECASE)
+MOST_SECONDS = 1e9  # clocks take no more
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig(JobConfig):
+    """What every job needs that asks reward functions or reward servers (docs/rewards.md)."""
+
+    reward_timeout: float | None = rare(3600.0, "seconds for one call of a reward function or server; none: no limit")
+    reward_batch: int | None = rare(None, "responses in one request to a reward server; default: all there are")
+    reward_key_file: str | None = rare(None, "file with the key of the reward server")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        above(self, 0, "reward_timeout")
+        at_least(self, 1, "reward_batch")
+        if self.reward_timeout is not None and self.reward_timeout > MOST_SECONDS:
+            raise ValueError(f"reward_timeout must be at most {MOST_SECONDS:g}, or none, got {self.reward_timeout:g}")
+
+        texts = [str(getattr(self, name, None)) for name in REWARDS]
+        origins = sorted({origin for text in texts for origin in ORIGIN.findall(text)})
+        for name in ("reward_batch", "reward_key_file"):
+            if getattr(self, name) is not None and not origins:
+                raise ValueError(f"{name} is of reward servers, and no reward is the URL of one: leave it out")
+        if self.reward_key_file is not None and len(origins) > 1:
+            raise ValueError(f"reward_key_file: one server would get the key of another: {', '.join(origins)}")
+
+    def reward_options(self) -> dict[str, Any]:
+        """What a `Scorer` takes of these."""
+        names = ("reward_timeout", "reward_batch", "reward_key_file")
+        return {name: getattr(self, name) for name in names}
