@@ -189,9 +189,8 @@ class Iterate(Stages):
             "policy": str(self.policy(number)),
             "output": str(folder),
             "seed": self.seed(number, HELD_OUT_SEED if name == "heldout" else TRAIN_SEED),
-            "resume": folder.exists(),
-            "overwrite": False,
         }
+        shared |= {"resume": folder.exists(), "overwrite": False}
         for line in Label(LabelConfig(**shared)):
             ranks.say(line)
         return read_jsonl(folder / "pairs.jsonl"), json.loads((folder / "summary.json").read_text(encoding="utf-8"))
