@@ -120,7 +120,7 @@ class Server:
 class Turn:
     """What HostileServer does with a request."""
 
-    answers = True
+    reads_requests = True
 
     def __init__(self, fault: str | None, good: float) -> None:
         self.fault, self.good = fault, good
