@@ -44,10 +44,9 @@ def spoken(process: Process) -> tuple[str, str]:
             return "unescaped", f"{raw[:5]} in {tail!r}"
     if process.ended == 0:
         return "read", tail
-    errors = [line for line in said.splitlines() if re.match(r"fastrlhf[ \w-]*: error: .", line)]
-    if process.ended not in (1, 2) or len(errors) != 1:
+    if process.ended not in (1, 2) or len(process.errors) != 1:
         return "unclear", f"status {process.ended}: {tail}"
-    return "refused", errors[0]
+    return "refused", process.errors[0]
 
 
 def judged(process: Process, out: Path, expected: dict[str, str]) -> tuple[str, str]:

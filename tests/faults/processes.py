@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -97,6 +98,12 @@ class Process:
     @property
     def said(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that begin its messages; the other ranks of a run say that the first one's tells why."""
+        lines = [line for line in self.said.splitlines() if re.match(r"fastrlhf[ \w-]*: error: .", line)]
+        return [line for line in lines if "another process of the run has ended; its message says why" not in line]
 
     @property
     def noted(self) -> dict[str, Any]:
@@ -234,7 +241,7 @@ def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
 
 def refusal(process: Process) -> str | None:
     """Why a process was refused, if in one line: "in use" by a process that it names, or "not empty"; else None."""
-    lines = [line for line in process.said.splitlines() if ": error: " in line]
+    lines = process.errors
     if process.ended not in (1, 2) or "Traceback" in process.said or len(lines) != 1:
         return None
     return next((why for why in ("in use", "not empty") if why in lines[0]), None)
