@@ -74,9 +74,9 @@ lint: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks --save
 
-# Two processes on one output folder, and kills while a run is overwritten: about a quarter of an hour.
+# Kills, two processes on one folder, damaged files, hostile rows and servers: about an hour. Goes on where it was stopped.
 faults: $(VENV)/dev
-	$(BIN)/python tests/faults
+	$(BIN)/python tests/faults --table tests/faults/RESULTS.md
 
 gpu-dry-run: $(VENV)/dev
 	PYTHON=$(BIN)/python benchmarks/gpu.sh all --dry-run

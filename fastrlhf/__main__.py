@@ -18,7 +18,7 @@ import fastrlhf
 from fastrlhf.runs import ranks, signals
 from fastrlhf.runs.going_on import how_to_go_on
 from fastrlhf.runs.options import help_text, parse
-from fastrlhf.runs.streams import mute, plain_warnings, unread
+from fastrlhf.runs.streams import mute, plain_warnings, print_error, printable, unread
 from fastrlhf.scoring.time_limit import leave_if_interrupted
 from fastrlhf.settings.best_of_n import BestOfNConfig, OveroptimizeConfig, SweepConfig
 from fastrlhf.settings.data import DataCheckConfig, DataConvertConfig
@@ -132,6 +132,8 @@ fastrlhf COMMAND --help lists the options of a command. fastrlhf --version print
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 1 for a run that failed, 2 for bad usage, 130 or 143 when
     SIGINT or SIGTERM stopped it."""
+    if arguments is None:
+        sys.excepthook = print_error
     try:
         try:
             status = _main(arguments)
@@ -207,7 +209,8 @@ def _run(command: str, arguments: list[str]) -> int:
                 if ranks.is_first():
                     is_new = hasattr(config, "resume") and _settings_stamp(config) == before
                     left = "nothing had been written yet; give the same command again" if is_new else ""
-                    print(f"fastrlhf {command}: interrupted; {left or how_to_go_on(command, config)}", file=sys.stderr)
+                    text = f"fastrlhf {command}: interrupted; {left or how_to_go_on(command, config)}"
+                    print(printable(text), file=sys.stderr)
                 return 128 + number
     except Exception as error:
         if isinstance(error, BrokenPipeError) and unread():
@@ -237,9 +240,9 @@ def _do(command: str, config: Any) -> Any:
             stack.callback(made.close)
         for done in made:
             if isinstance(done, str):
-                print(done, flush=True)
+                print(printable(done), flush=True)
             elif isinstance(done, tuple):  # a stage and what came out of it
-                print("{}: {}".format(*done), flush=True)
+                print(printable("{}: {}".format(*done)), flush=True)
     return getattr(made, "best", None)
 
 
@@ -269,7 +272,7 @@ def _of_a_file(error: Exception) -> bool:
 
 
 def _fail(command: str, text: str, status: int) -> int:
-    print(f"fastrlhf {command}".strip() + f": error: {text}", file=sys.stderr)
+    print(printable(f"fastrlhf {command}".strip() + f": error: {text}"), file=sys.stderr)
     return status
 
 

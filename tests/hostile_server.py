@@ -77,7 +77,9 @@ FAULTS = {
 
 
 class HostileServer:
-    """turns: what to do with connection 1, 2, ..., and the last one with all after it; `requests` are what came."""
+    """turns: what to do with connection 1, 2, ..., and the last one with all after it; `requests` are what came.
+
+    One that has reads_requests is a function of head and body that returns what to do."""
 
     def __init__(self, *turns):
         self.turns, self.requests, self.open = list(turns), [], []
@@ -107,6 +109,8 @@ class HostileServer:
                 body += connection.recv(65536) or exit()
             self.requests.append((head.decode(), body.decode()))
             turn = self.turns[min(len(self.requests), len(self.turns)) - 1]
+            if getattr(turn, "reads_requests", False):
+                turn = turn(head.decode(), body.decode())
             if callable(turn):
                 turn(connection)
             else:

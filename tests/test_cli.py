@@ -3,6 +3,7 @@ import os
 import shlex
 import subprocess
 import sys
+import unicodedata
 import warnings
 
 import pytest
@@ -18,7 +19,7 @@ from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.runs.optim import NonFiniteError
 from fastrlhf.runs.options import parse
 from fastrlhf.runs.output import OutputFolder
-from fastrlhf.runs.streams import plain_warnings
+from fastrlhf.runs.streams import plain_warnings, print_error, printable
 from fastrlhf.settings.values import dump
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -304,3 +305,49 @@ def test_a_warning_of_ours_is_a_line_and_another_keeps_its_place():
     assert ours == "warning: a checkpoint is damaged\n"
     assert other.startswith(f"{torch.__file__}:7: UserWarning: deprecated")
     assert warnings.formatwarning is usual
+
+
+FOREIGN = "\x1b[31mred\x1b]0;title\x07 \x9b2J \u202egnp.exe\u2066 zero\u200bwidth\u2028line\u0085\r\ud800"
+
+
+def is_harmless(text):
+    return not any(unicodedata.category(each) in ("Cc", "Cf", "Cs", "Zl", "Zp") for each in text if each not in "\n\t")
+
+
+def test_what_a_terminal_obeys_or_hides_is_shown_as_an_escape_and_all_else_stays():
+    assert printable(FOREIGN).encode("ascii")  # nothing of it is hidden
+    assert printable("\x1b[31m\u202e\u200b") == r"\x1b[31m\u202e\u200b"
+    kept = "tab\tline\n Größe, 名前, ١٢٣, é, \u3000, 🙂, <b>, \\x1b"
+    assert printable(kept) == kept
+    harmful = [chr(n) for n in range(0x110000) if not is_harmless(chr(n))]
+    assert len(harmful) > 2000 and all(printable(each).isascii() for each in harmful)
+
+
+def test_names_that_files_and_people_bring_cannot_steer_the_terminal(arguments, tmp_path, capsys):
+    foreign = str(tmp_path / FOREIGN.replace("\ud800", ""))
+    write_rows(foreign, [{FOREIGN: "x"}] * 8)
+    roles = write_rows(tmp_path / "roles.jsonl", [{"messages": [{"role": FOREIGN, "content": "x"}]}] * 8)
+    columns = write_rows(tmp_path / "columns.jsonl", [{"prompt": "ab", "completion": "cc", FOREIGN: FOREIGN}] * 8)
+    others = [each for each in arguments if not each.startswith(("--data", "--output"))]
+    for command, status in (
+        (["sft", *others, f"--data={foreign}", f"--output={tmp_path / 'a'}"], 1),
+        (["sft", *others, f"--data={roles}", f"--output={tmp_path / 'b'}"], 1),
+        (["sft", *others, f"--data={columns}", f"--output={foreign}.out", "--batch-size=8", "--epochs=1"], 0),
+        (["data", "check", foreign], 1),
+        (["data", "check", roles], 1),
+        (["sft", *arguments, f"--{FOREIGN}=1"], 2),
+        ([FOREIGN], 2),
+    ):
+        assert main(command) == status
+        said = capsys.readouterr()
+        assert is_harmless(said.out + said.err), command
+        assert r"\x1b[31mred" in said.out + said.err, command
+
+
+def test_a_traceback_cannot_steer_the_terminal(capsys):
+    try:
+        raise RuntimeError(FOREIGN)
+    except RuntimeError as error:
+        print_error(RuntimeError, error, error.__traceback__)
+    said = capsys.readouterr().err
+    assert is_harmless(said) and r"RuntimeError: \x1b[31mred" in said

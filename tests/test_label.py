@@ -14,7 +14,7 @@ from fastrlhf.data import DataError, Reason, load_pairs
 from fastrlhf.feedback.judges import TEST
 from fastrlhf.feedback.label import Label
 from fastrlhf.generation.server import ServerError
-from fastrlhf.runs.lines import read_jsonl
+from fastrlhf.runs.lines import read_jsonl, sealed
 from fastrlhf.settings.feedback import LabelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,7 +147,8 @@ def test_a_stopped_run_asks_about_the_rest_alone_and_ends_the_same(settings, ser
     next(stopped)
     stopped.close()
     verdicts = Path(settings["output"]) / "verdicts.jsonl"
-    verdicts.write_text(verdicts.read_text() + '{"step": 2, "row": 5, "orders": [0.3, 0.4], "masses": [1, 1]}\n{"step"')
+    later = sealed('{"step": 2, "row": 5, "orders": [0.3, 0.4], "masses": [1, 1]}')
+    verdicts.write_text(verdicts.read_text() + later + '\n{"step"')
     server.requests.clear()
     run(settings, resume=True)
     assert len(server.requests) == 1 + 2 * 6

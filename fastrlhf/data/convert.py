@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from fastrlhf.data.files import DataError, data_files, read_rows
 from fastrlhf.data.importers import IMPORTERS, Format
 from fastrlhf.data.judged import check_ranks
 from fastrlhf.data.report import LEFT_OUT, Reason, Rejected, Report
+from fastrlhf.runs.lines import as_json
 from fastrlhf.runs.whole import write_file
 from fastrlhf.settings.data import DataConvertConfig
 
@@ -30,7 +30,7 @@ def convert(config: DataConvertConfig) -> Iterator[str]:
     if out.exists() and not config.overwrite:
         raise DataError(f"data: {out} is there already; --overwrite replaces it")
     report = Report(config.file)
-    lines = (json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in converted(config, report))
+    lines = (as_json(row).encode() + b"\n" for row in converted(config, report))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, _gzipped(lines) if out.suffix == ".gz" else lines)
     yield "\n".join([f"{config.file}: rows for {out}: {report.num_used}", *report.reasons()])

@@ -40,7 +40,7 @@ def load_principles(path: str | None) -> list[Principle]:
         text = read_text(path, "principles")
     try:
         entries = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"principles: {path} is not YAML: {error}") from None
     keys = {"name", "critique", "revision"}
     if not isinstance(entries, list) or not entries:

@@ -30,6 +30,7 @@ from fastrlhf.jobs.stages import Stages, write_tables
 from fastrlhf.loops.ppo import PPO
 from fastrlhf.loops.reward import RewardTrainer
 from fastrlhf.models.policy import Policy
+from fastrlhf.runs import ranks
 from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.options import read_further
@@ -97,7 +98,7 @@ class Iterate(Stages):
         check_share(report, config.max_rejected)
         if len(kept) <= config.num_heldout:
             raise DataError(f"data: {config.data} has {len(kept)} prompts, of which {config.num_heldout} are held out")
-        print(report)
+        ranks.say(report)
         rows = [{**kept[n].columns, "prompt": kept[n].prompt} for n in shuffled(len(kept), config.seed, purpose=SPLIT)]
         held_out = rows[: config.num_heldout]
         tables = {"heldout.jsonl": held_out, "prompts.jsonl": rows[config.num_heldout :]}
@@ -106,13 +107,13 @@ class Iterate(Stages):
             check_share(report, config.max_rejected)
             if unlabelled := [item.number for item in pairs if not item.labelled]:
                 raise DataError(f"comparisons: {config.comparisons}, row {unlabelled[0]}: no chosen and rejected")
-            print(report)
+            ranks.say(report)
             tables["comparisons.jsonl"] = [_as_pair(item) for item in pairs]
         texts = {as_text(row["prompt"]) for row in held_out}
         for name in [name for name in tables if name != "heldout.jsonl"]:
             apart = [row for row in tables[name] if as_text(row["prompt"]) not in texts]
             if len(apart) < len(tables[name]):
-                print(f"{name}: {len(tables[name]) - len(apart)} rows have a held-out prompt, and are left out")
+                ranks.say(f"{name}: {len(tables[name]) - len(apart)} rows have a held-out prompt, and are left out")
             tables[name] = apart
         if not tables["prompts.jsonl"]:
             raise DataError(f"data: {config.data} has no prompt but those held out")
@@ -188,11 +189,10 @@ class Iterate(Stages):
             "policy": str(self.policy(number)),
             "output": str(folder),
             "seed": self.seed(number, HELD_OUT_SEED if name == "heldout" else TRAIN_SEED),
-            "resume": folder.exists(),
-            "overwrite": False,
         }
+        shared |= {"resume": folder.exists(), "overwrite": False}
         for line in Label(LabelConfig(**shared)):
-            print(line, flush=True)
+            ranks.say(line)
         return read_jsonl(folder / "pairs.jsonl"), json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
     def reward(self, number: int) -> None:

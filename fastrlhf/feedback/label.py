@@ -36,11 +36,21 @@ from fastrlhf.models.policy import Policy
 from fastrlhf.runs.lines import append, cut_back, read_jsonl
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.output import OutputFolder
+from fastrlhf.runs.products import PRODUCTS, check_products, note_new
 from fastrlhf.runs.whole import write_file, write_json
 from fastrlhf.settings.feedback import LabelConfig
 from fastrlhf.trust.accuracy import share_of
 
-OURS = ("config.yaml", "inputs.json", "rows.crc32", "answers.jsonl", "verdicts.jsonl", "pairs.jsonl", "summary.json")
+OURS = (
+    "config.yaml",
+    "inputs.json",
+    PRODUCTS,
+    "rows.crc32",
+    "answers.jsonl",
+    "verdicts.jsonl",
+    "pairs.jsonl",
+    "summary.json",
+)
 
 
 class Label:
@@ -52,6 +62,8 @@ class Label:
     def __init__(self, config: LabelConfig) -> None:
         self.config, self.output = config, Path(config.output)
         self.folder = OutputFolder(config, OURS)
+        if self.folder.is_resumed:
+            check_products(self.output)
         self.question = make_question(config)
         if config.policy is None:
             self.items, self.report = read_items(config.data, limit=config.limit, bare=False)
@@ -115,7 +127,11 @@ class Label:
             ends = given.finished.tolist()
             rows = [{"responses": given.texts[n : n + 2], "finished": ends[n : n + 2]} for n in range(0, len(ends), 2)]
             write_file(path, lines(rows))
-        both = zip(items, read_jsonl(path), strict=True)
+        answers = read_jsonl(path)
+        if len(answers) != len(items) or not all({"responses", "finished"} <= row.keys() for row in answers):
+            raise ValueError(f"resume: {path} is damaged: it lacks answers; delete it to have it made again")
+        note_new(self.output, path.name)
+        both = zip(items, answers, strict=True)
         return [replace(item, responses=tuple(row["responses"]), finished=tuple(row["finished"])) for item, row in both]
 
     def verdicts(self) -> Generator[str, None, list[Verdict | None]]:
@@ -135,7 +151,7 @@ class Label:
             self.folder.check()
             for item, verdict in zip(batch, verdicts, strict=True):
                 rows.append({"step": start // size + 1, "row": item.number, **_as_row(verdict)})
-                append(path, rows[-1])
+                append(path, rows[-1], seal=True)
             num_rejected = self.report.num_rejected + sum("reason" in row for row in rows)
             if num_rejected > config.max_rejected * self.report.num_rows:
                 break

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from fastrlhf.data import DataError, Reason, Rejected
@@ -33,11 +33,12 @@ from fastrlhf.models.policy import Policy, autocasting
 from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.output import OutputFolder
+from fastrlhf.runs.products import PRODUCTS, check_products, note_new
 from fastrlhf.runs.whole import write_file, write_json
 from fastrlhf.settings.feedback import MAX_ROUNDS, ReviseConfig
 
 TABLES = ("responses.jsonl", "demonstrations.jsonl", "pairs.jsonl", "transcripts.jsonl")
-OURS = ("config.yaml", "inputs.json", "rows.crc32", *TABLES, "summary.json")
+OURS = ("config.yaml", "inputs.json", PRODUCTS, "rows.crc32", *TABLES, "summary.json")
 
 
 class Revise:
@@ -52,6 +53,8 @@ class Revise:
         self.config, self.output = config, Path(config.output)
         rounds = (f"round-{number}.jsonl" for number in range(1, MAX_ROUNDS + 1))
         self.folder = OutputFolder(config, (*OURS, *rounds))
+        if self.folder.is_resumed:
+            check_products(self.output)
         self.principles = load_principles(config.principles)
         self.tokenizer = load_tokenizer(config.model)
         self.renderer = Renderer(self.tokenizer, config.template, config.template_kwargs)
@@ -88,7 +91,8 @@ class Revise:
                 rows_of_round = lines(self.round(round_number, responses))
                 self.folder.check()
                 write_file(path, rows_of_round)
-            rows = {row.pop("row"): row for row in read_jsonl(path)}
+            rows = _rows_of(path, responses)
+            note_new(self.output, path.name)
             self.keep(rows)
             responses = {number: row["revision"] for number, row in rows.items() if "reason" not in row}
             for number in responses:
@@ -124,7 +128,8 @@ class Revise:
         if not path.exists():
             drawn = self.sample({number: item.prompt for number, item in self.items.items()}, 0, "respond")
             write_file(path, lines([{"row": number, **row} for number, row in drawn.items()]))
-        rows = {row.pop("row"): row for row in read_jsonl(path)}
+        rows = _rows_of(path, self.items)
+        note_new(self.output, path.name)
         self.keep(rows)
         return {number: (rows[number]["text"], rows[number]["finished"]) for number in self.items}
 
@@ -222,3 +227,11 @@ class Revise:
         write_file(self.output / "transcripts.jsonl", lines(list(done.values())))
         write_json(self.output / "summary.json", summary)
         return summary
+
+
+def _rows_of(path: Path, numbers: Collection[int]) -> dict[int, Row]:
+    """The rows of a file by their numbers. Raises: ValueError unless there are those."""
+    rows = {row.pop("row", None): row for row in read_jsonl(path)}
+    if rows.keys() != set(numbers):
+        raise ValueError(f"resume: {path} is damaged: it lacks rows; delete it to have it made again")
+    return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from fastrlhf.data.conversations import (
 )
 from fastrlhf.data.lengths import NO_LIMIT, check_characters
 from fastrlhf.data.template import Renderer
+from fastrlhf.runs.lines import as_json
 from fastrlhf.runs.whole import write_file
 
 Row = dict[str, Any]
@@ -117,7 +117,9 @@ def check_same_items(path: Path, items: Sequence[Item]) -> None:
     if not path.exists():
         write_file(path, f"{checksum}\n".encode())
     elif path.read_text(encoding="utf-8").strip() != str(checksum):
-        raise ValueError(f"resume: the rows of the data are no longer those that {path.parent} was made from")
+        raise ValueError(
+            f"resume: the rows of the data are not those that {path} is of; give the same, or --overwrite to start anew"
+        )
 
 
 def check_two(item: Item) -> None:
@@ -177,4 +179,4 @@ def rejected_by_reason(report: Report) -> dict[str, int]:
 
 def lines(rows: Sequence[Row]) -> bytes:
     """Rows as JSONL."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    return "".join(as_json(row) + "\n" for row in rows).encode()

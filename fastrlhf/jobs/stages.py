@@ -11,9 +11,10 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.runs import signals
-from fastrlhf.runs.lines import append
+from fastrlhf.runs import ranks, signals
+from fastrlhf.runs.lines import append, as_json
 from fastrlhf.runs.output import OutputFolder
+from fastrlhf.runs.products import PRODUCTS, check_products, forget, note_new
 from fastrlhf.runs.whole import finite
 
 
@@ -36,7 +37,7 @@ class Stages(ABC):
         self.config, self.output = config, Path(config.output)
         self.products, self.always = products, always
         names = {Path(product).parts[0] for product in products.values()}
-        own = ("config.yaml", "inputs.json", "timing.jsonl", *sorted({*names, *ours}))
+        own = ("config.yaml", "inputs.json", PRODUCTS, "timing.jsonl", *sorted({*names, *ours}))
         self.folder = OutputFolder(config, own, cheap=("data",))
         self.names, self.is_open = iter(products), False
 
@@ -47,6 +48,8 @@ class Stages(ABC):
         """Does the next stage, unless its product is there already."""
         signals.stop_if_asked()  # by a signal that came during the last step of a loop
         if not self.is_open:
+            if self.folder.is_resumed:
+                check_products(self.output)
             self.folder.open()
             self.is_open = True
         self.folder.check()
@@ -56,13 +59,18 @@ class Stages(ABC):
             self.folder.close()
             raise
         if name in self.always or not (self.output / self.products[name]).exists():
-            print(f"\n== {name}", flush=True)
+            ranks.say(f"\n== {name}")
+            forget(self.output, name)
             start = time.perf_counter()
             self.do(name)
             append(self.output / "timing.jsonl", {"stage": name, "seconds": time.perf_counter() - start})
             gc.collect()  # this stage's models, before the next loads its own
+        else:  # a kill may have come before it was noted
+            check_products(self.output / name)
         for passing in self.passing:  # of an earlier start, too, that was killed before it did this
             shutil.rmtree(self.output / name / passing, ignore_errors=True)
+        if name not in self.always:
+            note_new(self.output, name, self.products[name])
         return name, self.outcome(name)
 
     def do(self, name: str) -> None:
@@ -78,7 +86,7 @@ def write_tables(folder: Path, tables: dict[str, Any]) -> None:
     """Writes lists as JSONL and the rest as JSON, by file name."""
     for name, table in tables.items():
         if name.endswith(".jsonl"):
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
+            text = "".join(as_json(row) + "\n" for row in table)
         else:
             text = json.dumps(finite(table), indent=2, allow_nan=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastrlhf.loops.budget import Budget
 from fastrlhf.loops.memory_plan import Plan
-from fastrlhf.runs import ranks, signals
+from fastrlhf.runs import products, ranks, signals
 from fastrlhf.runs.checkpoint import newest_checkpoint, save_checkpoint
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.optim import NonFiniteError
@@ -163,11 +163,16 @@ class Trainer(ABC):
         self.close()
 
     def _write_model(self, name: str) -> None:
-        """Writes <output>/name, the model as it is now, and then its step into steps.json beside it."""
+        """Writes <output>/name, the model as it is now, and then its step into steps.json beside it, and its files into
+        products.json."""
         output = Path(self.config.output)
         note_step(output, name, None)
+        if ranks.is_first():
+            products.forget(output, name)
         write_whole(output / name, self.save)
         note_step(output, name, self.num_steps_done)
+        if ranks.is_first():
+            products.note(output, name)
 
     def save_checkpoint(self) -> Path:
         """Writes a checkpoint of the steps done so far, from which resume=True goes on. Returns its folder.
@@ -189,6 +194,7 @@ class Trainer(ABC):
         self.save_checkpoint()  # first, or a kill would bring back the score of what is deleted
         note_step(Path(self.config.output), "best", None)
         if ranks.is_first():
+            products.forget(Path(self.config.output), "best")
             remove(Path(self.config.output) / "best")
 
     def close(self) -> None:
@@ -252,7 +258,7 @@ def step_of(folder: Path) -> int | None:
 def _noted(output: Path) -> dict[str, Any]:
     try:
         found = json.loads((output / STEPS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none was written, or it is damaged
+    except (OSError, ValueError, RecursionError):  # none was written, or it is damaged
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -18,6 +18,7 @@ from fastrlhf.runs import ranks, signals
 from fastrlhf.runs.checkpoint import fingerprint, load_state, restore_lines
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.output import OutputFolder
+from fastrlhf.runs.products import check_products
 from fastrlhf.settings.training import LoopConfig, TuningConfig
 
 T = TypeVar("T")
@@ -28,7 +29,7 @@ def prepare(config: LoopConfig) -> OutputFolder:
     """Joins the other processes of the run, if there are any, and seeds torch, numpy and Python: what a new head and a
     user's reward function draw from. Returns the output folder, which the first process holds.
 
-    Raises: as OutputFolder; ValueError when the processes see different output folders."""
+    Raises: as OutputFolder and check_products; ValueError when the processes see different output folders."""
     if ranks.start() == 1 and config.parallel == "fsdp":
         raise ValueError("parallel: fsdp needs several processes; torchrun starts them (docs/parallel.md)")
     folder = OutputFolder(config) if ranks.is_first() else None
@@ -40,6 +41,8 @@ def prepare(config: LoopConfig) -> OutputFolder:
             f"output: all processes must see the same folder {config.output}, but their newest "
             f"checkpoints are {', '.join(found)}"
         )
+    if folder.is_resumed:
+        check_products(folder.path)
     torch.manual_seed(config.seed)
     np.random.seed(config.seed)
     random.seed(config.seed)
@@ -89,6 +92,8 @@ def begin(loop: Trainer, data: Iterable[Sequence[int]]) -> None:
             loop.log.say(f"resume: {change}")
         best = Path(config.output) / "best"
         step = step_of(best)
+        if loop.best and not best.exists():
+            loop.log.say(f"warning: {best} is missing; it is written again when a later model is better")
         is_kept = step is not None and step <= loop.num_steps_done
         if ranks.gather(bool(changes) and best.exists() and not is_kept)[0]:
             of = "an unknown step" if step is None else "a later step"

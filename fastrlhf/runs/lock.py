@@ -44,11 +44,16 @@ class Lock:
     Several locks of a process may hold the same folder, as when a cell of a notebook runs again: the one that was
     claimed last may write, and `check` of the others raises.
 
-    Raises: FolderInUseError, naming the process that holds the folder."""
+    Raises: FolderInUseError, naming the process that holds the folder; FileNotFoundError for a link to nowhere."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.pid = folder.resolve(), os.getpid()
-        self.held: _Held | None = _HELD.get(self.folder) or _Held(self.folder)
+        try:
+            self.held: _Held | None = _HELD.get(self.folder) or _Held(self.folder)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"output: {folder} leads to {self.folder}, which cannot be made; delete it, or give another"
+            ) from None
         _HELD[self.folder] = self.held
         self.has_claimed = False
         if self.held.owner is None:
@@ -146,7 +151,7 @@ def _read(file: IO[str]) -> dict[str, Any] | None:
         file.seek(0)
         holder = json.loads(file.read() or "{}")
         return holder if not holder or {"pid", "host", "command", "since"} <= holder.keys() else None
-    except (ValueError, AttributeError, OSError):
+    except (ValueError, AttributeError, OSError, RecursionError):
         return None
 
 

@@ -51,7 +51,7 @@ def _planned(config_class: type, given: Mapping[str, Any]) -> dict[str, Any]:
     try:
         saved = yaml.safe_load(settings.read_text(encoding="utf-8"))
         return {name: saved[name] for name in getattr(config_class, "may_change", ()) if name in saved}
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError):  # damaged: the run itself says more of it
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):  # damaged: the run itself says more of it
         return {}
 
 
@@ -100,7 +100,11 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         values = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, no such date, too long a number, too deep
         raise UsageError(f"config: {path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"config: {path} must hold lines `key: value`, got {type(values).__name__}")

@@ -3,6 +3,7 @@
 <output>/config.yaml    the resolved configuration; its first line marks the folder as ours
 <output>/inputs.json    fingerprints of the models, files and functions that the configuration names
 <output>/steps.json     after which steps the models in model/ and best/ were written; how many are planned
+<output>/products.json  the files of model/ and best/
 <output>/rollout_weights  weights on their way to the servers of PPO's rollouts
 <output>/.lock          the process that writes here; .deleting: what an overwriting run has yet to delete
 """
@@ -22,6 +23,7 @@ from fastrlhf.runs.checkpoint import LINES, newest_whole, settings_of_checkpoint
 from fastrlhf.runs.going_on import how_far
 from fastrlhf.runs.inputs import base_of, inputs_of, pieces_of
 from fastrlhf.runs.lock import LOCK, Lock, check_free_above, check_free_below
+from fastrlhf.runs.products import PRODUCTS
 from fastrlhf.runs.same import CONFIG, INPUTS, MAY_DIFFER, check_same, read, settings_in
 from fastrlhf.runs.whole import REPLACED, discard, recover, remove, write_file, write_json
 from fastrlhf.settings.values import PATHS, dump
@@ -30,10 +32,10 @@ MARK = "# settings of a fastrlhf run\n"
 KIND = "# kind: "  # of the settings, on the second line
 STEPS, DELETING = "steps.json", ".deleting"
 ROLLOUT_WEIGHTS = "rollout_weights"
-OURS = (CONFIG, INPUTS, STEPS, *LINES, "checkpoints", "model", "best", "tensorboard", ROLLOUT_WEIGHTS)
+OURS = (CONFIG, INPUTS, STEPS, PRODUCTS, *LINES, "checkpoints", "model", "best", "tensorboard", ROLLOUT_WEIGHTS)
 BEGUN = {LOCK, f"{CONFIG}.partial", f"{DELETING}.partial"}  # what there may be before config.yaml
 # what holds no work: a folder of ours without anything else is free
-NO_WORK = {LOCK, CONFIG, INPUTS, STEPS, "rows.crc32", "timing.jsonl", "samples.jsonl", ROLLOUT_WEIGHTS}
+NO_WORK = {LOCK, CONFIG, INPUTS, STEPS, PRODUCTS, "rows.crc32", "timing.jsonl", "samples.jsonl", ROLLOUT_WEIGHTS}
 
 
 class OutputFolder:
@@ -58,6 +60,14 @@ class OutputFolder:
         for folder in (self.path, self.path / "checkpoints"):
             if folder.exists() and not folder.is_dir():
                 raise FileExistsError(f"output: {folder} is a file, expected a folder")
+        if (self.path / "checkpoints").is_symlink() and not (self.path / "checkpoints").exists():
+            raise FileNotFoundError(
+                f"output: {self.path / 'checkpoints'} is a link to what is not there: bring that back (is its disk "
+                "mounted?), or delete the link to do without those checkpoints"
+            )
+        for name in (CONFIG, INPUTS, STEPS, PRODUCTS, "timing.jsonl"):
+            if (self.path / name).is_dir() or ((self.path / name).is_symlink() and not (self.path / name).exists()):
+                raise FileExistsError(f"output: {self.path / name} is no file, as a run has it: delete it to go on")
         self.lock = Lock(self.path) if hold else None
         self.changes: list[str] = []
         try:
@@ -175,7 +185,7 @@ class OutputFolder:
         try:
             names = json.loads((self.path / DELETING).read_text(encoding="utf-8"))
             names = [name for name in names if Path(name).name == name]
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             names = list(self.ours)
         for name in names:
             remove(self.path / name)
@@ -233,5 +243,5 @@ def _has_steps(path: Path) -> bool:
     """Whether a file of metrics has more than the line of step 0."""
     try:
         return any(json.loads(line)["step"] != 0 for line in path.read_bytes().splitlines())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return True

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastrlhf.runs.streams import printable
+
 T = TypeVar("T")
 BUCKET = 64 * 2**20  # bytes of gradients that are added at once
 
@@ -59,9 +61,9 @@ def is_first() -> bool:
 
 
 def say(text: object) -> None:
-    """Prints a line, once for all processes."""
+    """Prints a line, once for all processes; what a terminal would obey or hide is shown as an escape."""
     if is_first():
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 def share(rows: Sequence[T]) -> Sequence[T]:

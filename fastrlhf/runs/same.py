@@ -121,7 +121,7 @@ def settings_in(text: str | None) -> dict[str, Any] | None:
     """The settings in config.yaml; None if it is damaged."""
     try:
         values = yaml.safe_load(text or "")
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) and all(isinstance(name, str) for name in values) else None
 
@@ -132,7 +132,7 @@ def _saved_inputs(output: Path) -> Any:
     for path in (output / INPUTS, *copies):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(found, dict):
             return found

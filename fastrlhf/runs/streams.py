@@ -1,17 +1,38 @@
-"""What a command prints: warnings as lines, and pipes that nobody reads any longer."""
+"""What a command prints: foreign texts that cannot steer a terminal, warnings as lines, pipes that nobody reads."""
 
 from __future__ import annotations
 
 import os
 import select
 import sys
+import traceback
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import fastrlhf
+
+
+def printable(text: object) -> str:
+    """The text with every character that a terminal obeys or hides in the place of showing it as an escape: ESC and the
+    other controls but line ends and tabs, marks of direction, characters without width, separators, lone surrogates.
+
+    All that we print and do not write ourselves comes from files, models and servers: names of columns, roles and
+    files, errors of templates, answers."""
+    return "".join(each if _is_shown(each) else each.encode("unicode_escape").decode() for each in str(text))
+
+
+def print_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's sys.excepthook for a command: the traceback of a mistake of ours may hold foreign texts as well."""
+    sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _is_shown(character: str) -> bool:
+    return character in "\n\t" or character.isprintable() or unicodedata.category(character) == "Zs"  # spaces
 
 
 def unread() -> list[int]:
@@ -39,8 +60,8 @@ def plain_warnings() -> Iterator[None]:
 
     def one_line(message: Warning | str, category: type[Warning], filename: str, *place: Any, **line: Any) -> str:
         if category is UserWarning and Path(filename).is_relative_to(ours):
-            return f"warning: {message}\n"
-        return usual(message, category, filename, *place, **line)
+            return printable(f"warning: {message}\n")
+        return printable(usual(message, category, filename, *place, **line))
 
     warnings.formatwarning = one_line
     try:

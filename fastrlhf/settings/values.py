@@ -74,7 +74,7 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str) and value.startswith("["):
         try:
             value = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise TypeError(f"{name}: {value!r} is no list; write ['first', 'second']") from None
     texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text for text in texts):
@@ -87,7 +87,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         try:
             value = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise TypeError(f"{name}: {value!r} is no mapping; write '{{name: value}}'") from None
     if not isinstance(value, dict) or not all(isinstance(key, str) and key for key in value):
         raise TypeError(f"{name} must be a mapping of names to values, such as {{name: value}}, got {value!r}")

@@ -9,7 +9,6 @@ A run that was stopped goes on after the last whole block of candidates.jsonl.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,8 @@ from fastrlhf.generation.engine import Sampling
 from fastrlhf.jobs.evaluate import Answers, answer, best_of_n_kl
 from fastrlhf.models.policy import Policy
 from fastrlhf.models.shared_prompts import can_share_prompts
-from fastrlhf.runs.lines import read_jsonl, whole_lines
+from fastrlhf.runs import ranks
+from fastrlhf.runs.lines import as_json, read_jsonl, sealed, whole_lines
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.whole import append_text, write_file, write_json
@@ -114,7 +114,7 @@ def candidates(config: SearchConfig, judges: dict[str, str], folder: OutputFolde
             first = (config.seed << 32) + len(rows) * config.n
             new = judged_rows(draw, prompts[len(rows) : len(rows) + size], config.n, first, scorers)
             folder.check()
-            append_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
+            append_text(path, "".join(sealed(as_json(row)) + "\n" for row in new))
             rows += new
     return rows
 
@@ -156,7 +156,7 @@ def prompts_of(config: SearchConfig, tokenizer: Any, *, least: int = 1) -> list[
     names = ("max_prompt_tokens", "limit", "template", "template_kwargs", "max_rejected")
     options = {name: getattr(config, name) for name in names}
     loaded = load_prompts(config.data, tokenizer, **options)
-    print(loaded.report, flush=True)
+    ranks.say(loaded.report)
     if len(loaded.rows) < least:
         raise DataError(f"data: {config.data} has {len(loaded.rows)} prompt; standard errors take at least {least}")
     return loaded.rows
@@ -214,7 +214,7 @@ def best_of_n(config: BestOfNConfig) -> Iterator[str]:
     best, counts = best_rows(rows, keep_unfinished=config.keep_unfinished)
     points = curve(scores_of(rows, "reward"), {name: scores_of(rows, name) for name in judges})
     summary = {"n": config.n, "counts": counts, "moments": moments(rows), "best_of_k": points}
-    write_file(output / "best.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in best).encode())
+    write_file(output / "best.jsonl", "".join(as_json(row) + "\n" for row in best).encode())
     write_json(output / "summary.json", summary)
     folder.close()
     yield table(points, list(judges))

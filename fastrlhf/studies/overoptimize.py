@@ -28,6 +28,7 @@ from fastrlhf.jobs.stages import Stages, write_tables
 from fastrlhf.loops.ppo import PPO
 from fastrlhf.loops.reward import RewardTrainer
 from fastrlhf.models.policy import Policy
+from fastrlhf.runs import ranks
 from fastrlhf.runs.options import read_further
 from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.same import check_finished
@@ -72,7 +73,7 @@ class Overoptimize(Stages):
         self.held_out = prompts_of(self.of_held_out(), self.tokenizer, least=2)
         seen = {tuple(prompt.tokens) for prompt in self.data}
         if shared := sum(tuple(prompt.tokens) in seen for prompt in self.held_out):
-            print(f"warning: {shared} of the {len(self.held_out)} prompts of {config.eval_data} are trained on too")
+            ranks.say(f"warning: {shared} of the {len(self.held_out)} prompts of {config.eval_data} are trained on too")
         self.further = read_further(PPOConfig, config.ppo, taken=TAKEN)
         loop = self.ppo_config()  # refuses what it refuses now, and not after the proxy is trained
         if config.resume:

@@ -27,6 +27,7 @@ from fastrlhf.models.policy import RewardModel
 from fastrlhf.models.shared_prompts import can_share_prompts
 from fastrlhf.packing import pack
 from fastrlhf.runs import ranks
+from fastrlhf.runs.lines import as_json
 from fastrlhf.runs.lock import Lock, check_free_above
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.output import check_reads_none_of
@@ -96,7 +97,7 @@ class EvaluateReward:
         )
         evidence = Evidence(self.names, self.pairs, pairs, self.benchmark, benchmark, probes, self.reference)
         summary = {"files": self.reports, **summarize(evidence, self.config, self.tokenizer)}
-        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in score_rows(evidence))
+        rows = "".join(as_json(row) + "\n" for row in score_rows(evidence))
         self.lock.check()
         output = Path(self.config.output)
         write_file(output / "scores.jsonl", rows.encode())

@@ -1,9 +1,12 @@
-"""`python tests/faults`: two processes on one output folder, and kills while an earlier run is overwritten.
+"""`python tests/faults`: what a run loses when it is killed, disturbed, damaged, or fed with hostile input.
 
-For each command, --pairs times two processes start on one folder, and --kills times a process that overwrites an
-earlier run is killed (SIGKILL), at an event on a file or at any moment. Nothing may be lost or wrong: what is left in
-the end is, bit for bit, what an undisturbed run leaves. Prints a table; the exit status is 1 if anything is wrong, and
-the folder with the evidence then stays.
+KINDS of trials, for each command: kills at events on files and at any moment; kills while an earlier run is
+overwritten; two processes on one output folder; every file of a run damaged in every way; hostile rows; servers that
+answer what they should not. What is left in the end must be, bit for bit, what an undisturbed run leaves, or a refusal
+of one message with nothing changed.
+
+Each trial is a line of OUTPUT/trials.jsonl, and the same command goes on where it was stopped; a change of the program
+begins anew. Prints a table; the exit status is 1 if anything is wrong, and the folder with the evidence then stays.
 """
 
 from __future__ import annotations
@@ -14,63 +17,82 @@ import multiprocessing
 import os
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' tiny models
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from commands import COMMANDS, IN_PAIRS, make_inputs
-from kills import try_kills
-from pairs_of_processes import try_pairs
-from tally import Tally
+from campaign import KINDS, Campaign, Task
+from commands import COMMANDS, OF_ROWS, make_inputs
+from tables import tables
 
 import fastrlhf.__main__ as command_line
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=20, help="of processes, a command (0: none)")
-    parser.add_argument(
-        "--kills", type=int, default=20, help="while an earlier run is overwritten, a command (0: none)"
-    )
-    parser.add_argument("--commands", default="", help=f"some of {','.join(COMMANDS)}; default: all")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
-    parser.add_argument("--jobs", type=int, default=2, help="commands that are tried at once")
-    options = parser.parse_args()
-    names = options.commands.split(",") if options.commands else list(COMMANDS)
-    if unknown := set(names) - set(COMMANDS):
-        parser.error(f"unknown commands: {', '.join(sorted(unknown))}")
-    work = Path(tempfile.mkdtemp(prefix="faults-"))
+    options = parse()
     preload()
+    folder, work = options.output.resolve(), options.output.resolve() / "work"
+    campaign = Campaign(folder, work, options.seed, options.sample)
+    begun, number = time.monotonic(), len(campaign.done)
+    print(f"{folder}: {number} trials are done" if number else f"{folder}: begun", flush=True)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     forks = multiprocessing.get_context("fork")
     maker = forks.Process(target=make_inputs, args=(work,))  # this process itself computes nothing: it is forked
     maker.start()
     maker.join()
     os.chdir(work)
     sys.path.insert(0, str(work))
-    tasks = [(try_pairs, name, options.pairs) for name in names if name in IN_PAIRS and options.pairs]
-    tasks += [(try_kills, name, options.kills) for name in names if options.kills]
-    # the long ones first
-    tasks.sort(key=lambda task: task[1] not in ("run", "iterate"))
-    begun, tallies = time.monotonic(), []
-    print(Tally.HEAD, flush=True)
+    counts = {"kills": options.kills, "overwriting": options.overwriting, "pairs": options.pairs}
+    tasks = [
+        Task(kind, name, counts.get(kind, 1))
+        for name in options.commands
+        for kind in options.kinds
+        if name in KINDS[kind].commands and counts.get(kind, 1)
+    ]
+    tasks.sort(key=lambda task: task.command not in ("run", "iterate"))  # the long ones first
     with forks.Pool(options.jobs, maxtasksperchild=1) as pool:
-        for tally in pool.imap_unordered(_tried, [(*task, work, options.seed) for task in tasks]):
-            tallies.append(tally)
-            print(tally, flush=True)
-    print(f"{time.monotonic() - begun:.0f} seconds")
-    if any(tally.faults for tally in tallies):
-        print(f"what was left: {work}")
+        for said in pool.imap_unordered(campaign.run, tasks):
+            print(said, flush=True)
+    found = campaign.read()
+    text = tables(found)
+    print(text)
+    print(f"{len(found) - number} trials in {time.monotonic() - begun:.0f} seconds")
+    for path in (folder / "results.md", *options.table):
+        path.write_text(text)
+    if any(row.get("is_bad") for row in found):
+        print(f"what was wrong: {campaign.path}; what was left: {work}")
         return 1
     shutil.rmtree(work)
     return 0
 
 
-def _tried(task: tuple) -> Tally:
-    tries, *values = task
-    return tries(*values)
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="trials with kills, a command")
+    parser.add_argument("--overwriting", type=int, default=10, help="kills while a run is overwritten, a command")
+    parser.add_argument("--pairs", type=int, default=10, help="of processes, a command")
+    parser.add_argument(
+        "--sample", type=float, default=1, help="share of damaged files, rows and answers that is tried"
+    )
+    parser.add_argument("--commands", type=_names, default=[*dict.fromkeys([*COMMANDS, *OF_ROWS])], help="default: all")
+    parser.add_argument("--kinds", type=_names, default=[*KINDS], help=f"of {','.join(KINDS)}; default: all")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--jobs", type=int, default=2, help="commands that are tried at once")
+    parser.add_argument("--output", type=Path, default=Path("build/faults"), help="folder of the trials")
+    parser.add_argument("--table", type=Path, action="append", default=[], help="a file for the table")
+    options = parser.parse_args()
+    options.table = [path.resolve() for path in options.table]
+    for name, known in (("commands", {*COMMANDS, *OF_ROWS}), ("kinds", {*KINDS})):
+        if unknown := {*getattr(options, name)} - known:
+            parser.error(f"unknown {name}: {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    return options
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
 
 
 def preload() -> None:

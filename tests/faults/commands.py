@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ COMMANDS = {
     "reward": f"reward {TUNING} --data {{rows}}/pairs.jsonl --eval-fraction 0.2",
     "ppo": f"{PPO} --reward reward --eval-every 2",
     "dpo": f"dpo {TUNING} --data {{rows}}/pairs.jsonl --eval-fraction 0.2",
+    "lora": f"{PPO} --reward reward --lora-rank 4",
     "label": f"label {JUDGE} --policy base --data {{rows}}/prompts.jsonl",
     "best-of-n": "best-of-n --model base --data {rows}/prompts.jsonl --reward reward --n 64 --max-new-tokens 6 "
     "--gold fault_rewards:gold --keep-unfinished",
@@ -54,8 +56,11 @@ COMMANDS = {
     "iterate": ITERATE,
     "evaluate": "evaluate reward --model reward --data {rows}/pairs.jsonl --no-plots",
 }
-IN_PAIRS = ("sft", "reward", "ppo", "dpo", "label", "best-of-n", "run")
+JOBS = ("run", "iterate")  # of several loops
+RANKS = {"sft x 2": 2, "ppo x 2": 2}  # processes of a run, as torchrun starts them
+COMMANDS |= {name: COMMANDS[name.partition(" ")[0]] for name in RANKS}
 GOES_ON = {"evaluate": "--overwrite"}  # how a stopped run goes on; the others with --resume
+READS_MODELS = {"sft": [("--model", "base")], "ppo": [("--reward", "reward")]}  # of which each file is damaged
 # options with which a command reads what --overwrite would delete
 READS_ITS_OWN = {
     **dict.fromkeys(("sft", "reward", "ppo", "dpo", "grpo", "kto"), "--model {out}/model"),
@@ -63,6 +68,39 @@ READS_ITS_OWN = {
     "best-of-n": "--data {out}/best.jsonl",
     "run": "--model {out}/sft/model",
     "revise": "--data {out}/demonstrations.jsonl",
+}
+
+
+@dataclass(frozen=True)
+class OfRows:
+    """A short run of a command on a file of rows. file: of good ones; text: a column of texts in it"""
+
+    file: str
+    text: str
+    command: str
+
+
+SHORT = "--batch-size 8 --max-length 64 --epochs 1 --save-every 0 --model base"
+SHORT_PPO = "--steps 1 --batch-size 8 --minibatches 1 --epochs 1 --max-new-tokens 4 --save-every 0 --model base"
+OF_ROWS = {
+    "sft": OfRows("demonstrations.jsonl", "completion", f"sft {SHORT} --data {{path}}"),
+    "reward": OfRows("pairs.jsonl", "chosen", f"reward {SHORT} --data {{path}}"),
+    "dpo": OfRows("pairs.jsonl", "rejected", f"dpo {SHORT} --data {{path}}"),
+    "kto": OfRows("labels.jsonl", "completion", f"dpo --loss kto {SHORT} --data {{path}}"),
+    "ppo": OfRows("prompts.jsonl", "prompt", f"ppo {SHORT_PPO} --reward fault_rewards:low --data {{path}}"),
+    "label": OfRows("prompts.jsonl", "prompt", f"label {JUDGE} --policy base --data {{path}}"),
+    "best-of-n": OfRows(
+        "prompts.jsonl",
+        "prompt",
+        "best-of-n --model base --reward reward --n 2 --max-new-tokens 4 --keep-unfinished --data {path}",
+    ),
+    "revise": OfRows(
+        "prompts.jsonl",
+        "prompt",
+        "revise --model tuned/model --rounds 1 --max-new-tokens 8 --template none --max-rejected 1 --data {path}",
+    ),
+    "evaluate": OfRows("pairs.jsonl", "chosen", "evaluate reward --model reward --no-plots --data {path}"),
+    "data check": OfRows("demonstrations.jsonl", "completion", "data check {path}"),
 }
 
 
@@ -96,9 +134,14 @@ def make_inputs(folder: Path) -> None:
 
 
 def arguments(command: str, rows: str, *more: str) -> list[str]:
-    """What is typed; the output folder is named in `more`. The last of two options with one name counts."""
+    """What is typed, without the output folder."""
+    return arguments_of(COMMANDS[command].format(rows=rows).split(), *more)
+
+
+def arguments_of(words: list[str], *more: str) -> list[str]:
+    """Words of a command, and more of them. The last of two options with one name counts."""
     given: dict[str, list[str]] = {}
-    words = [*COMMANDS[command].format(rows=rows).split(), *more]
+    words = [*words, *more]
     first = next(n for n, text in enumerate(words) if text.startswith("--"))
     name = ""
     for text in words[first:]:

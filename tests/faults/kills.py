@@ -1,89 +1,56 @@
-"""Kills while an earlier run is overwritten: what is left is the old run or the new one, and it can be gone on with."""
+"""Kills (SIGKILL) at any moment and at events on files; what goes on afterwards ends as an undisturbed run."""
 
 from __future__ import annotations
 
-import random
-import shutil
 import time
+from functools import partial
 from pathlib import Path
+from random import Random
 
-from commands import GOES_ON, READS_ITS_OWN, arguments
-from processes import Process, differences, snapshot, start
-from tally import Tally
+from commands import GOES_ON, RANKS
+from outcomes import Outcome, Trials, judged
+from undisturbed import Whole, begin, restored, whole_run
 
-from fastrlhf.runs.whole import remove
-
-
-def whole_run(command: str, rows: str, out: Path, log: Path, *more: str) -> tuple[dict[str, str], Process, float]:
-    """Runs a command undisturbed; returns what it left, its process, and the seconds that it took."""
-    begun = time.monotonic()
-    process = start(arguments(command, rows, *more), out, log)
-    if process.wait() != 0:
-        raise RuntimeError(f"{command}: an undisturbed run fails: {process.said[-2000:]}")
-    return snapshot(out), process, time.monotonic() - begun
+HOW = ("before an event on a file", "shortly after an event on a file", "at any time")
+MOST = 3  # kills of a trial, one after the other
 
 
-def try_kills(command: str, number: int, work: Path, seed: int) -> Tally:
-    """The trials of a command: all in one folder, since runs know where they are."""
-    tally, begun = Tally("kills", command), time.monotonic()
-    folder = work / f"kills-{command}"
-    folder.mkdir()
-    out, saved, log = folder / "out", folder / "saved", folder / "a.log"
-    old, _, _ = whole_run(command, "old", out, log)
-    shutil.copytree(out, saved)
-    new, process, seconds = whole_run(command, "new", out, log, "--overwrite")
-    if old == new:
-        raise RuntimeError(f"{command}: an old run is not told from a new one")
-    events, rng = process.noted["num"], random.Random(f"{seed} {command}")
+def trials(command: str, folder: Path, number: int) -> Trials:
+    """number: of trials, each of one kill or more"""
+    out = folder / "out"
+    whole = whole_run(command, "new", out)
+    restored(None, out)
+    again = whole_run(command, "new", out)
+    if whole.left != again.left:
+        raise RuntimeError(f"{command}: two undisturbed runs differ")
     for trial in range(number):
-        remove(out)
-        shutil.copytree(saved, out)
-        # a third among the first events, which delete the old run; a third among all; a third at any time
-        kill_at = [rng.randint(1, max(1, min(events, 24))), rng.randint(1, max(1, events)), None][trial % 3]
-        process = start(arguments(command, "new", "--overwrite"), out, log, kill_at=kill_at)
+        yield f"{trial}", partial(_try, command, out, whole, HOW[trial % len(HOW)])
+
+
+def _try(command: str, out: Path, whole: Whole, how: str, rng: Random) -> Outcome:
+    restored(None, out)
+    kills, more, said = 0, [], []
+    while kills < MOST:
+        kill_at, linger = rng.randint(1, whole.events) if how != HOW[2] else None, 0.0
+        if how == HOW[1]:
+            linger = rng.uniform(0, 0.02)
+        process = begin(command, "new", out, *more, kill_at=kill_at, linger=linger)
         if kill_at is None:
-            time.sleep(rng.uniform(0, seconds))
-            process.kill()
-        place = f"trial {trial}, killed {'at a time' if kill_at is None else f'before event {kill_at} of {events}'}"
+            time.sleep(rng.uniform(0, whole.seconds))
+            # of the processes that torchrun started, one alone: the others have to end then
+            process.kill([rng.choice(process.pids)] if command in RANKS else None)
         process.wait()
-        tally.trials += 1
-        _judge(command, out, old, new, tally, place)
-        if tally.faults:
-            shutil.copytree(out, folder / f"left-{trial}", dirs_exist_ok=True)
-    _own_input(command, out, saved, tally, folder / "own.log")
-    tally.seconds = time.monotonic() - begun
-    return tally
-
-
-def _judge(command: str, out: Path, old: dict, new: dict, tally: Tally, place: str) -> None:
-    """Goes on with what a kill left: with the new settings, or, if the folder still is the old run, with those."""
-    left, said = sorted(path.name for path in out.iterdir()) if out.exists() else [], []
-    for which, expected in (("new", new), ("old", old)):
-        process = start(arguments(command, which, GOES_ON.get(command, "--resume")), out, out.with_name("b.log"))
-        status = process.wait()
-        if status == 0:
-            if words := differences(expected, snapshot(out)):
-                tally.fault("wrong", f"{place}: the {which} run goes on, but {', '.join(words[:4])} (left were {left})")
-            tally.counts[which] += 1
-            return
-        said.append(process.said.strip()[-300:])
-        if "Traceback" in process.said:
+        said.append(f"{kill_at or 'any time'}: {process.ended}")
+        if process.ended == 0:
             break
-    tally.fault("lost", f"{place}: neither run goes on (left were {left}): {said}")
-
-
-def _own_input(command: str, out: Path, saved: Path, tally: Tally, log: Path) -> None:
-    """A run that would delete what it reads is refused, and nothing is changed."""
-    if command not in READS_ITS_OWN:
-        return
-    remove(out)
-    shutil.copytree(saved, out)
-    before = snapshot(out)
-    more = READS_ITS_OWN[command].format(out=out).split()
-    process = start(arguments(command, "new", "--overwrite", *more), out, log)
-    status = process.wait()
-    tally.trials += 1
-    if status in (1, 2) and "Traceback" not in process.said and snapshot(out) == before:
-        tally.counts["refused"] += 1
-    else:
-        tally.fault("lost", f"{' '.join(more)} --overwrite: status {status}, {differences(before, snapshot(out))[:4]}")
+        if process.ended != -9 and 1 not in process.statuses.values():
+            return Outcome(f"killed {how}", "unclear", f"{said}: {process.said.strip()[-300:]}", kills)
+        kills += 1
+        more = [GOES_ON.get(command, "--resume")]
+        if rng.random() < 0.6:
+            break
+    process = begin(command, "new", out, GOES_ON.get(command, "--resume"), name="b")
+    process.wait()
+    ended, detail = judged(process, out, whole.left)
+    ended = "lost" if ended == "refused" else ended
+    return Outcome(f"killed {how}", ended, f"{said}: {detail}" if detail else "", kills)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +28,82 @@ NOT_COMPARED = {
     "config.yaml",
     "report.html",
     "inputs.json",
+    "steps.json",
+    "products.json",
     "state.pt",
     "checksums.json",
     "rows.crc32",
 }
-LONGEST = 300.0  # seconds of a command
+LONGEST = 120.0  # seconds of a command
+GRACE = 3.0  # seconds that the other processes of a run have to end by themselves, and then after SIGTERM
+
+
+class HungError(Exception):
+    """A command was not done in time."""
 
 
 @dataclass
 class Process:
-    """A command that was started. ended: its exit status, negative for a signal, once `wait` was called"""
+    """A command that was started, of one process or of those that torchrun would start. ended: the exit status of the
+    first that failed, negative for a signal, once `wait` was called"""
 
-    pid: int
+    pids: list[int]
     log: Path
     ended: int | None = None
+    statuses: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def pid(self) -> int:
+        return self.pids[0]
 
     def wait(self) -> int:
-        """The exit status; the process is killed if it takes too long."""
-        until = time.monotonic() + LONGEST
-        while self.ended is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.ended = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > until:
+        """The exit status. When one of several processes fails, the others are ended, as torchrun does."""
+        until, failed = time.monotonic() + LONGEST, None
+        while len(self.statuses) < len(self.pids):
+            for pid in self.pids:
+                self._reap(pid)
+            now = time.monotonic()
+            if self.ended is not None and self.ended != 0 and failed is None:
+                failed = now
+            if failed is not None and now > failed + GRACE:
+                self.signal(signal.SIGKILL if now > failed + 2 * GRACE else signal.SIGTERM)
+            if now > until:
                 self.kill()
-                raise TimeoutError(f"{self.log}: not done after {LONGEST:.0f} seconds")
-            else:
-                time.sleep(0.002)
+                for pid in set(self.pids) - set(self.statuses):
+                    os.waitpid(pid, 0)
+                raise HungError(f"not done after {LONGEST:.0f} seconds: {self.said[-300:]}")
+            time.sleep(0.002)
+        assert self.ended is not None
         return self.ended
 
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        _, status = os.waitpid(self.pid, 0)
-        self.ended = os.waitstatus_to_exitcode(status)
+    def _reap(self, pid: int) -> None:
+        if pid in self.statuses:
+            return
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            self.statuses[pid] = os.waitstatus_to_exitcode(status)
+            self.ended = self.ended or self.statuses[pid]
+
+    def signal(self, number: int) -> None:
+        for pid in self.pids:
+            if pid not in self.statuses:
+                os.kill(pid, number)
+
+    def kill(self, pids: list[int] | None = None) -> None:
+        """SIGKILL to all of its processes, or to these."""
+        for pid in pids or self.pids:
+            if pid not in self.statuses:
+                os.kill(pid, signal.SIGKILL)
 
     @property
     def said(self) -> str:
-        return self.log.read_text(errors="replace")
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that begin its messages; the other ranks of a run say that the first one's tells why."""
+        lines = [line for line in self.said.splitlines() if re.match(r"fastrlhf[ \w-]*: error: .", line)]
+        return [line for line in lines if "another process of the run has ended; its message says why" not in line]
 
     @property
     def noted(self) -> dict[str, Any]:
@@ -70,36 +112,87 @@ class Process:
         return json.loads(path.read_text()) if path.exists() else {"num": 0, "first": None, "last": None}
 
 
-def start(arguments: list[str], out: Path, log: Path, *, kill_at: int | None = None, delay: float = 0.0) -> Process:
-    """Forks a process that runs a command line. kill_at: it kills itself before so manieth event; delay: seconds"""
+def start(
+    arguments: list[str],
+    out: Path | None,
+    log: Path,
+    *,
+    kill_at: int | None = None,
+    linger: float = 0.0,
+    delay: float = 0.0,
+    ranks: int = 1,
+) -> Process:
+    """Forks a process that runs a command line, or as many as torchrun would.
+
+    kill_at: the first one kills itself before so manieth event; linger: so many seconds after that; delay: seconds"""
     sys.stdout.flush()
     sys.stderr.flush()
     log.unlink(missing_ok=True)
     log.with_suffix(".json").unlink(missing_ok=True)
-    pid = os.fork()
-    if pid:
-        return Process(pid, log)
+    port = _free_port() if ranks > 1 else 0
+    pids = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                os.environ.update(_as_torchrun(rank, ranks, port))
+                status = _child(arguments, out, log, kill_at if rank == 0 else None, linger, delay, rank)
+            finally:
+                os._exit(status)
+        pids.append(pid)
+    return Process(pids, log)
+
+
+def _child(
+    arguments: list[str], out: Path | None, log: Path, kill_at: int | None, linger: float, delay: float, rank: int
+) -> int:
     status = 1
     try:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.argv = ["fastrlhf", *arguments]
         time.sleep(delay)
-        noted = _watch(str(out), kill_at)
-        status = command_line.main([*arguments, f"--output={out}"])
-        log.with_suffix(".json").write_text(json.dumps(noted))
+        noted = _watch(str(out), kill_at, linger)
+        status = command_line.main([*arguments, *([f"--output={out}"] if out else [])])
+        if rank == 0:
+            log.with_suffix(".json").write_text(json.dumps(noted))
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
+    return status
 
 
-def _watch(out: str, kill_at: int | None) -> dict[str, Any]:
-    """Notes this process's changes of files in a folder from now on."""
+def _as_torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The environment variables by which torchrun tells a process of its place."""
+    if ranks == 1:
+        return {}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "faults"}
+    return {name: str(value) for name, value in {**numbers, **address}.items()}
+
+
+def _free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+def _watch(out: str, kill_at: int | None, linger: float) -> dict[str, Any]:
+    """Notes this process's changes of files in a folder from now on; fsync, which Python does not tell of, too."""
     noted: dict[str, Any] = {"num": 0, "first": None, "last": None}
+
+    def count() -> None:
+        noted["num"] += 1
+        if noted["num"] == kill_at:
+            if linger:
+                threading.Timer(linger, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(event: str, values: tuple[Any, ...]) -> None:
         if event not in EVENTS:
@@ -110,13 +203,18 @@ def _watch(out: str, kill_at: int | None) -> dict[str, Any]:
         inside = any(path.startswith(out) for path in paths if isinstance(path, str))
         if not inside and not (event in RELATIVE and "/" not in paths[0]):
             return
-        noted["num"] += 1
-        if noted["num"] == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        count()
         if not paths[0].endswith(("/.lock", out)):  # taking the lock is no writing
             noted["first"] = noted["first"] or time.monotonic()
             noted["last"] = time.monotonic()
 
+    fsync = os.fsync
+
+    def counted_fsync(file: Any) -> None:
+        count()
+        fsync(file)
+
+    os.fsync = counted_fsync
     sys.addaudithook(hook)
     return noted
 
@@ -143,7 +241,7 @@ def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
 
 def refusal(process: Process) -> str | None:
     """Why a process was refused, if in one line: "in use" by a process that it names, or "not empty"; else None."""
-    lines = [line for line in process.said.splitlines() if ": error: " in line]
+    lines = process.errors
     if process.ended not in (1, 2) or "Traceback" in process.said or len(lines) != 1:
         return None
     return next((why for why in ("in use", "not empty") if why in lines[0]), None)
