@@ -221,7 +221,7 @@ def test_a_refusal_says_how_far_the_run_has_come(tmp_path):
     assert found(of_reward).startswith("a run of fastrlhf sft, 3 of 3 steps done, finished; --overwrite"), "no --resume"
     (out / "metrics.jsonl").write_bytes(b'{"step": 1}\n[]\n{"step')  # half written
     (out / "steps.json").write_text("[")
-    assert found().startswith("a run of fastrlhf sft, 1 steps done, not finished")
+    assert found().startswith("a run of fastrlhf sft, 1 step done, not finished")
 
 
 COMMON = ["config.yaml", "model", "timing.jsonl", "data/train.jsonl", "tensorboard/events", "model/config.yaml"]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -226,3 +228,13 @@ def test_the_server_refuses_a_function_that_is_none(capsys):
     with pytest.raises(SystemExit):
         main(["no_such_rules:score"])
     assert "function: no module named 'no_such_rules'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", ["999999999999", "-1", "many"])
+def test_the_server_reads_no_request_of_an_absurd_length(length):
+    with served(lambda prompts, responses: [0.0] * len(responses)) as url:
+        connection = HTTPConnection(urlsplit(url).netloc, timeout=5)
+        connection.request("POST", "/", headers={"Content-Length": length})
+        answer = connection.getresponse()
+        assert (answer.status, b"Content-Length" in answer.read()) == (413, True)
+        connection.close()

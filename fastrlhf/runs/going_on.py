@@ -37,7 +37,8 @@ def how_far(folder: Path, kind: str) -> str:
     last, planned = max(steps, default=0), noted.get("planned")
     is_finished = (folder / "model").exists() and noted.get("model") == last
     of = f" of {planned}" if isinstance(planned, int) else ""
-    return f"{what}, {last}{of} steps done, {'finished' if is_finished else 'not finished'}"
+    steps_done = f"{last}{of} step{'s' * (last != 1 or bool(of))} done"
+    return f"{what}, {steps_done}, {'finished' if is_finished else 'not finished'}"
 
 
 def how_to_go_on(command: str, config: Any) -> str:

@@ -23,6 +23,7 @@ from urllib.error import URLError
 from urllib.parse import urljoin, urlsplit
 
 from fastrlhf.runs.deadline import Handler, SecureHandler
+from fastrlhf.runs.streams import printable
 
 TRIES = 8  # of a request; the waits between them come to about a minute
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries; each wait is twice the last
@@ -97,6 +98,10 @@ class Server:
         text = f"{self.caller}: {self.url}{path} {text}"
         return ServerError(text if self.key is None else text.replace(self.key, "***"), status, wait)
 
+    def _hidden(self, data: bytes) -> bytes:
+        """Hides the key in what the server says, before that is cut short."""
+        return data if self.key is None else data.replace(self.key.encode(), b"***")
+
     def _body(self, request: Any) -> bytes:
         try:
             return json.dumps(request, allow_nan=False).encode()
@@ -137,8 +142,7 @@ class Server:
             raise self.error(path, f"answered {status}, a redirect to {where}: give that address, if you trust it")
         if not 200 <= status < 300:
             wait = _seconds(headers.get("Retry-After")) if status in BUSY else None
-            said = data if self.key is None else data.replace(self.key.encode(), b"***")
-            raise self.error(path, f"answered {status}: {reason_in(said)}", status, wait)
+            raise self.error(path, f"answered {status}: {reason_in(self._hidden(data))}", status, wait)
         return bytes(data)
 
     def _broken(self, cause: Any, path: str, repeat: bool) -> ServerError:
@@ -151,7 +155,7 @@ class Server:
         return self.error("", f"cannot be reached: {why}", wait=0 if isinstance(cause, UNSENT) else None)
 
     def _parsed(self, path: str, data: bytes) -> dict[str, Any]:
-        said = shown(data[:400].decode(errors="replace"), 100)
+        said = shown(self._hidden(data)[:400].decode(errors="replace"), 100)
         try:
             answer = json.loads(data.decode("utf-8"), parse_constant=_constant)
         except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -197,8 +201,7 @@ def read_key(path: str | Path, option: str) -> str:
 
 def shown(text: str, length: int = 300) -> str:
     """Returns foreign text as one line of at most `length` characters, with escapes for those that a terminal obeys."""
-    text = " ".join(text[: 2 * length].split())
-    text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    text = printable(" ".join(text[: 2 * length].split()))
     return text if len(text) <= length else text[: length - 4] + " ..."
 
 

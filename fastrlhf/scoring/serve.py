@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
-from fastrlhf.runs.http import read_key
+from fastrlhf.runs.http import MAX_BYTES, read_key
 from fastrlhf.scoring.named import keywords_of, load_function
 
 
@@ -24,7 +24,10 @@ class _Handler(BaseHTTPRequestHandler):
     server: RewardHTTPServer
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = self.headers.get("Content-Length") or "0"
+        if not (length.isascii() and length.isdigit()) or int(length) > MAX_BYTES:
+            return self._answer(413, {"error": f"Content-Length must be a number of bytes up to {MAX_BYTES}"})
+        body = self.rfile.read(int(length))
         key = self.server.key
         given = (self.headers.get("Authorization") or "").encode()
         if key is not None and not hmac.compare_digest(given, f"Bearer {key}".encode()):
