@@ -14,7 +14,7 @@ from fastrlhf.models.policy import RewardModel
 from fastrlhf.packing import pack
 from fastrlhf.scoring.combining import FORMS, Combined, combine, parse_reward, sources_of
 from fastrlhf.scoring.scorer import Scorer
-from fastrlhf.scoring.sources import is_function, reward_folders, short_names, split_head
+from fastrlhf.scoring.sources import is_model, reward_folders, short_names, split_head
 from fastrlhf.settings.ppo import PPOConfig
 
 rng = np.random.default_rng(0)
@@ -112,14 +112,14 @@ def test_a_head_stands_after_the_folder(tmp_path):
     folder.mkdir()
     assert split_head(str(folder)) == (str(folder), None)
     assert split_head(f"{folder}#harmless") == (str(folder), "harmless")
-    assert not is_function(f"{folder}#harmless") and is_function("rules:brief")
+    assert is_model(f"{folder}#harmless") and not is_model("rules:brief")
     assert short_names([f"{folder}#harmless", f"{folder}#helpful"]) == ["reward#1#harmless", "reward#1#helpful"]
     assert short_names(["http://host:80/", "https://host/a/b", "rules:c"]) == ["host:80", "b", "c"]
     assert list(reward_folders(f"min({folder}#x|{folder})")) == [str(folder)]
     with pytest.raises(ValueError, match="no head in"):
-        is_function(f"{folder}#")
+        is_model(f"{folder}#")
     with pytest.raises(FileNotFoundError, match="no folder"):
-        is_function("./nowhere#helpful")
+        is_model("./nowhere#helpful")
 
 
 RULES = """

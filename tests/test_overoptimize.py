@@ -170,5 +170,5 @@ def test_a_fall_is_told_with_what_was_chosen_and_unknown_errors_as_such():
     assert "PPO: of 3 points gold is best" in verdict(
         found
     ) and "a fall of 0.00 ± 0.913 (0.0 standard errors)" in verdict(found)
-    assert "± ? (one prompt, so nobody knows its error)" in verdict(summarise(rows([[1.0], [0.5]])))
-    assert "points of an older version" in verdict(summarise(rows([[], []])))
+    assert "± ? (one prompt, so its error is unknown)" in verdict(summarise(rows([[1.0], [0.5]])))
+    assert "a fall of unknown size" in verdict(summarise(rows([[], []])))

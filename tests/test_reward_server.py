@@ -204,7 +204,7 @@ def test_the_key_goes_to_one_origin_and_settings_of_servers_want_one():
         PPOConfig(**ppo, reward="http://a/x", eval_data="e", eval_reward="http://b/x", reward_key_file="k")
     assert PPOConfig(**ppo, reward="http://a:1/x=0.5,http://a:1/y", reward_key_file="k").reward_key_file == "k"
     for name, value in (("reward_key_file", "k"), ("reward_batch", 4)):
-        with pytest.raises(ValueError, match=f"{name} is of reward servers, and no reward is the URL of one"):
+        with pytest.raises(ValueError, match=f"{name} is for reward servers, and no reward is the URL of one"):
             PPOConfig(**ppo, reward="a:b,folder", **{name: value})
     assert SweepConfig(**ppo, first="a:b", second="http://h/x", reward_batch=4).reward_options()["reward_batch"] == 4
     assert EvaluateRewardConfig(**{**ppo, "model": "http://h/x"}, reward_key_file="k").reward_timeout == 3600

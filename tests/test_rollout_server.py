@@ -217,6 +217,9 @@ def test_a_run_that_needs_more_than_the_server_reads_is_refused_at_the_start(ser
         backend_of(server, update_weights=lambda: None).check([[1] * 5], Sampling(6))
     with pytest.raises(ServerError, match="serves base, not policy"):
         backend_of(server).check([[1]], Sampling(6))
+    server.models = []
+    with pytest.raises(ServerError, match="serves no model, not policy"):
+        backend_of(server, update_weights=lambda: None).check([[1]], Sampling(6))
     server.models = [{"id": "policy", "max_model_len": "10"}]
     with pytest.raises(ServerError, match=r"gives no whole numbers as max_model_len: \['10'\]"):
         backend_of(server).check([[1]], Sampling(6))
@@ -326,3 +329,9 @@ def test_engine_and_server_are_exchangeable(server):
         assert all(0 < len(s.response) == len(s.logprobs) == len(s.sampler_logprobs) <= 6 for s in samples)
         assert all(s.finished == (s.response[-1] == EOS) for s in samples)
         assert backend.generate([], Sampling(6), seeds=[]) == []
+
+
+def test_a_process_without_a_prompt_takes_part_in_bringing_the_weights(server):
+    brought = []
+    backend = backend_of(server, update_weights=lambda: brought.append(1))
+    assert backend.generate([], Sampling(6), seeds=[]) == [] and brought == [1]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import uuid
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def adapted(model):
 
 def test_each_adapter_lies_in_a_folder_of_its_own_and_the_last_one_stays(adapted, server, weights, tmp_path):
     folder = tmp_path / "new" / "sync"
-    (folder / "of a run that was killed").mkdir(parents=True)
+    (folder / uuid.uuid4().hex).mkdir(parents=True)  # of a run that was killed
     for value in (1.0, 2.0):
         with torch.no_grad():
             adapted.adapter.up[0].fill_(value)
@@ -93,6 +94,16 @@ def test_an_adapter_that_is_not_loaded_yet_need_not_be_unloaded(adapted, server,
     assert weights.asked == [(UNLOAD, None), (LOAD, None)]
 
 
+@pytest.mark.parametrize("bring", [weight_sync.lora, weight_sync.whole])
+def test_what_else_lies_in_the_folder_stays(adapted, server, tmp_path, bring):
+    theirs = tmp_path / "sync" / "results" / "of_a_week.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("7")
+    for _ in range(2):
+        bring(adapted, [server.url], folder=tmp_path / "sync")
+    assert theirs.read_text() == "7"
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_whole_weights_have_the_tied_head_and_are_gone_afterwards(
     model, server, weights, tmp_path, sharded, monkeypatch
@@ -102,7 +113,7 @@ def test_whole_weights_have_the_tied_head_and_are_gone_afterwards(
         save = policy.model.save_pretrained
         monkeypatch.setattr(policy.model, "save_pretrained", lambda folder: save(folder, max_shard_size="40KB"))
     folder = tmp_path / "sync"
-    (folder / "of a run that was killed").mkdir(parents=True)
+    (folder / uuid.uuid4().hex).mkdir(parents=True)  # of a run that was killed
     weight_sync.whole(policy, [server.url], folder=folder)
     assert weights.asked == [(CALL, "update_config"), (CALL, "reload_weights"), (RESET, None)]
     assert not folder.exists()
@@ -186,8 +197,15 @@ def test_a_hook_gets_the_keywords_that_it_names(tmp_path):
     def takes_all(policy, urls, **options):
         got["all"] = options
 
-    for hook in (names_none, names_some, takes_all):
+    def calls_the_policy_model(model, folder, /, api_key=None):
+        got["first"] = model
+
+    def calls_it_model_and_takes_all(model, urls, **options):
+        got["others"] = [model, *options]
+
+    for hook in (names_none, names_some, takes_all, calls_the_policy_model, calls_it_model_and_takes_all):
         settings = {"model": "m", "data": "d", "reward": "r", "output": str(tmp_path / "out"), "rollout_model": "mine"}
-        weight_hook(PPOConfig(**settings, rollout_url="http://x", weight_sync=hook), None)()
+        weight_hook(PPOConfig(**settings, rollout_url="http://x", weight_sync=hook), "policy")()
     assert got["none"] == ["http://x"] and got["some"] == "mine"
     assert got["all"]["folder"] == tmp_path / "out" / "rollout_weights" and got["all"]["model"] == "mine"
+    assert got["first"] == "policy" and got["others"] == ["policy", "folder", "api_key"]

@@ -27,8 +27,8 @@ from fastrlhf.runs.parallel import concurrently
 from fastrlhf.settings.feedback import JudgeConfig
 
 TEST = "Answer with {} or {}."  # a question that no server refuses for its length or for what it says
-OF_A_ROW = (400, 413, 422)  # status of a refusal that may be for one question: too long, or of such a content
-LOOK_AT = {401: "judge_key_file", 403: "judge_key_file", 404: "judge and judge_model"}  # what is wrong with all of them
+OF_A_ROW = (400, 413, 422)  # statuses of a refusal that may be of one question, for its length or its content
+LOOK_AT = {401: "judge_key_file", 403: "judge_key_file", 404: "judge and judge_model"}  # settings, by status
 LOOK_AT |= dict.fromkeys(OF_A_ROW, "judge_template, judge_template_kwargs and judge_top")
 UNSEEN = 0.01  # most that an answer which a server does not list may change P by
 

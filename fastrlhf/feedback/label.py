@@ -210,7 +210,7 @@ def label(
 
 
 def _given(item: Item) -> float:
-    """What the file says of a pair, P(the first of its responses is better); 1/2 where it says nothing."""
+    """Returns the file's label of a pair, P(its first response is better); 1/2 if it has none."""
     value = item.label.get("preference")
     return 0.5 if not item.labelled else float(value) if isinstance(value, int | float) else 1.0
 

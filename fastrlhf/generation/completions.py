@@ -1,4 +1,4 @@
-"""What a server answers to a request for a response, checked, as a `Sample`."""
+"""Checks the completion that a server returns, and makes a `Sample` of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REASONS = ("stop", "length", "repetition")  # finish_reason
 def read_sample(request: dict[str, Any], answer: dict[str, Any], vocab_size: int | None) -> Sample:
     """Returns the sample in the answer to a request of `ServerBackend`.
 
-    Raises: ValueError saying what is wrong in an answer that is not what was asked for."""
+    Raises: ValueError if the answer does not fit the request, saying what is wrong."""
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise ValueError(f"the answer is not a completion with one choice: {shown(str(answer))}")

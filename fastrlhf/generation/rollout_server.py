@@ -1,4 +1,4 @@
-"""Generation on a running vLLM server, over its OpenAI-compatible completions endpoint (docs/rollout.md)."""
+"""Generation on running vLLM servers, through their OpenAI-compatible completions endpoint (docs/rollout.md)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fastrlhf.runs.http import shown
 from fastrlhf.runs.parallel import concurrently
 
 TEMPERATURES = (0.01, 2.0)  # vLLM takes a smaller one for 0.01, and refuses a larger one
-PROBED = 5  # likeliest tokens whose log-probabilities tell the server's --logprobs-mode
+PROBED = 5  # likeliest tokens, by whose log-probabilities the server's --logprobs-mode is found out
 
 
 class ServerBackend:
     """A `RolloutBackend` that asks vLLM servers: prompts go out as token ids, tokens and log-probabilities come back.
 
-    url: of the server, such as http://localhost:8000, or of several: prompts are divided, neighbours stay together
+    url: such as http://localhost:8000, or several, among which prompts are divided, neighbours together
     model: one that they serve
-    eos_token_ids: tokens that end a response; those that the server knows of its own are ignored
-    update_weights: called before each rollout; it has to bring the policy's weights to the server
-    logprobs_mode: what the server was started with (--logprobs-mode; raw_logprobs is its default)
-    max_requests: requests under way at once
-    timeout: seconds for one response: its deadline, with all tries of the request (see `Server`)
+    eos_token_ids: tokens that end a response, in place of the server's own
+    update_weights: called before each rollout; it must bring the policy's weights to the servers
+    logprobs_mode: the --logprobs-mode of the servers; vLLM's default is raw_logprobs
+    max_requests: most requests at a time
+    timeout: seconds for one response, retries included (see `Server`)
     api_key: sent as the bearer token
-    vocab_size: tokens that the policy knows; others in an answer are refused"""
+    vocab_size: of the policy; an answer with a larger token id is refused"""
 
     def __init__(
         self,
@@ -73,10 +73,10 @@ class ServerBackend:
         two log-probabilities; ServerError for a server that is not there, is too slow, does not serve the model,
         or returns something else than was asked for."""
         requests = self._requests(prompts, sampling, seeds, limits)
+        if self.update_weights is not None:  # also without a prompt: under torchrun all processes take part in it
+            self.update_weights()
         if not requests:
             return []
-        if self.update_weights is not None:
-            self.update_weights()
         for server in self.servers:
             server.check_model()
         samples: dict[int, Sample] = {}
@@ -89,13 +89,13 @@ class ServerBackend:
         return [samples[n] for n in range(len(requests))]
 
     def check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Asks the servers whether they can do what a run will ask of them, before it begins.
+        """Checks before a run that the servers can do what the run will ask of them.
 
-        Raises: ValueError for prompts that are too long beside max_new_tokens, and for log-probabilities that are not
-        those of the temperature; ServerError as `generate`."""
+        Raises: ValueError if the longest prompt and max_new_tokens exceed the server's max_model_len, and if its
+        log-probabilities ignore the temperature; ServerError as `generate`."""
         longest = max(map(len, prompts))
         for server in self.servers:
-            if self.update_weights is None:  # which may be what loads the model
+            if self.update_weights is None or not server.models():  # update_weights may be what loads the model
                 server.check_model()
             limit, needed = server.max_model_len(), longest + sampling.max_new_tokens
             if limit is not None and needed > limit:
@@ -110,7 +110,7 @@ class ServerBackend:
                 raise ValueError(f"ServerBackend: {server.url} {text}; {advice}")
 
     def _tempers(self, server: ModelServer, prompt: list[int]) -> bool:
-        """Whether log-probabilities are those of the temperature: at 2 they lie half as far apart as at 1."""
+        """Whether the server divides by the temperature: then log-probabilities lie half as far apart at 2 as at 1."""
         served = list(server.models())
         model = self.model if self.model in served else served[0]
         first, second = (self._likeliest(server, model, prompt, temperature) for temperature in (1.0, 2.0))
@@ -159,7 +159,7 @@ class ServerBackend:
         return [{**common, "prompt": list(p), "seed": server_seed(s), "max_tokens": limit} for p, s, limit in rows]
 
     def _common(self, sampling: Sampling) -> dict[str, Any]:
-        """Fields of every request. Whatever the server might fill in from the model's files is said."""
+        """Returns the fields of every request, with all that a server would else take from the model's files."""
         fields: dict[str, Any] = {
             "model": self.model,
             "temperature": 0.0 if sampling.greedy else sampling.temperature,

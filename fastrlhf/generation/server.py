@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server: which models it serves, and numbers in what it answers."""
+"""A client of OpenAI-compatible servers, and checks of the log-probabilities that they return."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROUNDING = 1e-3  # of log-probabilities above 0 and of probabilities that add up
 
 
 class ModelServer(Server):
-    """An OpenAI-compatible server.
+    """A client of an OpenAI-compatible server.
 
     url: such as http://localhost:8000, with or without /v1 after it; model: one that it serves
     caller, timeout, key: see `Server`"""
@@ -24,7 +24,7 @@ class ModelServer(Server):
         self.has_answered = False
 
     def models(self) -> dict[str, dict[str, Any]]:
-        """What the server says of each model that it serves, by name. One that has never answered is asked once."""
+        """Returns what the server says of its models, by name. Without retries until it has answered once."""
         answer = self.get("/v1/models", tries=None if self.has_answered else 1)
         listed = answer.get("data")
         if not isinstance(listed, list) or not all(
@@ -56,7 +56,7 @@ class ModelServer(Server):
 
 
 def check_logprob(value: Any) -> float:
-    """The log-probability as a float. Raises: ValueError for what is none, or above 0 by more than rounding."""
+    """Returns a log-probability as a float. Raises: ValueError unless it is a number of at most 0 but for rounding."""
     try:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not float(value) <= ROUNDING:
             raise ValueError

@@ -6,12 +6,13 @@ Either writes a folder that the servers must see under the same path. For a sett
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fastrlhf.models.tied_head import write_tied_head
 TIMEOUT = 600.0  # seconds a server may take to load weights
 RESET_TIMEOUT = 30.0  # seconds until its cache must be free
 LORA_FLAGS = "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+OURS = re.compile("[0-9a-f]{32}")  # names of the folders that are made here
 DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1"
 # what deletes the folder of a policy's last adapter
 _kept: weakref.WeakKeyDictionary[Policy, weakref.finalize[Any, Any]] = weakref.WeakKeyDictionary()
@@ -33,7 +35,7 @@ def lora(
 ) -> None:
     """Brings the policy's adapter to servers that were started with --enable-lora.
 
-    folder: a folder for this alone; each call writes the adapter into a new one inside, and deletes those before it.
+    folder: each call writes the adapter into a new folder inside, and deletes earlier ones; no two runs may share it.
     A server keys its cached prefixes by the adapter's path, so it uses none of older weights
     model: the name under which they serve the adapter; it is loaded anew under that
     api_key: sent as the bearer token
@@ -45,8 +47,11 @@ def lora(
     try:
         adapter.save(new)
         for server in _servers(urls, model, api_key):
-            with _missing_is_fine():
+            try:
                 server.post_text("/v1/unload_lora_adapter", {"lora_name": model}, repeat=False)
+            except ServerError as error:
+                if error.status != 404:  # none is loaded yet
+                    raise
             _tell(server, "/v1/load_lora_adapter", {"lora_name": model, "lora_path": str(new)}, LORA_FLAGS)
     except BaseException:
         _delete(new)
@@ -58,7 +63,7 @@ def lora(
 
 
 def check_adapter(policy: Policy) -> Adapter:
-    """The policy's adapter. Raises: ValueError where it has none."""
+    """Returns the policy's adapter. Raises: ValueError if there is none."""
     if policy.adapter is None:
         raise ValueError("weight_sync: lora brings an adapter, and the policy has none: set lora_rank, or take whole")
     return policy.adapter
@@ -69,7 +74,7 @@ def whole(
 ) -> None:
     """Brings all of the policy's weights, with an adapter in them, to servers started with VLLM_SERVER_DEV_MODE=1.
 
-    folder: a folder for this alone; the weights lie in a new one inside until all servers have them
+    folder: the weights lie in a new folder inside until all servers have them; no two runs may share it
     model, api_key: as of `lora`
 
     A tied head is written too: a server that keeps a head of its own needs it, others pass over it.
@@ -87,18 +92,8 @@ def whole(
         _delete(new)
 
 
-@contextmanager
-def _missing_is_fine() -> Iterator[None]:
-    """Passes over a server's answer that there is no such thing."""
-    try:
-        yield
-    except ServerError as error:
-        if error.status != 404:
-            raise
-
-
 def _new_folder(folder: str | Path) -> Path:
-    """A new folder inside, whose name no earlier run took either."""
+    """Makes a folder inside with a name that no earlier run used, by which a server would know old weights."""
     new = Path(folder).absolute() / uuid.uuid4().hex
     new.mkdir(parents=True)
     return new
@@ -106,14 +101,14 @@ def _new_folder(folder: str | Path) -> Path:
 
 def _delete(new: Path) -> None:
     shutil.rmtree(new, ignore_errors=True)
-    with suppress(OSError):  # another lies beside it
+    with suppress(OSError):  # it is not empty
         new.parent.rmdir()
 
 
 def _delete_others(new: Path) -> None:
-    """What a run left that was killed."""
+    """Deletes the folders of weights that a killed run left; nothing else that lies beside them."""
     for path in new.parent.iterdir():
-        if path != new:
+        if path != new and OURS.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 

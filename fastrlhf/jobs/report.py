@@ -11,7 +11,7 @@ from typing import Any
 from fastrlhf.jobs import plots
 from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.runs.whole import write_file
-from fastrlhf.trust.means import in_errors, with_error
+from fastrlhf.trust.means import in_words, with_error
 
 STAGES = ("data", "sft", "pairs", "reward", "ppo", "evaluation")
 NUM_SAMPLES = 24
@@ -53,10 +53,7 @@ def reward_model_line(last: dict[str, Any]) -> str:
 def verdict(summary: dict[str, Any]) -> str:
     """The one sentence of the evaluation."""
     gold, difference = summary["gold"], summary["gold"]["difference"]
-    # a difference that is the same on every prompt has no error, and that of one prompt an unknown one
-    errors = "no error" if difference["error"] == 0 else "of one prompt, so nobody knows its error"
-    if difference["error"]:
-        errors = f"{in_errors(difference['mean'], difference['error']):.1f} standard errors"
+    errors = in_words(difference["mean"], difference["error"])
     rise = with_error(difference["mean"], difference["error"], "+.3f")
     return (
         f"gold reward {gold['before']['mean']:.3f} before PPO, {gold['after']['mean']:.3f} after: "

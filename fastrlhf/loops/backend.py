@@ -37,8 +37,8 @@ def make_engine(config: PPOConfig, policy: Policy, tokenizer: Any) -> Engine:
 
 
 def make_backend(config: PPOConfig, policy: Policy, tokenizer: Any) -> RolloutBackend:
-    """What the settings ask for. Raises: ValueError or TypeError for a weight_sync that is no function, and for a file
-    of a key that has none."""
+    """Returns the engine, or the client of servers, as the settings say. Raises: ValueError or TypeError for a
+    weight_sync that is no function, and for a key file without a key."""
     if config.rollout_url is None:
         return make_engine(config, policy, tokenizer)
     key = read_key(config.rollout_key_file, "rollout_key_file") if config.rollout_key_file else None
@@ -64,8 +64,8 @@ def check_servers(
 
 
 def weight_hook(config: PPOConfig, policy: Policy, key: str | None = None) -> Callable[[], None] | None:
-    """What brings the policy's weights to the servers: the first process does, the others wait for it. The function
-    gets the policy and the urls of the servers, and those of the keywords folder, model and api_key that it names.
+    """Returns the function that brings the policy's weights to the servers. The first process calls weight_sync, the
+    others wait. It gets the policy, the URLs, and those of the keywords folder, model and api_key that it names.
 
     Raises: ValueError for `lora` and a policy without an adapter."""
     given = config.weight_sync
@@ -91,15 +91,18 @@ def weight_hook(config: PPOConfig, policy: Policy, key: str | None = None) -> Ca
 
 
 def _wanted(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
-    """Those of the keywords that a function takes."""
-    parameters = inspect.signature(function).parameters.values()
+    """The keywords that a function takes besides its first two arguments, the policy and the URLs, whatever it calls
+    those."""
+    parameters = list(inspect.signature(function).parameters.values())
+    positional = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    free = {name: value for name, value in offered.items() if name not in positional[:2]}
     if any(each.kind is each.VAR_KEYWORD for each in parameters):
-        return offered
-    return {name: value for name, value in offered.items() if name in {each.name for each in parameters}}
+        return free
+    return {name: value for name, value in free.items() if name in {each.name for each in parameters}}
 
 
 def _why(error: Exception) -> str:
-    """What went wrong in a function of the user's: for a server its address and its words, else where it did."""
+    """Returns why the user's function failed: the server's address and reason, or else the error and its line."""
     if isinstance(error, HTTPError):
         return f"{shown(error.url or '')} answered {error.code}: {reason_in(error.read(4000))}"
     if isinstance(error, ServerError):

@@ -65,9 +65,9 @@ class HeldOut:
     def judge(self, step: int, samples: Sequence[Sample], batch: Packed) -> dict[str, float]:
         """The metrics of the answers after a step, of which `best` takes note; batch: the pack of the samples.
 
-        eval/score_error is the standard error of the mean eval/score, NaN of one answer. eval/fall is by how much it
-        has fallen since the best step, as half of the prompts choose it and the other half measures, and
-        eval/fall_limit what chance may make of that."""
+        eval/score_error is the standard error of the mean eval/score, NaN for one answer. eval/fall is the fall since
+        the best step: half of the prompts choose that step, the other half measure. eval/fall_limit is the largest
+        fall that chance explains."""
         scores = self.scorer(self.prompts, samples, batch)
         found, fall = Mean.of(scores), self.falls.add(scores)
         if not self.best or found.mean > self.best["score"]:

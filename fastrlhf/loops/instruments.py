@@ -99,7 +99,7 @@ class Health:
     """Says in words when a run looks ill, each rule once; `state` belongs to a checkpoint.
 
     ratios_start_at_one: whether the ratios of a step's first update should be 1
-    weights_are_synced: whether servers sample, with the weights that the policy has"""
+    weights_are_synced: whether servers generate, with weights that weight_sync brings"""
 
     def __init__(self, *, ratios_start_at_one: bool = True, weights_are_synced: bool = False) -> None:
         self.ratios_start_at_one, self.weights_are_synced = ratios_start_at_one, weights_are_synced

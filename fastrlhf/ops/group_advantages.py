@@ -111,10 +111,10 @@ def group_advantages(scores: Tensor, cu_groups: Tensor, *, kind: str = "grpo", e
     kind: "grpo", "dr_grpo" or "rloo"
     eps: added to the standard deviation, for grpo alone
 
-    Equal scores give exactly 0, and so does a group of one, by every kind: there is nothing to compare it with. To grpo
-    scores are equal, too, if std is at most 8 roundings of the mean (8 * 2^-23 |mean| in float32): it would make
-    advantages of rounding, which the other kinds leave as small as it is. The
-    result is one number a response; give it to each of its tokens (torch.repeat_interleave by response lengths).
+    Equal scores give exactly 0, and so does a group of one, by every kind: there is nothing to compare it with. grpo
+    also takes scores for equal if std is at most 8 roundings of the mean (8 * 2^-23 |mean| in float32): to divide by
+    such a std would turn rounding errors into advantages. The other kinds do not divide. The result is one number a
+    response; give it to each of its tokens (torch.repeat_interleave by response lengths).
     Computed in float64. Not differentiable. NaN in, NaN out for its group.
     Raises: ValueError for shapes, devices, cu_groups or options that do not fit, TypeError for dtypes.
     Source: Shao et al., arXiv 2402.03300 (grpo); Liu et al., arXiv 2503.20783 (dr_grpo); Ahmadian et al., arXiv

@@ -1,4 +1,4 @@
-"""HTTP connections that have one deadline for all that they do; a socket's timeout alone counts from the last byte."""
+"""HTTP connections with one deadline for everything; a socket's own timeout starts again with each byte."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _left(ends: float) -> float:
 
 
 class _Reader(io.RawIOBase):
-    """What comes from a socket until a moment."""
+    """Reads from a socket until the deadline `ends`."""
 
     def __init__(self, sock: socket.socket, ends: float) -> None:
         self.sock, self.ends, self.file = sock, ends, sock.makefile("rb", buffering=0)
@@ -45,7 +45,7 @@ class _Response(HTTPResponse):
 
 
 class _Connection(HTTPConnection):
-    """timeout: seconds for all that it does together; looking up the host's name has the system's own limit"""
+    """timeout: seconds for everything together, but for looking up the host's name, which has the system's limit"""
 
     def __init__(self, host: str, *, timeout: float, **options: Any) -> None:
         super().__init__(host, timeout=timeout, **options)

@@ -1,7 +1,7 @@
-"""The HTTP client for every server that a run asks: one that generates, a judge, a reward.
+"""The HTTP client of rollout servers, judge servers and reward servers.
 
 A request has one deadline, retries included, which also ends a server that sends a byte now and then. 429, 503 and
-broken connections are tried again, after longer and longer waits. Redirects are refused, so the key and the texts go to
+broken connections are retried, after waits that grow. Redirects are refused, so the key and the texts go to
 the address that was given and to no other. Proxies are those of the environment, as in urllib.
 
 It stands on urllib, not on the client that transformers brings: that has one name in some versions (httpx), another in
@@ -25,7 +25,7 @@ from urllib.parse import urljoin, urlsplit
 from fastrlhf.runs.deadline import Handler, SecureHandler
 
 TRIES = 8  # of a request; the waits between them come to about a minute
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries, doubled each time
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries; each wait is twice the last
 MAX_BYTES = 64 * 2**20  # of an answer
 BUSY = (429, 503)
 UNSENT = (ConnectionRefusedError, socket.gaierror)  # the server has not seen the request
@@ -51,7 +51,7 @@ class Server:
     timeout: seconds for a request: all its tries, the waits between them, and reading the answer
     key: sent as the bearer token, see `read_key`; tries: of a request; max_bytes: of an answer
 
-    Raises: ValueError for an url that is none, and for a timeout that is not above 0."""
+    Raises: ValueError for a malformed url, and for a timeout that is not above 0."""
 
     def __init__(
         self,
@@ -79,21 +79,21 @@ class Server:
         return self._parsed(path, self._ask(path, None, True, tries or self.tries))
 
     def post(self, path: str, request: Any, *, repeat: bool = True, tries: int | None = None) -> dict[str, Any]:
-        """The JSON object that the server answers to a request, which is sent as JSON.
+        """Sends a request as JSON; returns the JSON object in the answer.
 
-        repeat: whether the server may get the request twice, as it may when a connection breaks
+        repeat: whether to send the request again when the connection breaks: the server may then get it twice
 
-        Raises: ServerError, of one line that names the server, when there is no answer in time, when it is an error or
-        a redirect, is too long, or is no JSON object."""
+        Raises: ServerError, one line that names the server, if no answer comes in time, or if the answer is an error, a
+        redirect, too long, or no JSON object."""
         return self._parsed(path, self._ask(path, self._body(request), repeat, tries or self.tries))
 
     def post_text(self, path: str, request: Any = None, *, repeat: bool = True, tries: int | None = None) -> str:
-        """What the server answers, JSON or not. request: sent as JSON; None: an empty body. The rest: see `post`."""
+        """Returns the text of the answer, JSON or not. request: sent as JSON; None: an empty body. Else as `post`."""
         body = b"" if request is None else self._body(request)
         return self._ask(path, body, repeat, tries or self.tries).decode(errors="replace")
 
     def error(self, path: str, text: str, status: int | None = None, wait: float | None = None) -> ServerError:
-        """The error that names the caller and the address; without what a terminal obeys, and without the key."""
+        """Returns an error that names the caller and the address, with *** in place of the key. text: `shown`"""
         text = f"{self.caller}: {self.url}{path} {text}"
         return ServerError(text if self.key is None else text.replace(self.key, "***"), status, wait)
 
@@ -104,7 +104,7 @@ class Server:
             raise ValueError(f"{self.caller}: a request cannot be written as JSON: {error}") from None
 
     def _ask(self, path: str, body: bytes | None, repeat: bool, tries: int) -> bytes:
-        """The answer's bytes, of as many tries as it takes."""
+        """Returns the bytes of the answer, after retries."""
         start, pause = time.monotonic(), FIRST_WAIT
         for number in range(1, tries + 1):
             try:
@@ -142,7 +142,7 @@ class Server:
         return bytes(data)
 
     def _broken(self, cause: Any, path: str, repeat: bool) -> ServerError:
-        """What a connection that could not be made, or that broke, is called."""
+        """Returns the error for a connection that could not be made or that broke."""
         if isinstance(cause, TimeoutError):
             return self.error("", f"gave no answer in {self.timeout:g} s")
         why = shown(f"{type(cause).__name__}: {cause}")
@@ -162,7 +162,7 @@ class Server:
 
 
 def checked_url(url: str, name: str) -> str:
-    """The url without a / at its end. Raises: ValueError naming it for one that is none, or that holds a password."""
+    """Returns the url without a / at its end. Raises: ValueError for one that is malformed or holds a password."""
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"{name}: url must start with http:// or https://, got {url!r}")
     if "@" in url.split("/")[2]:
@@ -178,7 +178,7 @@ def checked_url(url: str, name: str) -> str:
 
 
 def read_key(path: str | Path, option: str) -> str:
-    """The key in a file, without the white space around it.
+    """Returns the key in a file, without the white space around it.
 
     Raises: ValueError naming the option, and never the key, for a file that cannot be read or holds no key."""
     try:
@@ -196,14 +196,14 @@ def read_key(path: str | Path, option: str) -> str:
 
 
 def shown(text: str, length: int = 300) -> str:
-    """Foreign text in one line of at most so many characters, with escapes for those that a terminal obeys or hides."""
+    """Returns foreign text as one line of at most `length` characters, with escapes for those that a terminal obeys."""
     text = " ".join(text[: 2 * length].split())
     text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
     return text if len(text) <= length else text[: length - 4] + " ..."
 
 
 def reason_in(data: bytes) -> str:
-    """What a server says of an error: the message in the JSON of OpenAI, vLLM and FastAPI, or its text."""
+    """Returns the reason in an error's body: the message in the JSON of OpenAI, vLLM or FastAPI, or else the text."""
     text = data[:4000].decode(errors="replace")
     try:
         found = json.loads(text)
@@ -215,7 +215,7 @@ def reason_in(data: bytes) -> str:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Those of a Retry-After header, a number or a date; 0 without one, and where it says neither."""
+    """Returns the seconds of a Retry-After header, a number or a date; 0 if there is none or it is neither."""
     try:
         return max(0.0, float(int(retry_after or 0)))
     except (ValueError, OverflowError):
@@ -227,7 +227,7 @@ def _seconds(retry_after: str | None) -> float:
 
 
 def _constant(name: str) -> float:
-    """Of the three that JSON has not, -Infinity may be the logarithm of 0."""
+    """Takes -Infinity, the logarithm of 0, and refuses NaN and Infinity: Python's json would take all three."""
     if name != "-Infinity":
         raise ValueError(f"{name} is no JSON")
     return float("-inf")

@@ -1,4 +1,4 @@
-"""A function of many items, of which so many are under way at once, in threads."""
+"""Calls a function of many items in threads, at most so many calls at a time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Result = TypeVar("Result")
 def concurrently(
     function: Callable[[Item], Result], items: Sequence[Item], limit: int
 ) -> Generator[tuple[int, Item, Result], None, None]:
-    """Yields (number, item, result) of a function of each item as they are done, so many under way at once.
+    """Calls the function for each item, at most `limit` calls at a time; yields (number, item, result) as calls end.
 
-    The first error ends it, and so does an interrupt: at once, as threads that still wait for a server do not keep the
-    process. Close it (contextlib.closing) when leaving it early, and no further item is begun."""
+    The first error is raised, and no further call begins. An interrupt ends it at once: threads that still wait for a
+    server do not keep the process alive. Who leaves it early closes it (contextlib.closing), or calls go on."""
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
     stopped = threading.Event()

@@ -29,10 +29,10 @@ def call_function(
     columns: Collection[str] | None,
     timeout: float | None,
 ) -> Tensor:
-    """Returns what a function says of responses, float32 (N,). It gets copies of all that it is given, and what it
-    returns is copied, so that it may do with both what it likes.
+    """Returns the scores that a function gives responses, float32 (N,). Its arguments are copies, and its result is
+    copied, so it may change both.
 
-    responses: as text; columns: the names of those that it may get, None: of all; timeout: in seconds
+    responses: as text; columns: names of those that it may get, None: all; timeout: in seconds
 
     Raises: TypeError or ValueError for what is no finite number for each response; TimeoutError; what it raises."""
     if columns is None:

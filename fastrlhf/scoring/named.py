@@ -1,4 +1,4 @@
-"""Functions by their names, and what they take: without models, so that a server of a function starts soon."""
+"""Loads functions by name and reads their signatures. It imports no models, so that a reward server starts fast."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load_function(source: str, option: str = "reward") -> Callable[..., Any]:
 
 
 def check_spelling(source: str, option: str) -> None:
-    """Raises ValueError, with the right spelling, for a file in the place of a module, and for an URL without http."""
+    """Raises ValueError, with the right spelling, for a file in the place of a module, and for a URL without http."""
     module, _, name = source.partition(":")
     if "://" in source:
         raise ValueError(f"{option}: {source!r} is no server; one is given as http://... or https://...")
@@ -83,7 +83,7 @@ def keywords_of(function: Callable[..., Any], available: Collection[str]) -> lis
 
 
 def _others(module: Any, name: str) -> str:
-    """The function of a module that is spelled most like a name, or all of its own."""
+    """Returns a hint: the function of a module whose name is nearest, or else the functions that it defines."""
     own = [other for other, value in vars(module).items() if callable(value) and not other.startswith("_")]
     own = [other for other in own if getattr(vars(module)[other], "__module__", None) == module.__name__]
     near = difflib.get_close_matches(name, own, 1)

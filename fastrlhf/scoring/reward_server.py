@@ -14,8 +14,8 @@ from typing import Any
 from fastrlhf.runs.http import Server, read_key, shown
 from fastrlhf.runs.parallel import concurrently
 
-AT_ONCE = 8  # requests under way
-FIRST_TRIES = 3  # of the first request, which is to tell soon that there is no such server
+AT_ONCE = 8  # requests at a time
+FIRST_TRIES = 3  # of the first request: a server that is not there is reported soon
 FOREVER = 1e9  # seconds
 
 
@@ -23,10 +23,10 @@ class RewardServer:
     """A reward function that asks a server.
 
     columns: the names of those that it will be sent
-    timeout: seconds for a request, with its further tries; None: without end; batch: responses in one, None: all
+    timeout: seconds for a request, retries included; None: no limit; batch: most responses in a request, None: all
     key_file: file with the key that goes with each request, and to no other address
 
-    Raises: ValueError for an url that is none; ServerError unless the server answers a request without responses."""
+    Raises: ValueError for a malformed url; ServerError unless the server answers a request without responses."""
 
     has_own_timeout = True  # of each request
 
@@ -62,7 +62,7 @@ class RewardServer:
         return [score for number in range(len(parts)) for score in found[number]]
 
     def _ask(self, request: dict[str, Any], *, tries: int | None = None) -> list[float]:
-        """The scores that are answered to a request, if they are as many numbers as it has responses."""
+        """Returns the scores in the answer. Raises: ServerError unless there is a finite number for each response."""
         answer, num = self.server.post("", request, tries=tries), len(request["responses"])
         scores = answer.get("scores")
         if not isinstance(scores, list):

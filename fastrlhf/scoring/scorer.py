@@ -35,14 +35,14 @@ class Scorer:
     without **columns gets those of the keywords that it names. No column takes the place of these four arguments; a
     function that names response_ids or finished where the prompts have such a column is refused.
 
-    A server (reward_server.py) is asked for the same with all of it.
+    A server (reward_server.py) gets the same, with all columns.
 
     columns: the names of the other columns of the prompt file; None: those of the prompts at hand
     models: each with its sources, which are several heads or the folder; functions: each with its source
     names: of the sources, reward models first
     base: a reward model that was trained as an adapter on its body is loaded as that
-    reward_timeout: seconds that a function, or a server for one answer, may take; None: without end
-    reward_batch: responses in a request to a server, None: all; reward_key_file: file with its key
+    reward_timeout: seconds for one call of a function, or one request to a server; None: no limit
+    reward_batch: most responses in a request to a server, None: all; reward_key_file: file with its key
 
     Raises: ValueError or TypeError for a source that is none, a model without a trained head or with another
     vocabulary, and a function that needs what it will not get."""

@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Serves until it is interrupted."""
     parser = argparse.ArgumentParser(prog="python -m fastrlhf.scoring.serve", description=__doc__.splitlines()[0])
     parser.add_argument("function", help="module:function, as --reward of fastrlhf ppo takes it")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all of this machine's")
-    parser.add_argument("--port", type=int, default=8000, help="0 is a free one")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all of this machine")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     parser.add_argument("--key-file", help="file with a key that clients must send (their reward_key_file)")
     options = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""What the text of a reward names: the folders of reward models, functions, and servers."""
+"""Tells the sources in the text of a reward apart: folders of reward models, functions, and servers."""
 
 from __future__ import annotations
 
@@ -46,11 +46,6 @@ def is_model(source: str) -> bool:
     return ":" not in source
 
 
-def is_function(source: str) -> bool:
-    """Whether a source names a function. Raises: as `is_model`."""
-    return not is_model(source) and not is_server(source)
-
-
 def split_head(source: str) -> tuple[str, str | None]:
     """Returns folder and head of "FOLDER#HEAD"; a folder whose own name has a # is one."""
     folder, mark, head = source.rpartition("#")
@@ -68,7 +63,7 @@ def reward_folders(reward: Any) -> dict[str, list[str | None]]:
 
 
 def check_reward(*rewards: Any) -> None:
-    """Refuses what a `Scorer` refuses, as far as the texts and the configurations of their models tell: in no time.
+    """Refuses at once what a `Scorer` would refuse later, as far as the texts and the models' configurations tell.
 
     Raises: ValueError or FileNotFoundError for a text that is no reward, a folder that is none or without a trained
     head, and a head that the model has not."""

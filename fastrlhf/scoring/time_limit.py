@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 GRACE = 10.0  # seconds that a function gets to end once it was interrupted
-NOTE = 60.0  # seconds after which it is said, once, that a function is slow
+NOTE = 60.0  # seconds after which one note says that a function is slow
 HAS_SIGNALS = hasattr(signal, "SIGURG") and hasattr(signal, "setitimer") and hasattr(signal, "pthread_kill")
 
-_noted: set[str] = set()  # the functions that were said to be slow
-_interrupted = False  # whether a function was: it may have left threads that never end
+_noted: set[str] = set()  # the functions that a note was about
+_interrupted = False  # whether a function was interrupted: it may have left threads that never end
 
 
 class _TimeIsUp(BaseException):
@@ -73,9 +73,10 @@ class _Clock:
         self.process, self.thread = os.getpid(), threading.get_ident()
         self.ended = threading.Event()
         self.handlers: dict[int, Any] = {}
+        self.can_interrupt = HAS_SIGNALS and threading.current_thread() is threading.main_thread()
 
     def start(self) -> None:
-        if HAS_SIGNALS and threading.current_thread() is threading.main_thread():
+        if self.can_interrupt:
             self.handlers[signal.SIGURG] = signal.signal(signal.SIGURG, self._interrupt)
             if signal.getsignal(signal.SIGALRM) is signal.SIG_DFL and not signal.getitimer(signal.ITIMER_REAL)[0]:
                 self.handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._interrupt)
@@ -118,7 +119,7 @@ class _Clock:
             _write(f"note: {self.what} takes more than {NOTE:g} s, now at {where}; reward_timeout={self.seconds:g}")
         if self.ended.wait(left):
             return
-        if self.handlers:
+        if self.can_interrupt:  # not self.handlers, which `stop` may have emptied since the wait
             signal.pthread_kill(self.thread, signal.SIGURG)
             if self.ended.wait(GRACE):
                 return

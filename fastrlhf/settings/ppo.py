@@ -132,10 +132,10 @@ class PPOConfig(ScoringConfig, LoopConfig):
     cuda_graphs: bool = rare(True, "on a GPU, replay steps of generation from CUDA graphs")
     offload: str = rare("none", "idle: models and moments rest in the CPU's memory while they do not act (GPU)")
     rollout_url: str | None = rare(None, "URL,URL,... of vLLM servers that generate; default: in this process")
-    rollout_model: str = rare("policy", "name under which they serve the policy")
-    rollout_logprobs: str = rare("raw_logprobs", "their --logprobs-mode: raw_logprobs or processed_logprobs")
-    rollout_timeout: float = rare(600.0, "seconds for one response, tries after errors included")
-    rollout_key_file: str | None = rare(None, "file with the key of the servers")
+    rollout_model: str = rare("policy", "name under which the servers serve the policy")
+    rollout_logprobs: str = rare("raw_logprobs", "the servers' --logprobs-mode: raw_logprobs or processed_logprobs")
+    rollout_timeout: float = rare(600.0, "seconds for one response of a server, retries included")
+    rollout_key_file: str | None = rare(None, "file with the API key of the servers")
     weight_sync: str | Callable[..., Any] | None = rare(  # noqa: RUF009
         None, "module:function, called with policy and URLs before each rollout; stale: nothing is"
     )

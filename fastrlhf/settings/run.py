@@ -47,7 +47,7 @@ class RunConfig:
     output: str = option("demo", "folder of the run; each stage has its own in it")
     model: str = option("smollm2", "folder or hub id; smollm2: SmolLM2-135M-Instruct, fetched if need be")
     gold: str = option("fastrlhf.demo.gold:plain_answer", "module:function or URL that labels pairs and judges")
-    reward_timeout: float = option(3600.0, "seconds for one call of it")
+    reward_timeout: float = option(3600.0, "seconds for one call of the gold reward")
     prompts: str = option("shipped", "file with prompt and split (reward, ppo, heldout); shipped: 500 questions")
     demonstrations: str = option("shipped", "file with prompt and completion; shipped: 100 short answers")
     system: str | None = option("", "system turn before each prompt; none: prompts as they are")

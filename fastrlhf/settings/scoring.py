@@ -1,4 +1,4 @@
-"""Settings of what scores with functions and servers."""
+"""Settings of reward functions and reward servers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MOST_SECONDS = 1e9  # clocks take no more
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig(JobConfig):
-    """What every job needs that asks reward functions or reward servers (docs/rewards.md)."""
+    """Settings of every job that calls reward functions or reward servers (docs/rewards.md)."""
 
     reward_timeout: float | None = rare(3600.0, "seconds for one call of a reward function or server; none: no limit")
-    reward_batch: int | None = rare(None, "responses in one request to a reward server; default: all there are")
-    reward_key_file: str | None = rare(None, "file with the key of the reward server")
+    reward_batch: int | None = rare(None, "most responses in one request to a reward server; default: all of a step")
+    reward_key_file: str | None = rare(None, "file with the API key of the reward server")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,11 +32,11 @@ class ScoringConfig(JobConfig):
         origins = sorted({origin for text in texts for origin in ORIGIN.findall(text)})
         for name in ("reward_batch", "reward_key_file"):
             if getattr(self, name) is not None and not origins:
-                raise ValueError(f"{name} is of reward servers, and no reward is the URL of one: leave it out")
+                raise ValueError(f"{name} is for reward servers, and no reward is the URL of one: leave it out")
         if self.reward_key_file is not None and len(origins) > 1:
             raise ValueError(f"reward_key_file: one server would get the key of another: {', '.join(origins)}")
 
     def reward_options(self) -> dict[str, Any]:
-        """What a `Scorer` takes of these."""
+        """Returns these settings as keywords of a `Scorer`."""
         names = ("reward_timeout", "reward_batch", "reward_key_file")
         return {name: getattr(self, name) for name in names}

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-# the options that are folders, files, or what is made of several, wherever they are; a hub id or an URL has no ~
+# the options that are folders, files, or what is made of several, wherever they are; a hub id or a URL has no ~
 PATHS = {
     *("config", "model", "data", "output", "file", "out", "against", "tokenizer", "eval_data", "center_data"),
     *("ptx_data", "reference", "reward", "eval_reward", "gold", "proxy", "policy", "judge", "judge_key_file"),

@@ -18,7 +18,7 @@ from fastrlhf.jobs.report import STYLE, read_json, reward_model_line, table
 from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.runs.whole import write_file, write_json
 from fastrlhf.trust.falls import fall_after_best
-from fastrlhf.trust.means import with_error
+from fastrlhf.trust.means import in_words, with_error
 
 Row = dict[str, Any]
 METHODS = {"best_of_n": "best-of-n", "ppo": "PPO"}
@@ -116,13 +116,9 @@ def verdict(summary: dict[str, Any]) -> str:
 def fall_line(found: dict[str, Any]) -> str:
     """The fall in words, and how sure it is."""
     if found["fall"] is None:
-        return "points of an older version, of which nobody can say by how much it fell"
-    error = found["fall_error"]
-    if error is None or math.isnan(error):
-        sure = "one prompt, so nobody knows its error"
-    else:
-        sure = f"{found['fall'] / error:.1f} standard errors" if error else "the same on every prompt"
-    return f"a fall of {with_error(found['fall'], found['fall_error'], '.2f')} ({sure}) from the best"
+        return "a fall of unknown size, since an older version wrote the points"
+    value, error = found["fall"], found["fall_error"]
+    return f"a fall of {with_error(value, error, '.2f')} ({in_words(value, error)}) from the best"
 
 
 def write_report(output: Path) -> None:

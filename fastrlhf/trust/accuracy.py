@@ -76,7 +76,7 @@ def accuracy(
 
 
 def share_of(hits: Tensor, clusters: Sequence[Hashable] | None = None, weights: Tensor | None = None) -> Accuracy:
-    """Returns the mean of how far trials are right, with its interval: what every accuracy here and in training is.
+    """Returns the share of trials that are right, with its interval. Every accuracy, here and in training, is one.
 
     hits: (N,) in [0, 1]; clusters: the prompt of each trial, default all different; weights: (N,) of trials in the
     mean, at least 0, default 1. A trial of weight 0 is as if it were not there. Without a trial nothing is known: 1/2,

@@ -85,7 +85,7 @@ def drift(
 
 
 class Dealt:
-    """Two sets of prompts, of which those in one set only can be dealt out anew.
+    """Two sets of prompts for a permutation test: prompts of both sets stay, the others can be dealt out anew.
 
     in_first: (M,) bool, which of those are in the first set; ids: (V,) the tokens that there are"""
 

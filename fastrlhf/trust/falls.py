@@ -41,10 +41,10 @@ class Falls:
         return Mean.of(falls)
 
     def limit(self, fall: Mean) -> float:
-        """Returns what the fall at the newest point must be above to be more than chance makes of a flat truth, in all
-        but LEVEL of the curves, at whichever points one looks: the n-th may err in LEVEL / n (n + 1) of them.
+        """Returns the largest fall at the newest point that chance explains; NaN if the error is unknown.
 
-        NaN where the error is unknown."""
+        Where the true mean stays the same, at most LEVEL of the curves ever exceed their limit, however many points
+        are looked at: at the n-th point it is LEVEL / (n (n + 1)) of them."""
         num = self.state["num"]
         return t_quantile(LEVEL / (num * (num + 1)), fall.num - 1) * fall.error
 
@@ -59,8 +59,8 @@ def fall_after_best(points: Sequence[Tensor]) -> Mean:
 
 
 def t_quantile(level: float, freedoms: int) -> float:
-    """Returns how many standard errors, themselves estimated with so many degrees of freedom, a mean is above 0 in
-    `level` of the cases: the quantile of Student's t, to 1 % where it is below 6 errors and there are 10 freedoms.
+    """Returns the number that Student's t exceeds with probability `level`, to 1 % where it is below 6 and there are at
+    least 10 degrees of freedom.
 
     Source: its expansion, Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5."""
     z = -NormalDist().inv_cdf(level)

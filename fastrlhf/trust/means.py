@@ -40,6 +40,13 @@ def in_errors(value: float, error: float | None) -> float:
     return value / error if error else math.copysign(math.inf, value) if value else 0.0
 
 
+def in_words(value: float, error: float | None) -> str:
+    """How many standard errors the mean over some prompts is away from 0, as words."""
+    if error is None or math.isnan(error):
+        return "one prompt, so its error is unknown"
+    return f"{value / error:.1f} standard errors" if error else "the same on every prompt"
+
+
 def with_error(value: float, error: float | None, style: str = ".3f") -> str:
     """A value with its standard error as text; an error that is unknown (NaN, or None as files have it) is a question
     mark. style: format of the value"""
