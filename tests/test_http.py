@@ -162,6 +162,11 @@ def test_one_deadline_holds_for_all_tries():
     assert 0.29 < time.monotonic() - start < 0.6 and len(server.requests) == 3
 
 
+def test_a_deadline_may_be_further_off_than_sockets_can_wait():
+    with hostile(OK) as server:
+        assert client(server, timeout=1e300).post("", {}) == {"ok": True}
+
+
 def test_a_server_that_is_not_there_is_tried_again_unless_that_is_not_wanted():
     with hostile(OK) as server:
         pass
