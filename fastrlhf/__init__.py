@@ -1,9 +1,11 @@
 """RLHF on one machine: SFT, reward models and PPO over Hugging Face models, packed, on native kernels."""
 
+import fastrlhf._start  # noqa: F401  first, for a Ctrl-C while the rest is imported
+
+# isort: split
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import fastrlhf._start  # noqa: F401  first, for a Ctrl-C while the rest is imported
 from fastrlhf.ops import *  # noqa: F403
 from fastrlhf.ops import __all__ as _ops
 

@@ -1,7 +1,9 @@
 """Reward functions get copies of all that they are given; a misspelled name is answered with the right one."""
 
+import asyncio
 import copy
 
+import numpy as np
 import pytest
 import torch
 from loops import model_folder, write_rows
@@ -71,6 +73,75 @@ def test_scores_stay_when_the_function_uses_its_tensor_again():
     scorer = Scorer(counts, tiny_tokenizer(), max_tokens=9)
     first, second = (scorer.terms([Prompt([10], "p", {})] * 2, samples, batch)[0] for _ in range(2))
     assert first.tolist() == [1, 1] and second.tolist() == [2, 2] and not second.requires_grad
+
+
+def scores_of(returned):
+    """The scores of two responses by a function that returns this, or raises it."""
+
+    def function(prompts, responses):
+        if isinstance(returned, BaseException):
+            raise returned
+        return returned
+
+    samples, batch = [Sample([10], [12], [0.0], [0.0], True)] * 2, pack([[10, 12]] * 2)
+    return Scorer(function, tiny_tokenizer(), max_tokens=9).terms([Prompt([10], "p", {})] * 2, samples, batch)[0]
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        (1, 2),
+        torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True),
+        torch.tensor([2.0, 1.0], dtype=torch.bfloat16).flip(0),
+        np.array([2.0, 1.0])[::-1],
+        np.array([1.0, 2.0], dtype=">f8"),
+        np.array([1, 2.0], dtype=object),
+        np.frombuffer(np.array([1.0, 2.0], dtype=np.float16).tobytes(), dtype=np.float16),  # read only
+        [np.float16(1), np.int8(2)],
+    ],
+)
+def test_two_numbers_are_two_scores_whatever_holds_them(returned):
+    scores = scores_of(returned)
+    assert scores.tolist() == [1, 2] and scores.dtype == torch.float32 and not scores.requires_grad
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        None,
+        ["1", "2"],
+        np.array(["1", "2"]),
+        torch.tensor([1j, 2]),
+        torch.ones(2, device="meta"),
+        torch.ones(2).to_sparse(),
+        np.ma.masked_array([1.0, 2.0], [True, False]),
+        (n for n in (1.0, 2.0)),
+    ],
+)
+def test_what_are_no_two_numbers_is_shown(returned):
+    with pytest.raises(TypeError, match=r"function must return 2 numbers, got "):
+        scores_of(returned)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (StopIteration(), "StopIteration in line"),
+        (SystemExit(0), r"SystemExit\(0\) in line"),
+        (GeneratorExit(), "GeneratorExit in line"),
+        (asyncio.CancelledError("late"), r"CancelledError\(late\) in line"),
+    ],
+)
+def test_no_error_of_a_function_ends_a_run_in_silence(error, text):
+    with pytest.raises(RuntimeError, match=rf"reward: .*function ended with {text} \d+ of .*\.py, without scores"):
+        scores_of(error)
+
+
+@pytest.mark.parametrize("error", [ValueError("theirs"), KeyboardInterrupt()])
+def test_other_errors_of_a_function_are_its_own(error):
+    with pytest.raises(type(error)) as caught:
+        scores_of(error)
+    assert caught.value is error
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -163,6 +163,7 @@ def logprobs(*values):
         (logprobs(0.0, 0.01, 0.0), "0.01 is no log-probability"),
         (logprobs(0.0, -(10**400), 0.0), "-1000"),
         (logprobs(0.0, float("-inf"), 0.0), "a token that was drawn has the log-probability -inf"),
+        (logprobs(0.0, -1e39, 0.0), "a token that was drawn has the log-probability -1e+39"),  # -inf in float32
         (logprobs(0.0, float("nan"), 0.0), "did not answer in JSON: NaN is no JSON"),
         (changed(prompt_token_ids=[6, 7]), "the server read other tokens than the 3 of the prompt: [6, 7]"),
         (changed(prompt_token_ids=3), "the server read other tokens than the 3 of the prompt: 3"),
@@ -256,6 +257,11 @@ def test_log_probabilities_of_another_temperature_are_found_at_the_start(server,
     server.change = lambda body, answer: answer
     with pytest.raises(ServerError, match="told no log-probabilities of the 5 likeliest tokens"):
         backend.check([[2]], Sampling(4, temperature=0.7))
+    server.models = []
+    with pytest.raises(ServerError, match="serves no model"):
+        backend_of(server, logprobs_mode="processed_logprobs", update_weights=lambda: None).check(
+            [[2]], Sampling(4, temperature=0.7)
+        )
 
 
 def test_a_model_that_is_not_served_is_named(server):

@@ -137,6 +137,14 @@ def test_a_step_that_was_broken_off_is_no_checkpoint_and_nothing_follows_it(sft,
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-000001"]
 
 
+def test_a_stop_iteration_in_a_step_does_not_pass_for_the_end_of_the_loop(sft, monkeypatch):
+    loop = sft()
+    next(loop)
+    monkeypatch.setattr(loop.optimizer, "step", lambda where: next(iter(())))
+    with pytest.raises(RuntimeError, match="step 2 was broken off by a StopIteration"):
+        list(loop)
+
+
 def test_a_loop_whose_folder_another_one_took_writes_no_checkpoint(sft, tmp_path):
     loop = sft()
     next(loop)

@@ -10,6 +10,7 @@ from fastrlhf.generation.server import check_logprob
 from fastrlhf.runs.http import shown
 
 REASONS = ("stop", "length", "repetition")  # finish_reason
+LOWEST = -3.4e38  # log-probability that float32 holds
 
 
 def read_sample(request: dict[str, Any], answer: dict[str, Any], vocab_size: int | None) -> Sample:
@@ -71,6 +72,6 @@ def _logprobs(told: Any, count: int) -> list[float]:
     logprobs = []
     for value in values:
         logprobs.append(check_logprob(value))
-        if logprobs[-1] == -math.inf:
-            raise ValueError("a token that was drawn has the log-probability -inf")
+        if logprobs[-1] < LOWEST:
+            raise ValueError(f"a token that was drawn has the log-probability {logprobs[-1]:g}")
     return logprobs

@@ -17,7 +17,7 @@ from fastrlhf.generation.sampling import RolloutBackend, Sampling
 from fastrlhf.generation.weight_sync import check_adapter, lora
 from fastrlhf.models.policy import Policy
 from fastrlhf.runs import ranks
-from fastrlhf.runs.http import ServerError, read_key, reason_in, shown
+from fastrlhf.runs.http import ServerError, read_key, reason_in, shown, without_key
 from fastrlhf.runs.output import ROLLOUT_WEIGHTS
 from fastrlhf.scoring.named import load_function
 from fastrlhf.settings.ppo import STALE, PPOConfig
@@ -84,7 +84,7 @@ def weight_hook(config: PPOConfig, policy: Policy, key: str | None = None) -> Ca
                 function(policy, config.rollout_urls, **options)
             except Exception as error:
                 text = f"weight_sync={name} failed for {', '.join(config.rollout_urls)}: {_why(error)}"
-                raise ServerError(text if key is None else text.replace(key, "***")) from error
+                raise ServerError(without_key(text, key)) from error
         ranks.gather(None)
 
     return bring

@@ -103,6 +103,8 @@ class Trainer(ABC):
             good = newest_checkpoint(self.config.output)
             advice = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
             raise NonFiniteError(f"{error}; {advice}") from error
+        except StopIteration as error:  # of a function of the user's; it would end the loop as if it were done
+            raise RuntimeError(f"step {self.num_steps_done + 1} was broken off by a StopIteration") from error
 
     def _check_can_go_on(self) -> None:
         """Raises unless the loop is open, holds its output folder, and is between two steps."""

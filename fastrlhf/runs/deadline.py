@@ -10,12 +10,14 @@ from functools import partial
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from typing import Any
 
+MOST = 1e9  # seconds; sockets refuse a longer timeout
+
 
 def _left(ends: float) -> float:
     left = ends - time.monotonic()
     if left <= 0:
         raise TimeoutError
-    return left
+    return min(left, MOST)
 
 
 class _Reader(io.RawIOBase):

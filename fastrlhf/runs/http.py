@@ -95,8 +95,7 @@ class Server:
 
     def error(self, path: str, text: str, status: int | None = None, wait: float | None = None) -> ServerError:
         """Returns an error that names the caller and the address, with *** in place of the key. text: `shown`"""
-        text = f"{self.caller}: {self.url}{path} {text}"
-        return ServerError(text if self.key is None else text.replace(self.key, "***"), status, wait)
+        return ServerError(without_key(f"{self.caller}: {self.url}{path} {text}", self.key), status, wait)
 
     def _hidden(self, data: bytes) -> bytes:
         """Hides the key in what the server says, before that is cut short."""
@@ -135,10 +134,12 @@ class Server:
                 status, headers = answer.status, answer.headers
         except (OSError, HTTPException) as error:
             raise self._broken(error.reason if isinstance(error, URLError) else error, path, repeat) from error
+        except ValueError as error:  # http.client's, of a chunk with a negative size
+            raise self.error(path, f"did not answer in HTTP: {shown(str(error))}") from error
         if max(length, len(data)) > self.max_bytes:
             raise self.error(path, f"answered with more than {self.max_bytes / 2**20:g} MiB")
         if 300 <= status < 400:
-            where = shown(urljoin(self.url + path, headers.get("Location") or ""))
+            where = shown(_target(self.url + path, headers.get("Location") or ""))
             raise self.error(path, f"answered {status}, a redirect to {where}: give that address, if you trust it")
         if not 200 <= status < 300:
             wait = _seconds(headers.get("Retry-After")) if status in BUSY else None
@@ -173,8 +174,8 @@ def checked_url(url: str, name: str) -> str:
         raise ValueError(f"{name}: the url is printed: no user and no password may stand in it")
     try:
         parts = urlsplit(url)
-        whole = bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # such as a port that is no number
+        whole = bool(parts.hostname and parts.hostname.encode("idna")) and (parts.port is None or parts.port > 0)
+    except ValueError:  # such as a port that is no number, and a name with two dots side by side
         whole = False
     if not whole or not url.isascii() or not url.isprintable() or " " in url or "#" in url:
         raise ValueError(f"{name}: url must be http(s)://HOST:PORT/PATH in ASCII, got {url!r}")
@@ -201,8 +202,18 @@ def read_key(path: str | Path, option: str) -> str:
 
 def shown(text: str, length: int = 300) -> str:
     """Returns foreign text as one line of at most `length` characters, with escapes for those that a terminal obeys."""
-    text = printable(" ".join(text[: 2 * length].split()))
-    return text if len(text) <= length else text[: length - 4] + " ..."
+    start = printable(" ".join(text[: 2 * length].split()))
+    return start if len(start) <= length and len(text) <= 2 * length else start[: length - 4] + " ..."
+
+
+def without_key(text: str, key: str | None) -> str:
+    """Returns a text with *** in place of a key, and of the start of a key where `shown` has cut the text."""
+    if key is None:
+        return text
+    text = text.replace(key, "***")
+    for size in range(len(key) - 1, 3, -1):
+        text = text.replace(f"{key[:size]} ...", "*** ...")
+    return text
 
 
 def reason_in(data: bytes) -> str:
@@ -215,6 +226,14 @@ def reason_in(data: bytes) -> str:
         return shown(found if isinstance(found, str) else json.dumps(found))
     except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
         return shown(text) or "no reason given"
+
+
+def _target(url: str, location: str) -> str:
+    """Returns the address that a redirect from an url names, or its text if that is malformed."""
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        return location
 
 
 def _seconds(retry_after: str | None) -> float:

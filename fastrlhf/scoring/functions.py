@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +36,8 @@ def call_function(
 
     responses: as text; columns: names of those that it may get, None: all; timeout: in seconds
 
-    Raises: TypeError or ValueError for what is no finite number for each response; TimeoutError; what it raises."""
+    Raises: TypeError or ValueError for what is no finite number for each response; TimeoutError; what it raises, and
+    RuntimeError in the place of what would end the run in silence, such as SystemExit and StopIteration."""
     if columns is None:
         columns = {name for prompt in prompts for name in prompt.columns}
     response_ids = [list(sample.response) for sample in samples]
@@ -45,9 +48,19 @@ def call_function(
     name, texts = name_of(function), [prompt.text for prompt in prompts]
     call = functools.partial(function, texts, list(responses), **taken)
     is_limited = not getattr(function, "has_own_timeout", False)
-    returned = within_reward_timeout(timeout if is_limited else None, name, len(samples), call)
     try:
-        scores = torch.as_tensor(returned, dtype=torch.float32).detach().clone()
+        returned = within_reward_timeout(timeout if is_limited else None, name, len(samples), call)
+    except BaseException as error:
+        if isinstance(error, (Exception, KeyboardInterrupt)) and not isinstance(error, StopIteration):
+            raise
+        # SystemExit would end the process without a word, and StopIteration the loop as if all steps were done
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__}({error}) in line {last.lineno} of {last.filename}".replace("()", "", 1)
+        raise RuntimeError(f"reward: {name} ended with {text}, without scores") from error
+    try:
+        # numbers, so that it does not matter how an array lies in memory, and complex ones are refused
+        numbers = returned.tolist() if isinstance(returned, (Tensor, np.ndarray)) else returned
+        scores = torch.as_tensor(numbers, dtype=torch.float32).detach().clone()
     except OverflowError:  # its digits may be too many to be shown
         raise ValueError(f"reward: {name} returned a number that is too large for a float") from None
     except (TypeError, ValueError, RuntimeError):

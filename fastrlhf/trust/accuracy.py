@@ -48,12 +48,13 @@ def hits(margins: Tensor, labels: Tensor | None = None) -> Tensor:
 def is_right(margins: Tensor, labels: Tensor | None = None) -> Tensor:
     """Returns whether each pair's scores agree with its label, (N,) float64: 1 where d and y - 1/2 have one sign, 0
     where they have not, 1/2 where d = 0; NaN where y = 1/2, as neither response is the better one. A pair that is
-    written the other way round, with -d and 1 - y, is the same. margins: (N,) d; labels: (N,) y, default 1"""
-    margins = margins.double()
+    written the other way round, with -d and 1 - y, is the same; a NaN stays. margins: (N,) d; labels: (N,) y, default
+    1"""
+    signs = torch.where(margins.isnan(), torch.nan, margins.double().sign())  # the sign of NaN is 0 to torch
     if labels is None:
-        return 0.5 + 0.5 * margins.sign()
+        return 0.5 + 0.5 * signs
     sides = labels.double() - 0.5
-    return torch.where(sides == 0, torch.nan, 0.5 + 0.5 * margins.sign() * sides.sign())
+    return torch.where(sides == 0, torch.nan, 0.5 + 0.5 * signs * sides.sign())
 
 
 def accuracy(

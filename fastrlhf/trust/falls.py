@@ -18,6 +18,7 @@ from torch import Tensor
 from fastrlhf.trust.means import Mean
 
 LEVEL = 0.05
+FEWEST = 6  # prompts; on fewer, scores that are 0 or 1 too often fall by the same amount on each by chance
 
 
 class Falls:
@@ -41,12 +42,12 @@ class Falls:
         return Mean.of(falls)
 
     def limit(self, fall: Mean) -> float:
-        """Returns the largest fall at the newest point that chance explains; NaN if the error is unknown.
+        """Returns the largest fall at the newest point that chance explains; NaN for fewer than FEWEST prompts.
 
         Where the true mean stays the same, at most LEVEL of the curves ever exceed their limit, however many points
         are looked at: at the n-th point it is LEVEL / (n (n + 1)) of them."""
         num = self.state["num"]
-        return t_quantile(LEVEL / (num * (num + 1)), fall.num - 1) * fall.error
+        return math.nan if fall.num < FEWEST else t_quantile(LEVEL / (num * (num + 1)), fall.num - 1) * fall.error
 
 
 def fall_after_best(points: Sequence[Tensor]) -> Mean:

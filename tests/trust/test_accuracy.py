@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastrlhf.trust.accuracy import accuracy, effective_num, hits, number, quantile_bins, wilson_interval
+from fastrlhf.trust.accuracy import accuracy, effective_num, hits, is_right, number, quantile_bins, wilson_interval
 
 
 def test_wilson_interval_is_where_the_score_test_rejects():
@@ -14,6 +14,12 @@ def test_wilson_interval_is_where_the_score_test_rejects():
     for share, num in ((0.5, 100), (0.71, 100), (1.0, 12), (0.0, 7)):
         for end in wilson_interval(share, num):
             assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(max(end * (1 - end), 0) / num), abs=1e-9)
+
+
+def test_scores_that_are_none_agree_with_nothing():
+    result = accuracy(torch.tensor([math.nan, 1.0]), torch.tensor([1.0, 0.0]))
+    assert math.isnan(result.accuracy) and math.isnan(result.low) and math.isnan(result.high) and result.ties == 0
+    assert is_right(torch.tensor([math.nan, 2.0, 0.0])).isnan().tolist() == [True, False, False]
 
 
 def test_ties_count_half_and_calibration_takes_soft_labels_by_their_weight():
