@@ -65,7 +65,7 @@ SAID = {
     "401 with the key": "answered 401: wrong key ***",
     "401 with the key at its end": "kkk*** ...",
     "a page with the key at its end": "(char 0); it said: kkkkk",
-    "a page with the key after much space": "it said: k *** ...",
+    "a page with the key after much space": "it said: k ***",
     "404": "answered 404: Not Found",
     "500 with a long text": "answered 500: out of memory out of memory",
     "429": 'answered 429: {"e": "rate"} (tried 8 times in ',

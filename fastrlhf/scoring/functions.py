@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +58,7 @@ def call_function(
         raise RuntimeError(f"reward: {name} ended with {text}, without scores") from error
     try:
         # numbers, so that it does not matter how an array lies in memory, and complex ones are refused
-        numbers = returned.tolist() if isinstance(returned, (Tensor, np.ndarray)) else returned
+        numbers = returned.tolist() if hasattr(returned, "tolist") else returned  # of torch, numpy, pandas
         scores = torch.as_tensor(numbers, dtype=torch.float32).detach().clone()
     except OverflowError:  # its digits may be too many to be shown
         raise ValueError(f"reward: {name} returned a number that is too large for a float") from None
