@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 from hostile_server import FAULTS, answer, hostile, silence
@@ -135,7 +136,9 @@ def test_waits_grow_and_are_as_long_as_the_server_asks(monkeypatch):
     waits = []
     monkeypatch.setattr(http, "FIRST_WAIT", 0.5)
     monkeypatch.setattr(http, "LONGEST_WAIT", 30.0)
-    monkeypatch.setattr(http.time, "sleep", waits.append)
+    # its own clock: threads of other servers sleep, too
+    clock = SimpleNamespace(sleep=waits.append, monotonic=time.monotonic, time=time.time)
+    monkeypatch.setattr(http, "time", clock)
     with hostile("503") as server, pytest.raises(ServerError, match="tried 8 times"):
         client(server, timeout=100).post("", {})
     assert all(0.25 * 2**n <= wait <= 0.5 * 2**n for n, wait in enumerate(waits)) and len(waits) == 7
