@@ -3,14 +3,17 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from fake_server import serving
 from loops import model_folder, write_rows
 from tiny import tiny_tokenizer
 
 from fastrlhf.__main__ import main
 from fastrlhf.data import DataError, Reason, load_pairs
+from fastrlhf.feedback import label as label_module
 from fastrlhf.feedback.judges import TEST
 from fastrlhf.feedback.label import Label
 from fastrlhf.generation.server import ServerError
@@ -172,6 +175,20 @@ def test_the_command_answers_prompts_and_lets_a_local_model_judge(tmp_path, caps
     assert read_jsonl(tmp_path / "again" / "pairs.jsonl") == rows
 
 
+def test_samples_of_a_policy_that_are_the_same_are_left_out_and_no_fault(tmp_path, monkeypatch):
+    model = model_folder(tmp_path / "model")
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"question {n}"} for n in range(4)])
+    given = {"policy": model, "judge": model, "data": data, "min_mass": 0.0, "max_new_tokens": 5, "device": "cpu"}
+    texts = ["a", "a", "b", "c", "d", "d ", "e", "f"]
+    drawn = SimpleNamespace(texts=texts, finished=torch.ones(8, dtype=torch.bool))
+    monkeypatch.setattr(label_module, "answer", lambda *_, **__: drawn)
+    config = LabelConfig(**given, rubric=str(write_short(tmp_path)), output=str(tmp_path / "out"))
+    list(Label(config))
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["rejected"] == {Reason.SAME_SAMPLES: 2}
+    assert {row["prompt"] for row in read_jsonl(tmp_path / "out/pairs.jsonl")} <= {"question 1", "question 3"}
+
+
 def write_short(folder):
     (folder / "short.txt").write_text(RUBRIC)
     return folder / "short.txt"
@@ -227,8 +244,8 @@ def test_a_server_that_fails_is_named(settings, server, change, text):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"judge_model": None}, "judge_model is the model of a server: give both"),
-        ({"judge": "folder"}, "judge_model is the model of a server: give both"),
+        ({"judge_model": None}, "is a server: name a model that it serves by judge_model"),
+        ({"judge": "folder"}, "judge_model is the model of a server, whose URL is the judge"),
         ({"judge_model": "other"}, "serves base, policy, not other"),
         ({"judge": "http://127.0.0.1:1"}, "cannot be reached"),
         ({"answers": ("A", " A")}, "answers must be two texts"),

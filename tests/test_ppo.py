@@ -145,7 +145,7 @@ def test_reward_functions_get_texts_ids_and_the_other_columns(folder):
 @pytest.mark.parametrize(
     ("reward", "text"),
     [
-        (lambda prompts, responses, **_: [1.0], r"must return 8 scores, got \(1,\)"),
+        (lambda prompts, responses, **_: [1.0], r"must return 8 scores, got 1$"),
         (lambda prompts, responses, **_: [float("nan")] * len(prompts), "gave nan for response 0"),
         (lambda prompts, responses, **_: [10**5000] * len(prompts), "returned a number that is too large for a float"),
         (lambda prompts, responses, **_: None, "must return 8 numbers, got None"),

@@ -149,6 +149,21 @@ def test_a_signal_waits_for_the_step_and_a_second_one_does_not(loop, capfd):
     assert signal.getsignal(signal.SIGTERM) == before and not signals.pending()
 
 
+def test_a_signal_during_the_wait_for_a_server_stops_at_once_unless_an_update_has_begun(loop):
+    """The rest of the wait may be as long as the server's timeout."""
+    loop.is_in_step = False
+    with signals.handled(), signals.waiting_for_a_server(), pytest.raises(signals.Interrupted):
+        os.kill(os.getpid(), signal.SIGINT)
+    loop.is_in_step = True
+    with signals.handled():
+        with signals.waiting_for_a_server():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signals.pending() == signal.SIGINT
+        loop.is_in_step = False  # the next step
+        with pytest.raises(signals.Interrupted), signals.waiting_for_a_server():
+            raise AssertionError("the wait begins")
+
+
 def test_a_signal_that_torchrun_repeats_is_one(loop, monkeypatch):
     monkeypatch.setattr(signals.ranks, "place", lambda: (0, 2))
     with signals.handled():

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -19,6 +21,7 @@ from fastrlhf.loops.sft import SFT
 from fastrlhf.runs.checkpoint import newest_checkpoint
 from fastrlhf.runs.lines import read_jsonl
 from fastrlhf.runs.optim import learning_rate_at
+from fastrlhf.runs.signals import Interrupted
 from fastrlhf.settings.training import SFTConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,6 +138,39 @@ def test_a_step_that_was_broken_off_is_no_checkpoint_and_nothing_follows_it(sft,
         ):
             go_on()
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-000001"]
+
+
+@pytest.mark.parametrize("error", [TimeoutError("reward: it hangs"), Interrupted(signal.SIGINT)])
+def test_ppo_keeps_the_steps_before_one_whose_reward_fails(ppo, tmp_path, monkeypatch, error):
+    """Nothing has changed when sampling or scoring fails, so it can be tried again, too."""
+    ppo(output=str(tmp_path / "whole")).run()
+    loop = ppo(save_every=0, save_minutes=0)
+    for _ in range(2):
+        next(loop)
+    monkeypatch.setattr(loop, "scorer", SimpleNamespace(terms=failing(error), total=None))
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            next(loop)
+    loop.close()
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-000002"]
+    ppo(resume=True).run()
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_step_that_fails_in_its_update_leaves_no_checkpoint(ppo, tmp_path, monkeypatch):
+    loop = ppo()
+    next(loop)
+    monkeypatch.setattr(loop.learner, "train", failing(TimeoutError()))
+    with pytest.raises(TimeoutError):
+        next(loop)
+    assert not (tmp_path / "out/checkpoints").exists()
+
+
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 def test_a_stop_iteration_in_a_step_does_not_pass_for_the_end_of_the_loop(sft, monkeypatch):

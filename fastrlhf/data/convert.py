@@ -11,7 +11,7 @@ from fastrlhf.data.conversations import conversation, prompt_of, text_of
 from fastrlhf.data.files import DataError, data_files, read_rows
 from fastrlhf.data.importers import IMPORTERS, Format
 from fastrlhf.data.judged import check_ranks
-from fastrlhf.data.report import LEFT_OUT, Reason, Rejected, Report
+from fastrlhf.data.report import Reason, Rejected, Report
 from fastrlhf.runs.lines import as_json
 from fastrlhf.runs.whole import write_file
 from fastrlhf.settings.data import DataConvertConfig
@@ -94,14 +94,12 @@ def _checked(made: Row | Rejected) -> Row:
 def _check(report: Report, max_rejected: float) -> None:
     if report.num_rows == 0:
         raise DataError(f"data: {report.path} has no rows")
-    faults = sum(len(rows) for reason, rows in report.rejected.items() if reason not in LEFT_OUT)
     if report.num_used == 0:
         raise DataError(f"data: nothing in {report.path} can be used\n" + "\n".join(report.reasons()))
-    if faults > max_rejected * report.num_rows:
-        raise DataError(
-            f"data: {faults} of {report.num_rows} rejected, more than max_rejected = {max_rejected:g} allows; "
-            "raise it to go on without them\n" + "\n".join(report.reasons())
-        )
+    if report.num_faults > max_rejected * report.num_rows:
+        counts = f"{report.num_faults} of {report.num_rows} rejected, more than max_rejected = {max_rejected:g} allows"
+        advice = "raise it to go on without them"
+        raise DataError(f"data: {counts}; {advice}\n" + "\n".join(report.reasons()))
 
 
 def _gzipped(lines: Iterable[bytes]) -> Iterator[bytes]:

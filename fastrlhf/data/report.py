@@ -36,6 +36,7 @@ class Reason(StrEnum):
     EMPTY_TEXT = "empty text"
     PROMPTS_DIFFER = "the prompts of chosen and rejected differ"
     SAME = "chosen and rejected are the same"
+    SAME_SAMPLES = "the policy gave the same response twice"
     CUT_OFF = "cut off before its end"
     NOT_TWO = "not two responses"
     LOW_MASS = "the judge says something else than one of the two answers"
@@ -58,7 +59,7 @@ class Reason(StrEnum):
 
 
 # parts of other formats' files that are of no use by their nature, or by an option: counted, but no fault of the file
-LEFT_OUT = (Reason.UNRANKED, Reason.ONE_RESPONSE, Reason.DELETED, Reason.TIE)
+LEFT_OUT = (Reason.UNRANKED, Reason.ONE_RESPONSE, Reason.DELETED, Reason.TIE, Reason.SAME_SAMPLES)
 
 
 class Rejected(Exception):
@@ -85,6 +86,11 @@ class Report:
     @property
     def num_rejected(self) -> int:
         return sum(len(rows) for rows in self.rejected.values())
+
+    @property
+    def num_faults(self) -> int:
+        """How many rows were rejected for a fault, not left out by their nature."""
+        return sum(len(rows) for reason, rows in self.rejected.items() if reason not in LEFT_OUT)
 
     @property
     def num_used(self) -> int:

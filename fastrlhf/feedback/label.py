@@ -100,7 +100,8 @@ class Label:
                 check_two(item)
                 kept.append(item)
             except Rejected as rejected:
-                self.report.reject(item.number, rejected.reason, rejected.detail)
+                drawn = self.config.policy is not None and rejected.reason == Reason.SAME
+                self.report.reject(item.number, Reason.SAME_SAMPLES if drawn else rejected.reason, rejected.detail)
         check_share(self.report, self.config.max_rejected)
         if not kept:
             raise DataError(f"data: no row can be used\n{self.report}")
@@ -152,8 +153,9 @@ class Label:
             for item, verdict in zip(batch, verdicts, strict=True):
                 rows.append({"step": start // size + 1, "row": item.number, **_as_row(verdict)})
                 append(path, rows[-1], seal=True)
-            num_rejected = self.report.num_rejected + sum("reason" in row for row in rows)
+            num_rejected = self.report.num_faults + sum("reason" in row for row in rows)
             if num_rejected > config.max_rejected * self.report.num_rows:
+                self.report.notes.append(f"the judge was asked about {len(rows)} of {len(pairs)} pairs until then")
                 break
             yield f"{len(rows)} of {len(pairs)} pairs judged"
         for item, row in zip(pairs, rows, strict=False):  # not all are asked about where too many are rejected

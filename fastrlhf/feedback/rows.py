@@ -19,6 +19,7 @@ from fastrlhf.data.conversations import (
     tools_of,
 )
 from fastrlhf.data.lengths import NO_LIMIT, check_characters
+from fastrlhf.data.report import LEFT_OUT
 from fastrlhf.data.template import Renderer
 from fastrlhf.runs.lines import as_json
 from fastrlhf.runs.whole import write_file
@@ -134,13 +135,11 @@ def check_two(item: Item) -> None:
 
 def check_share(report: Report, max_rejected: float) -> None:
     """Raises DataError when more than this share of all rows has been rejected, with what would take them."""
-    if report.num_rejected > max_rejected * report.num_rows:
-        counts = f"{report.num_rejected} of {report.num_rows} rows rejected"
-        most = max(report.rejected, key=lambda reason: len(report.rejected[reason]))
-        allowed = (
-            f"more than max_rejected = {max_rejected:g} allows; {ADVICE.get(most, 'mend them')}, or raise it to go on"
-        )
-        raise DataError(f"data: {counts}, {allowed} without them\n{report}")
+    if report.num_faults > max_rejected * report.num_rows:
+        counts = f"{report.num_faults} of {report.num_rows} rows rejected, more than max_rejected = {max_rejected:g}"
+        most = max(set(report.rejected).difference(LEFT_OUT), key=lambda reason: len(report.rejected[reason]))
+        advice = f"{ADVICE.get(most, 'mend them')}, or raise max_rejected to go on without them"
+        raise DataError(f"data: {counts} allows; {advice}\n{report}")
 
 
 def as_prompt(item: Item, renderer: Renderer, max_tokens: int) -> Prompt:

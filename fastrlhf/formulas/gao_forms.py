@@ -76,5 +76,5 @@ def fit(kl: Tensor, reward: Tensor, form: str) -> Fit:
     rest = (reward - x @ parameters).square().sum()
     errors = (rest / (len(kl) - 2) * inverse.diagonal()).sqrt()
     spread = (reward - reward.mean()).square().sum()
-    r_squared = (1 - rest / spread).item() if spread > 0 else math.nan
+    r_squared = (1 - rest / spread).item() if spread > 1e-24 * reward.square().sum() else math.nan
     return Fit(form, alpha.item(), beta.item(), errors[0].item(), errors[1].item(), r_squared, len(kl))

@@ -6,6 +6,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,7 +16,7 @@ from torch import Tensor
 from fastrlhf.loops.budget import Budget
 from fastrlhf.loops.memory_plan import Plan
 from fastrlhf.runs import products, ranks, signals
-from fastrlhf.runs.checkpoint import newest_checkpoint, save_checkpoint
+from fastrlhf.runs.checkpoint import checkpoint_name, newest_checkpoint, save_checkpoint
 from fastrlhf.runs.metrics import MetricsLog
 from fastrlhf.runs.optim import NonFiniteError
 from fastrlhf.runs.output import STEPS, OutputFolder
@@ -52,7 +53,8 @@ class Trainer(ABC):
     clock: Clock
     scores_start = True  # whether held-out data is scored before the first step, too
     is_closed = False
-    is_in_step = False  # after an exception, too, that came in the middle of a step
+    updates_at_once = True  # whether a step changes what a checkpoint holds from its first line on
+    is_in_step = False  # whether it is changing; True after an exception that came in the middle of that, too
 
     @abstractmethod
     def step(self) -> dict[str, float]:
@@ -122,8 +124,12 @@ class Trainer(ABC):
     def _next(self) -> dict[str, float]:
         if self.scores_start and self.num_steps_done == 0:
             self._record(self.held_out_metrics(0))
-        self.is_in_step = True
-        metrics = self.step()
+        self.is_in_step = self.updates_at_once
+        try:
+            metrics = self.step()
+        except (Exception, signals.Interrupted):
+            self._keep_earlier_steps()
+            raise
         self.num_steps_done += 1
         self.is_in_step = False
         self._record(metrics)
@@ -143,6 +149,16 @@ class Trainer(ABC):
             ranks.gather(None)  # or torchrun would end the first process, which writes, when another one is gone
             raise signals.Interrupted(stop)
         return metrics
+
+    def _keep_earlier_steps(self) -> None:
+        """Leaves a checkpoint of the steps before one that failed before it changed anything, unless there is one.
+
+        Several processes leave none: the others of them may not have failed."""
+        newest = newest_checkpoint(self.config.output)
+        is_kept = newest is not None and newest.name == checkpoint_name(self.num_steps_done)
+        if self.num_steps_done and not (self.is_in_step or is_kept or ranks.place()[1] > 1):
+            with suppress(OSError):  # the error that is under way matters more
+                self.save_checkpoint()
 
     def _record(self, metrics: dict[str, float]) -> None:
         """Logs the metrics after num_steps_done steps, and writes the model if it is the best so far."""

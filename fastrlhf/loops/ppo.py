@@ -57,19 +57,19 @@ class PPO(Trainer):
     Raises: what loading raises, before any work is done; NonFiniteError when a gradient is not finite."""
 
     config: PPOConfig
+    updates_at_once = False
 
     def __init__(self, config: PPOConfig, *, backend: Callable[[Policy], RolloutBackend] | None = None) -> None:
-        self.config = config
-        self.num_steps = config.steps
+        self.config, self.num_steps = config, config.steps
         check_reward(config.reward, config.eval_reward)  # what is wrong with them is told before anything is read
         self.folder = prepare(config)
         ranks.check_share(config.batch_size, config.samples_per_prompt)
         self.device = config.resolve_device()
         check_offload(config.offload, self.device)
         self.tokenizer = load_tokenizer(config.model)
-        names = ("template", "template_kwargs", "limit", "max_rejected")
+        names = ("template", "template_kwargs", "limit", "max_rejected", "max_prompt_tokens")
         options: dict[str, Any] = {name: getattr(config, name) for name in names}
-        loaded = load_prompts(config.data, self.tokenizer, max_prompt_tokens=config.max_prompt_tokens, **options)
+        loaded = load_prompts(config.data, self.tokenizer, **options)
         self.prompts = loaded.rows
         self.plan = tell(plan_ppo, config, longest_prompt=max(len(prompt.tokens) for prompt in self.prompts))
         base = load_base(config)
@@ -123,6 +123,7 @@ class PPO(Trainer):
             batch, scores, terms = self.score(prompts, samples)
         if self.num_steps_done == 0:
             self.check_first_step(batch, samples)
+        self.is_in_step = True  # an error before this line leaves a checkpoint of the steps before
         self.moments.add(scores)
         batch, shaped = estimate_advantages(
             batch,
@@ -144,8 +145,7 @@ class PPO(Trainer):
 
         Each pass over the file has its own order, which follows from the seed."""
         each = self.config.samples_per_prompt
-        size = self.config.batch_size // each
-        rows = batch_rows(len(self.prompts), size, self.num_steps_done, seed=self.config.seed)
+        rows = batch_rows(len(self.prompts), self.config.batch_size // each, self.num_steps_done, seed=self.config.seed)
         return [self.prompts[row] for row in rows for _ in range(each)]
 
     def generate(self, prompts: list[Prompt], *, greedy: bool = False, held_out: bool = False) -> list[Sample]:

@@ -77,6 +77,11 @@ def newest_checkpoint(output: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
+def checkpoint_name(step: int) -> str:
+    """The name of the folder of the checkpoint after so many steps."""
+    return f"step-{step:06d}"
+
+
 def save_checkpoint(
     output: str | Path, step: int, write: Callable[[Path], None], *, keep: int = KEEP, **state: Any
 ) -> Path:
@@ -88,7 +93,7 @@ def save_checkpoint(
 
     keep: how many checkpoints stay, this one included; state: tensors, numbers, texts, lists and dicts of such"""
     checkpoints = Path(output) / "checkpoints"
-    folder, random_states = checkpoints / f"step-{step:06d}", ranks.gather(random_state())
+    folder, random_states = checkpoints / checkpoint_name(step), ranks.gather(random_state())
     if not ranks.is_first():
         write(folder)
         return folder

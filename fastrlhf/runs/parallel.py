@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
+from fastrlhf.runs import signals
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -39,7 +41,8 @@ def concurrently(
         threading.Thread(target=work, daemon=True).start()
     try:
         for _ in items:
-            number, result, error = done.get()
+            with signals.waiting_for_a_server():
+                number, result, error = done.get()
             if error is not None:
                 try:
                     raise error

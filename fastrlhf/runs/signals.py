@@ -1,5 +1,7 @@
 """SIGINT and SIGTERM: a loop that runs ends its step and leaves a checkpoint, and everything else stops at once.
 
+So does a loop that waits for a server before its step has changed anything: the server may never answer.
+
 Only the command line handles signals. In a program or a notebook they do what they do there, and nothing here acts.
 
 A terminal sends Ctrl-C to the children of a command too, whose work the step may need, such as a pool of a reward
@@ -26,6 +28,7 @@ MESSAGE = "interrupted: finishing the step, then a checkpoint; again to stop at 
 
 _owner = 0  # the process whose signals are handled
 _loops: weakref.WeakSet[Any] = weakref.WeakSet()  # those that run
+_waiting = 0  # how many waits for a server there are, one inside the other
 _pending: tuple[int, float] | None = None  # the signal that waits for the end of a step, and when it came
 
 
@@ -66,6 +69,27 @@ def ended(loop: Any) -> None:
     _loops.discard(loop)
 
 
+@contextmanager
+def waiting_for_a_server() -> Iterator[None]:
+    """Within it a signal ends the command at once, unless a loop has begun an update, or several processes train, of
+    which the others may not be waiting."""
+    global _waiting
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _waiting += 1
+    try:
+        if _pending is not None and _ends_at_once():
+            raise Interrupted(_pending[0])
+        yield
+    finally:
+        _waiting -= 1
+
+
+def _ends_at_once() -> bool:
+    return _waiting > 0 and ranks.place()[1] == 1 and not any(getattr(loop, "is_in_step", True) for loop in _loops)
+
+
 def pending() -> int:
     """The signal that waits for the end of a step, 0 if there is none."""
     return 0 if _pending is None else _pending[0]
@@ -92,7 +116,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
             os.kill(os.getpid(), number)
         return
     first, _pending = _pending, _pending or (number, time.monotonic())
-    if _loops and first is None:
+    if _loops and first is None and not _ends_at_once():
         if ranks.is_first():
             with suppress(OSError):  # nobody may be there to read it
                 os.write(2, MESSAGE.encode())  # print could be what was interrupted

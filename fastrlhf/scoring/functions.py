@@ -65,7 +65,8 @@ def call_function(
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"reward: {name} must return {len(samples)} numbers, got {returned!r:.80}") from None
     if scores.shape != (len(samples),):
-        raise ValueError(f"reward: {name} must return {len(samples)} scores, got {tuple(scores.shape)}")
+        got = " x ".join(map(str, scores.shape)) or "one number"
+        raise ValueError(f"reward: {name} must return {len(samples)} scores, got {got}")
     return scores
 
 

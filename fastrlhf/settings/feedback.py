@@ -73,7 +73,9 @@ class JudgeConfig(FeedbackConfig):
         if len(self.answers) != 2 or bare != set(self.answers) or len(bare - {""}) != 2:
             raise ValueError(f"answers must be two texts without white space around them, got {list(self.answers)}")
         if self.is_server() != (self.judge_model is not None):
-            raise ValueError("judge_model is the model of a server: give both, with judge=http://..., or neither")
+            if self.is_server():
+                raise ValueError(f"judge {self.judge} is a server: name a model that it serves by judge_model")
+            raise ValueError("judge_model is the model of a server, whose URL is the judge: give that, or leave it out")
 
     def is_server(self) -> bool:
         """Whether the judge is a server."""

@@ -107,8 +107,9 @@ def verdict(summary: dict[str, Any]) -> str:
         best, last = found["best"], found["last"]
         texts.append(
             f"{name}: of {found['num_points']} points gold is best, {best['gold']:+.2f}, at sqrt(KL) = "
-            f"{best['distance']:.2f}, and {last['gold']:+.2f} at {last['distance']:.2f}, {fall_line(found)}, while the "
-            f"proxy went from {best['proxy']:+.2f} to {last['proxy']:+.2f}"
+            f"{best['distance']:.2f}; at the last, {last['distance']:.2f}, it is {last['gold']:+.2f} and the proxy "
+            f"{last['proxy']:+.2f} after {best['proxy']:+.2f}; measured on prompts that did not choose the best: "
+            f"{fall_line(found)}"
         )
     return "; ".join(texts)
 
@@ -163,7 +164,8 @@ def fits_table(summary: dict[str, Any]) -> list[list[str]]:
         if found := summary[method]["fit"]:
             errors = {key: f"{found[key]:.3f} ± {found[f'{key}_error']:.3f}" for key in ("alpha", "beta")}
             peak = "none" if found["peak"] is None else "{:.2f} nats, {:.2f}".format(*found["peak"])
-            rows.append([name, FORMS[method], errors["alpha"], errors["beta"], f"{found['r_squared']:.3f}", peak])
+            r_squared = "none: gold does not vary" if math.isnan(found["r_squared"]) else f"{found['r_squared']:.3f}"
+            rows.append([name, FORMS[method], errors["alpha"], errors["beta"], r_squared, peak])
     return rows
 
 
