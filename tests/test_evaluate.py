@@ -3,11 +3,21 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_chat_templates import mistral, sentencepiece_like
 from tiny import tiny_model, tiny_tokenizer
 
+from benchmarks.loops import task
 from fastrlhf.data import Prompt
 from fastrlhf.generation.engine import Sampling
-from fastrlhf.jobs.evaluate import answer, best_of_n, best_of_n_kl, calibration, compare, kl_of_responses
+from fastrlhf.jobs.evaluate import (
+    answer,
+    best_of_n,
+    best_of_n_kl,
+    calibration,
+    compare,
+    kl_of_responses,
+    response_texts,
+)
 from fastrlhf.jobs.labels import label_pairs
 from fastrlhf.models.policy import Policy
 from fastrlhf.scoring.scorer import Scorer
@@ -128,6 +138,28 @@ def test_a_policy_with_an_adapter_answers_with_it(policies, tokenizer):
     sampled = torch.tensor([value for sample in answers.samples for value in sample.logprobs])
     torch.testing.assert_close(sampled, policy(answers.batch), atol=1e-4, rtol=1e-4)
     assert answers.texts != plain.texts
+
+
+@pytest.mark.parametrize("name", ["words", "like", "mistral"])
+def test_a_prompt_and_the_text_of_a_response_are_encoded_as_the_tokens_that_were_sampled(tmp_path, name):
+    make = {"words": lambda: task.words(30), "like": sentencepiece_like, "mistral": lambda: mistral(tmp_path)}[name]
+    tokenizer = make()
+    texts = [("a", " Blue a"), ("a ", "Blue"), ("a:\n", "Blue"), ("a", "Blue"), ("a", "  Blue")]
+    for prompt, response in [("3 5", " 7 8")] if name == "words" else texts:
+        whole = tokenizer(prompt + response).input_ids
+        start = tokenizer(prompt).input_ids
+        if whole[: len(start)] != start:  # no prompt of a sample: a token lies across the border
+            continue
+        (text,) = response_texts(tokenizer, [start], [whole[len(start) :]])
+        assert tokenizer(prompt + text).input_ids == whole
+        (ended,) = response_texts(tokenizer, [start], [[*whole[len(start) :], tokenizer.eos_token_id]])
+        assert ended == text
+
+
+def test_behind_a_special_token_the_text_of_a_response_is_its_own():
+    tokenizer = sentencepiece_like()
+    response = tokenizer("Blue").input_ids
+    assert response_texts(tokenizer, [[*tokenizer("a").input_ids, tokenizer.bos_token_id]], [response]) == ["Blue"]
 
 
 def test_labels_follow_gold_and_useless_pairs_are_counted(policies, tokenizer):

@@ -133,7 +133,7 @@ def test_labels_of_labels_keep_nothing_of_the_old_ones(settings, tmp_path):
 
 def test_a_resumed_run_may_reject_more_but_not_read_other_rows(settings, server):
     server.change = lambda body, answer: (400, "no") if "q3" in str(body) else answer
-    with pytest.raises(DataError, match="mend them, or raise it to go on without them"):
+    with pytest.raises(DataError, match="mend them, or raise max_rejected to go on without them"):
         run(settings)
     asked = len(server.requests)
     run(settings, max_rejected=0.1, resume=True)

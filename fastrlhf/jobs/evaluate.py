@@ -72,9 +72,28 @@ def answer(
         samples = engine.generate([prompt.tokens for prompt in prompts], sampling, seeds=seeds, progress=progress)
     responses = [sample.response for sample in samples]
     batch = pack_responses([p.tokens for p in prompts], responses, share_prompts=share_prompts, device=device)
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    texts = response_texts(tokenizer, [prompt.tokens for prompt in prompts], responses)
     judgements = {name: judge(prompts, samples, batch).float().cpu() for name, judge in judges.items()}
     return Answers(samples, batch, texts, judgements)
+
+
+def response_texts(tokenizer: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[str]:
+    """Returns the text of each response as it stands behind its prompt, to be read again as part of a row of data.
+
+    Tokenizers that mark the beginning of a word, as SentencePiece does, leave out the space before the first word of
+    what they decode: "2 + 2 =" and "four" for "2 + 2 = four". Behind a special token, such as the start of a turn, that
+    space is none of the text."""
+    alone: list[str] = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    special, texts = set(tokenizer.all_special_ids), []
+    for prompt, response, text in zip(prompts, responses, alone, strict=True):
+        if prompt and prompt[-1] not in special:
+            before, whole = (
+                tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                for tokens in (list(prompt), [*prompt, *response])
+            )
+            text = whole.removeprefix(before) if whole.startswith(before) else text
+        texts.append(text)
+    return texts
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.runs import ranks, signals
-from fastrlhf.runs.lines import append, as_json
+from fastrlhf.runs.lines import append, as_json, whole_lines
 from fastrlhf.runs.output import OutputFolder
 from fastrlhf.runs.products import PRODUCTS, check_products, forget, note_new
-from fastrlhf.runs.whole import finite
+from fastrlhf.runs.whole import finite, write_file
 
 
 class Stages(ABC):
@@ -51,6 +51,8 @@ class Stages(ABC):
             if self.folder.is_resumed:
                 check_products(self.output)
             self.folder.open()
+            if (timing := self.output / "timing.jsonl").exists():
+                write_file(timing, b"".join(whole_lines(timing, "stage", "seconds")))
             self.is_open = True
         self.folder.check()
         try:
