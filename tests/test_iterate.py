@@ -141,6 +141,11 @@ def test_each_round_labels_learns_from_all_pairs_and_goes_on_from_the_last_polic
     assert second["accuracy_before"] == pytest.approx(accuracy(output / "round-1/reward/model", pairs[1]))
     assert f"right on {second['accuracy_before']:.1%} of {len(pairs[1])} fresh pairs" in results["round-2/ppo"]
     assert not list(output.rglob("checkpoints"))
+    learned = output / "round-2/comparisons.jsonl"
+    before = learned.read_bytes()
+    learned.unlink()
+    assert dict(Iterate(IterateConfig(**settings, resume=True))) == results
+    assert learned.read_bytes() == before
 
 
 def accuracy(folder, pairs):

@@ -104,7 +104,9 @@ def test_a_complete_run_is_not_done_again_and_a_missing_stage_gives_the_same(set
         for path in sorted((output / name).rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
         (output / name).rmdir()
-    run(settings, resume=True)
+    (output / "timing.jsonl").write_text(seconds + "[1, 2]\n")  # damage to what is told alone
+    with pytest.warns(UserWarning, match=r"timing.jsonl, line \d+: damaged, so it and the lines after it are left out"):
+        run(settings, resume=True)
     assert files_of(output) == first
 
 

@@ -80,7 +80,10 @@ def test_a_run_does_not_go_on_with_a_damaged_model_and_makes_a_missing_one_again
     with pytest.raises(ValueError, match=r"model/model.safetensors has changed .* delete \S*/out/model to have"):
         SFT(SFTConfig(**settings, resume=True))
     shutil.rmtree(model)
+    left = model.with_name("products.json.partial")
+    left.write_text("what a kill leaves")
     SFT(SFTConfig(**settings, resume=True)).run()
+    assert not left.exists()
     assert {path.name: path.read_bytes() for path in model.iterdir()} == whole
 
 

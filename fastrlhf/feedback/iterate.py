@@ -21,7 +21,7 @@ from fastrlhf.data import SPLIT, DataError, Prompt, Rejected, batch_rows, shuffl
 from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.feedback.label import Label
 from fastrlhf.feedback.rounds import accuracy, last_evaluated, round_line, round_row
-from fastrlhf.feedback.rows import Item, Row, as_prompt, as_text, check_share, lines, read_items
+from fastrlhf.feedback.rows import Item, Row, as_pair, as_prompt, as_text, check_share, lines, read_items
 from fastrlhf.generation.engine import Sampling
 from fastrlhf.jobs.evaluate import answer
 from fastrlhf.jobs.labels import label_pairs
@@ -108,7 +108,7 @@ class Iterate(Stages):
             if unlabelled := [item.number for item in pairs if not item.labelled]:
                 raise DataError(f"comparisons: {config.comparisons}, row {unlabelled[0]}: no chosen and rejected")
             ranks.say(report)
-            tables["comparisons.jsonl"] = [_as_pair(item) for item in pairs]
+            tables["comparisons.jsonl"] = [as_pair(item) for item in pairs]
         texts = {as_text(row["prompt"]) for row in held_out}
         for name in [name for name in tables if name != "heldout.jsonl"]:
             apart = [row for row in tables[name] if as_text(row["prompt"]) not in texts]
@@ -197,13 +197,17 @@ class Iterate(Stages):
 
     def reward(self, number: int) -> None:
         """Trains a reward model, from the SFT model, on the comparisons so far."""
+        self.write_comparisons(number)
+        RewardTrainer(self.reward_config(number)).run()
+
+    def write_comparisons(self, number: int) -> None:
+        """Writes what the reward model of a round learns from."""
         rounds = range(1, number + 1) if self.config.mix == "all" else [number]
         paths = [self.round_folder(n) / "pairs/train.jsonl" for n in rounds]
         if self.config.comparisons is not None:
             paths.insert(0, self.output / "data/comparisons.jsonl")
         rows = [row for path in paths for row in read_jsonl(path)]
         write_file(self.round_folder(number) / "comparisons.jsonl", lines(rows))
-        RewardTrainer(self.reward_config(number)).run()
 
     def reward_config(self, number: int) -> RewardConfig:
         """The settings of a round's reward model."""
@@ -290,11 +294,7 @@ class Iterate(Stages):
             nums = {part: len(read_jsonl(folder / f"pairs/{part}.jsonl")) for part in ("train", "heldout")}
             return f"{nums['train']} pairs, {nums['heldout']} of held-out prompts"
         if stage == "reward":
+            if not (folder / "comparisons.jsonl").exists():  # it was deleted since
+                self.write_comparisons(int(where.removeprefix("round-")))
             return reward_model_line(last_evaluated(folder))
         return round_line(round_row(folder))
-
-
-def _as_pair(item: Item) -> Row:
-    chosen, rejected = item.responses
-    ends = dict(zip(("chosen_finished", "rejected_finished"), item.finished, strict=True))
-    return {"prompt": item.prompt, "chosen": chosen, "rejected": rejected, **ends, **item.columns, **item.label}

@@ -133,6 +133,13 @@ def check_two(item: Item) -> None:
         raise Rejected(Reason.SAME)
 
 
+def as_pair(item: Item) -> Row:
+    """An item of two responses, the better one first, as a row of preferences."""
+    chosen, rejected = item.responses
+    ends = dict(zip(("chosen_finished", "rejected_finished"), item.finished, strict=True))
+    return {"prompt": item.prompt, "chosen": chosen, "rejected": rejected, **ends, **item.columns, **item.label}
+
+
 def check_share(report: Report, max_rejected: float) -> None:
     """Raises DataError when more than this share of all rows has been rejected, with what would take them."""
     if report.num_faults > max_rejected * report.num_rows:

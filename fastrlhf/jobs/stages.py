@@ -69,11 +69,12 @@ class Stages(ABC):
             gc.collect()  # this stage's models, before the next loads its own
         else:  # a kill may have come before it was noted
             check_products(self.output / name, leave_out=self.passing)
+        line = self.outcome(name)  # first: what a damaged file can be restored from stays
         for passing in self.passing:  # of an earlier start, too, that was killed before it did this
             shutil.rmtree(self.output / name / passing, ignore_errors=True)
         if name not in self.always:
             note_new(self.output, name, self.products[name])
-        return name, self.outcome(name)
+        return name, line
 
     def do(self, name: str) -> None:
         """Does a stage: here the method of its name."""

@@ -177,6 +177,7 @@ class OutputFolder:
         for pattern in (f"*{REPLACED}", f"checkpoints/*{REPLACED}"):
             for aside in self.path.glob(pattern):
                 recover(aside.with_name(aside.name.removesuffix(REPLACED)))
+        remove(self.path / f"{PRODUCTS}.partial")  # a run that is finished writes no other
         if (self.path / DELETING).exists():
             self._delete()
 
