@@ -74,7 +74,7 @@ lint: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks --save
 
-# Kills, two processes on one folder, damaged files, hostile rows and servers: about an hour. Goes on where it was stopped.
+# Kills, two processes on one folder, damaged files, hostile rows and servers: an hour or two. Goes on where it was stopped.
 faults: $(VENV)/dev
 	$(BIN)/python tests/faults --table tests/faults/RESULTS.md
 
