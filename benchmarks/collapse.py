@@ -26,9 +26,9 @@ from transformers.utils import logging
 from benchmarks import llama
 from benchmarks.loops import task
 from fastrlhf import PPO, PPOConfig
-from fastrlhf.jobs.pipeline import Run
+from fastrlhf.commands.pipeline import Run
 from fastrlhf.settings.run import RunConfig
-from fastrlhf.trust.means import Mean
+from fastrlhf.stats.means import Mean
 
 logging.disable_progress_bar()  # transformers' bar of written weights, for every best model
 

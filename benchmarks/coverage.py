@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
-from fastrlhf.trust.accuracy import accuracy, wilson_interval
-from fastrlhf.trust.calibration import measure
-from fastrlhf.trust.correlation import correlation_interval, paired_pearson, spearman
-from fastrlhf.trust.drift import drift
-from fastrlhf.trust.falls import Falls, fall_after_best, t_quantile
-from fastrlhf.trust.means import Mean
+from fastrlhf.stats.accuracy import accuracy, wilson_interval
+from fastrlhf.stats.calibration import measure
+from fastrlhf.stats.correlation import correlation_interval, paired_pearson, spearman
+from fastrlhf.stats.drift import drift
+from fastrlhf.stats.falls import Falls, fall_after_best, t_quantile
+from fastrlhf.stats.means import Mean
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "coverage" / "coverage.csv"
 NUM = 500  # data sets

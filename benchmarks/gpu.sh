@@ -83,7 +83,7 @@ tests)
     workers=()
     [[ $dry ]] || ! "$python" -c "import xdist" 2>/dev/null || workers=(-n 8) # most of the time Triton compiles
     step 30 "$python" -m fastrlhf info
-    step 150 "${pytest[@]}" "${native[@]}" "${workers[@]}" tests/ops/test_contract.py tests/test_attention.py
+    step 150 "${pytest[@]}" "${native[@]}" "${workers[@]}" tests/ops/test_contract.py tests/models/test_attention.py
     step 90 "$python" -m fastrlhf check --device "$device" ${dry:+--matrix}
     step 120 "${pytest[@]}" "${native[@]::2}" tests/gpu -m "not slow"
     step 100 "${pytest[@]}" "${native[@]::2}" tests/gpu -m slow
@@ -91,7 +91,7 @@ tests)
 ops)
     ops=(benchmarks/ops/bench_*.py)
     ops=("${ops[@]#*bench_}")
-    [[ -z $dry ]] || ops=(approx_kl.py kl_divergence.py group_advantages.py) # the others: tests/test_benchmarks.py
+    [[ -z $dry ]] || ops=(approx_kl.py kl_divergence.py group_advantages.py) # the others: tests/project/test_benchmarks.py
     bench 320 "${ops[@]%.py}" --seconds 0.3
     ;;
 heads)

@@ -19,8 +19,8 @@ from transformers.utils import logging
 
 from benchmarks import llama
 from benchmarks.loops import task
+from fastrlhf.commands.overoptimize import Overoptimize
 from fastrlhf.settings.best_of_n import OveroptimizeConfig
-from fastrlhf.studies.overoptimize import Overoptimize
 
 logging.disable_progress_bar()
 

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fastrlhf import RewardConfig, RewardTrainer
-from fastrlhf.__main__ import main as fastrlhf
+from fastrlhf.cli.main import main as fastrlhf
 
 RESULTS = Path(__file__).parent / "results/cpu/reward_models"
 SETTINGS = {"learning_rate": 1e-3, "max_length": 2048, "eval_fraction": 0.2, "device": "cpu", "save_every": 0}

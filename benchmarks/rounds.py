@@ -30,11 +30,11 @@ from benchmarks import llama
 from benchmarks.loops import task
 from benchmarks.machine import machine
 from fastrlhf import PPO
-from fastrlhf.feedback.iterate import Iterate
-from fastrlhf.jobs.pipeline import Run
+from fastrlhf.commands.feedback.iterate import Iterate
+from fastrlhf.commands.pipeline import Run
 from fastrlhf.settings.feedback import IterateConfig
 from fastrlhf.settings.run import RunConfig
-from fastrlhf.trust.means import Mean
+from fastrlhf.stats.means import Mean
 
 logging.disable_progress_bar()
 

@@ -11,25 +11,25 @@ from fastrlhf.ops import __all__ as _ops
 
 if TYPE_CHECKING:
     from fastrlhf.integrations import patch, unpatch
-    from fastrlhf.loops.dpo import DPO
-    from fastrlhf.loops.kto import KTO
-    from fastrlhf.loops.ppo import PPO
-    from fastrlhf.loops.reward import RewardTrainer
-    from fastrlhf.loops.sft import SFT
     from fastrlhf.settings.ppo import PPOConfig
     from fastrlhf.settings.training import DPOConfig, RewardConfig, SFTConfig
+    from fastrlhf.trainers.dpo import DPO
+    from fastrlhf.trainers.kto import KTO
+    from fastrlhf.trainers.ppo.trainer import PPO
+    from fastrlhf.trainers.reward import RewardTrainer
+    from fastrlhf.trainers.sft import SFT
 
 __version__ = "0.1.0"
 # imported when first asked for: the loops bring transformers, which takes seconds that a user of the ops need not wait
 _LATER = {
-    "DPO": "loops.dpo",
+    "DPO": "trainers.dpo",
     "DPOConfig": "settings.training",
-    "KTO": "loops.kto",
-    "PPO": "loops.ppo",
+    "KTO": "trainers.kto",
+    "PPO": "trainers.ppo.trainer",
     "PPOConfig": "settings.ppo",
     "RewardConfig": "settings.training",
-    "RewardTrainer": "loops.reward",
-    "SFT": "loops.sft",
+    "RewardTrainer": "trainers.reward",
+    "SFT": "trainers.sft",
     "SFTConfig": "settings.training",
     "patch": "integrations",
     "unpatch": "integrations",

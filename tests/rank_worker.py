@@ -1,4 +1,4 @@
-"""What the processes of tests/test_ranks.py run: rank_worker.py RUNS.json of {"loop", "settings", ...}, "shards"."""
+"""The processes of tests/runtime/test_distributed.py: rank_worker.py RUNS.json of {"loop", "settings"}, "shards"."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from tiny import ARCHITECTURES, tiny_model
 from fastrlhf import DPO, KTO, PPO, SFT, DPOConfig, PPOConfig, RewardConfig, RewardTrainer, SFTConfig
 from fastrlhf.models.policy import Policy, load_causal_lm
 from fastrlhf.packing import pack
-from fastrlhf.runs.shards import gathered, shard
+from fastrlhf.runtime.fsdp import gathered, shard
 
 LOOPS = {
     "sft": (SFT, SFTConfig),

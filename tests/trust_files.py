@@ -8,9 +8,9 @@ import torch
 from loops import model_folder, pairs, write_rows
 from tiny import tiny_tokenizer
 
+from fastrlhf.commands.reward_report.command import EvaluateReward
 from fastrlhf.models.policy import RewardModel
 from fastrlhf.settings.trust import EvaluateRewardConfig
-from fastrlhf.trust_report.command import EvaluateReward
 
 
 def reward_folder(path, seed):

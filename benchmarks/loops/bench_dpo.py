@@ -18,8 +18,8 @@ BETA = 0.1
 
 
 def fastrlhf(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from fastrlhf.loops.dpo import DPO
     from fastrlhf.settings.training import DPOConfig
+    from fastrlhf.trainers.dpo import DPO
 
     settings = training.our_options(options, folder) | {"batch_size": options.batch // 2, "beta": BETA}
     trainer = DPO(DPOConfig(model=str(folder / "model"), data=str(folder / "pairs.jsonl"), **settings))

@@ -30,8 +30,8 @@ def share_of_even(prompts: Any, completions: Any, **columns: Any) -> list[float]
 
 
 def fastrlhf(options: argparse.Namespace, folder: Path, *, share_prompts: bool = True) -> dict[str, Any]:
-    from fastrlhf.loops.ppo import PPO
     from fastrlhf.settings.ppo import PPOConfig
+    from fastrlhf.trainers.ppo.trainer import PPO
 
     trainer = PPO(
         PPOConfig(

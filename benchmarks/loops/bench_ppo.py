@@ -65,8 +65,8 @@ def check(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def our_trainer(options: argparse.Namespace, folder: Path) -> Any:
-    from fastrlhf.loops.ppo import PPO
     from fastrlhf.settings.ppo import PPOConfig
+    from fastrlhf.trainers.ppo.trainer import PPO
 
     return PPO(
         PPOConfig(

@@ -20,8 +20,8 @@ RTOL = 1e-4  # of losses, which are of differences of scores: rounding in anothe
 
 
 def fastrlhf(options: argparse.Namespace, folder: Path, *, share_prompts: bool = True) -> dict[str, Any]:
-    from fastrlhf.loops.reward import RewardTrainer
     from fastrlhf.settings.training import RewardConfig
+    from fastrlhf.trainers.reward import RewardTrainer
 
     settings = training.our_options(options, folder) | {"center_bias": False, "batch_size": options.batch // 2}
     settings |= {"model": str(folder / "reward"), "data": str(folder / "pairs.jsonl"), "share_prompts": share_prompts}

@@ -20,8 +20,8 @@ FILES = {"loss of responses": "demonstrations.jsonl", "loss of all tokens": "tex
 
 
 def fastrlhf(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from fastrlhf.loops.sft import SFT
     from fastrlhf.settings.training import SFTConfig
+    from fastrlhf.trainers.sft import SFT
 
     settings = training.our_options(options, folder)
     config = SFTConfig(

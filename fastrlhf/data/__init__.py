@@ -4,7 +4,7 @@ A row that cannot be used is rejected with a reason, counted and shown; more tha
 Nothing is cut or dropped in silence.
 """
 
-from fastrlhf.data.files import DataError, read_rows
+from fastrlhf.data.files import read_rows
 from fastrlhf.data.judged import (
     RATING,
     Judged,
@@ -27,7 +27,6 @@ from fastrlhf.data.rows import Demonstration, Loaded, Prompt
 __all__ = [
     "RATING",
     "SPLIT",
-    "DataError",
     "Demonstration",
     "Judged",
     "Labelled",

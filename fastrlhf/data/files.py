@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.data.json_rows import DataError, json_rows
+from fastrlhf.data.json_rows import json_rows
 from fastrlhf.data.parquet_rows import parquet_rows
+from fastrlhf.errors import DataError
 
 __all__ = ["DataError", "Place", "data_files", "folders_left_out", "read_rows"]
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from fastrlhf.errors import DataError
+
 LONGEST = 2**26  # bytes of a row: more than any model reads, and little enough to be held several times over
 CHUNK = 2**20  # bytes that are read of an array at a time
 GZIP = b"\x1f\x8b"
@@ -26,10 +28,6 @@ OTHERS = {  # the first bytes of files that are no text
 }
 WHITE = re.compile(r"[ \t\r\n]*")
 WHOLE = "; a row is a whole object on one line (jq -c . FILE writes them so)"
-
-
-class DataError(ValueError):
-    """A file that cannot be used: missing, malformed, of unknown layout, or with too many rejected rows."""
 
 
 class RepeatedKey(ValueError):

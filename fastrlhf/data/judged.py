@@ -9,12 +9,13 @@ from typing import Any
 
 from fastrlhf.data.columns import finished_of, head_name, head_of, margin_of, probability_of, rating_of, weight_of
 from fastrlhf.data.conversations import preference_of, prompt_of, response_of, tools_of
-from fastrlhf.data.files import DataError, read_rows
+from fastrlhf.data.files import read_rows
 from fastrlhf.data.lengths import measured
 from fastrlhf.data.loading import Columns, Row, _load, answers_of, read_with
 from fastrlhf.data.report import Reason, Rejected
 from fastrlhf.data.rows import Loaded
 from fastrlhf.data.template import Renderer
+from fastrlhf.errors import DataError
 
 # by layout, the columns that its loader takes; the first that fits a file's first row tells its layout
 LAYOUTS: dict[str, tuple[Columns, ...]] = {

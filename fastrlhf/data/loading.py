@@ -19,12 +19,13 @@ from fastrlhf.data.conversations import (
     text_of,
     tools_of,
 )
-from fastrlhf.data.files import DataError, data_files, folders_left_out, read_rows
+from fastrlhf.data.files import data_files, folders_left_out, read_rows
 from fastrlhf.data.lengths import check_characters, measured
 from fastrlhf.data.rendering import Message
 from fastrlhf.data.report import Reason, Rejected, Report
 from fastrlhf.data.rows import REWARD_ARGUMENTS, Demonstration, Loaded, Prompt
 from fastrlhf.data.template import Renderer
+from fastrlhf.errors import DataError, UserError
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
@@ -146,7 +147,7 @@ def _load(
 
     Raises: DataError."""
     if not 0 <= max_rejected <= 1 or offset < 0 or (limit is not None and limit < 1):
-        raise ValueError(
+        raise UserError(
             "data: max_rejected must be between 0 and 1, offset at least 0 and limit at least 1, got "
             f"{max_rejected}, {offset} and {limit}"
         )

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.data.json_rows import LONGEST, DataError
+from fastrlhf.data.json_rows import LONGEST
+from fastrlhf.errors import DataError
 
 ROWS = 256  # at most so many are read at a time
 BYTES = 2**29  # that they may unpack to: a small file may hold very long rows

@@ -13,6 +13,8 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
+from fastrlhf.errors import MissingFileError, UserError
+
 CONFIG = "config.json"
 # what a folder holds that each of transformers' Auto classes reads: of each line one, by the start of the class's name
 NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
@@ -37,12 +39,12 @@ def read_pretrained(auto: Any, path: str | Path, **options: Any) -> Any:
     except Exception as error:  # each file format has its own
         lacks = _lacks(auto, Path(text)) if is_folder else ""
         if lacks:
-            raise FileNotFoundError(f"{what}: cannot load {text!r}: {lacks}") from error
+            raise MissingFileError(f"{what}: cannot load {text!r}: {lacks}") from error
         reason = str(error).strip().partition("\n")[0]
         if isinstance(error, OSError) and not is_folder:
             why = f"from the hub or its cache it cannot be loaded as {auto.__name__}: {reason}"
-            raise FileNotFoundError(f"{_no_folder(text)}, and {why}") from error
-        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+            raise MissingFileError(f"{_no_folder(text)}, and {why}") from error
+        kind = MissingFileError if isinstance(error, OSError) else UserError
         raise kind(f"{what}: cannot load {text!r} as {auto.__name__} ({type(error).__name__}: {reason})") from error
 
 
@@ -90,7 +92,7 @@ def _check_hub_id(text: str) -> None:
     """Raises FileNotFoundError for what can only be a folder, and is none, and for a hub id where there is no hub: it
     is asked once, while transformers asks six times, for half a minute."""
     if text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise FileNotFoundError(f"{_no_folder(text)}, and it is no hub id OWNER/NAME either")
+        raise MissingFileError(f"{_no_folder(text)}, and it is no hub id OWNER/NAME either")
     cached = isinstance(huggingface_hub.try_to_load_from_cache(text, CONFIG), str)
     if cached or huggingface_hub.constants.HF_HUB_OFFLINE:  # transformers is quick with these
         return
@@ -99,7 +101,7 @@ def _check_hub_id(text: str) -> None:
     except HfHubHTTPError:  # the hub was reached: transformers tells more of this error
         return
     except Exception as error:  # each version has other libraries to connect with
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{_no_folder(text)}, and as a hub id it is neither in the cache nor can it be fetched from "
             f"{huggingface_hub.constants.ENDPOINT} ({type(error).__name__}: {error})"
         ) from error

@@ -15,6 +15,7 @@ from jinja2 import nodes
 
 from fastrlhf.data.rendering import REASONING, ChatTemplate, Message
 from fastrlhf.data.report import Reason, Rejected
+from fastrlhf.errors import UserError
 
 # a template that has no use for one of these may leave it out; `check_all` sees to what must not be lost
 KEYS = {"role", "content", "name", "weight", "tool_calls", "tool_call_id", *REASONING}
@@ -76,12 +77,12 @@ def check_keywords(tokenizer: Any, keywords: Mapping[str, Any]) -> None:
         return
     for name in keywords:
         if name in own:
-            raise ValueError(f"template_kwargs: {name} is not the template's: transformers or we set it; leave it out")
+            raise UserError(f"template_kwargs: {name} is not the template's: transformers or we set it; leave it out")
         if name not in read and sources_of(tokenizer):
             near = difflib.get_close_matches(name, read, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             known = f"it reads {', '.join(sorted(read))}" if read else "it reads none"
-            raise ValueError(f"template_kwargs: the chat template does not read {name}{hint}; {known}")
+            raise UserError(f"template_kwargs: the chat template does not read {name}{hint}; {known}")
 
 
 def prepared(template: ChatTemplate, messages: Sequence[Message]) -> list[Message]:

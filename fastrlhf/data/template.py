@@ -17,6 +17,7 @@ from fastrlhf.data.reads import check_keywords, prepared
 from fastrlhf.data.rendering import ChatTemplate, Message
 from fastrlhf.data.report import Reason, Rejected
 from fastrlhf.data.turns import Turns
+from fastrlhf.errors import UserError
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -25,7 +26,7 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises: as `read_pretrained`; ValueError for one without an end-of-sequence token."""
     tokenizer = read_pretrained(AutoTokenizer, path)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer: that of {str(path)!r} has no eos_token; responses could not end")
+        raise UserError(f"tokenizer: that of {str(path)!r} has no eos_token; responses could not end")
     return tokenizer
 
 
@@ -81,7 +82,7 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, template: str = "auto", keywords: Mapping[str, Any] | None = None) -> None:
         if template not in ("auto", "chat", "none"):
-            raise ValueError(f"template: expected auto, chat or none, got {template!r}")
+            raise UserError(f"template: expected auto, chat or none, got {template!r}")
         self.tokenizer = tokenizer
         self.chat = template == "chat" or (template == "auto" and tokenizer.chat_template is not None)
         if self.chat and tokenizer.chat_template is None:
@@ -92,7 +93,7 @@ class Renderer:
             if self.turns.end is not None:
                 self.end = self.controls.ids[self.turns.end]
         elif keywords:
-            raise ValueError("template_kwargs: they are the chat template's, and there is none: leave them out")
+            raise UserError("template_kwargs: they are the chat template's, and there is none: leave them out")
         else:
             self.controls = Controls(tokenizer)
         self.encode = Encoder(tokenizer, self.controls)
@@ -246,7 +247,7 @@ def followed(tokenizer: Any, keywords: Mapping[str, Any] | None = None) -> tuple
         except ValueError as error:
             known[key] = str(error)
     if isinstance(known[key], str):
-        raise ValueError(known[key])
+        raise UserError(known[key])
     found: tuple[ChatTemplate, Turns, Controls] = known[key]
     return found
 
@@ -272,7 +273,7 @@ def check_same_vocabulary(policy: Any, other: Any, name: str) -> None:
     ours, theirs = policy.get_vocab(), other.get_vocab()
     if ours != theirs:
         differ = sum(theirs.get(token) != i for token, i in ours.items())
-        raise ValueError(
+        raise UserError(
             f"{name}: its vocabulary ({len(theirs)} tokens) is not that of the policy ({len(ours)} tokens; {differ} of "
             "them differ); train it from a model with the policy's tokenizer"
         )

@@ -55,7 +55,7 @@ def make_rows(
     return rows
 
 
-class Run:
+class SlotDecoder:
     """Draws responses to `rows` in at most num_slots slots; running[n] lives in slot n.
 
     The slot after these is the spare one: it keeps the prompt of a group of which some rows still wait.

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from fastrlhf.generation.decoding import Row, Run, make_rows
+from fastrlhf.errors import UserError
+from fastrlhf.generation.decoding import Row, SlotDecoder, make_rows
 from fastrlhf.generation.graphs import Graphs, recorder
 from fastrlhf.generation.sampling import Sample, Sampling, checked_limits
 from fastrlhf.generation.slots import CachePlan, Slots
@@ -52,10 +53,10 @@ class Engine:
         adapter: Adapter | None = None,
     ) -> None:
         if max_slots < 1:
-            raise ValueError(f"Engine: max_slots must be at least 1, got {max_slots}")
+            raise UserError(f"Engine: max_slots must be at least 1, got {max_slots}")
         if model.config._attn_implementation != ATTENTION:
             got = model.config._attn_implementation
-            raise ValueError(f"Engine: the model must be on attention {ATTENTION!r} (load_causal_lm), got {got!r}")
+            raise UserError(f"Engine: the model must be on attention {ATTENTION!r} (load_causal_lm), got {got!r}")
         self.model, self.adapter = model, adapter
         self.max_slots, self.kv_budget = max_slots, kv_budget
         self.eos_token_ids = sorted(eos_token_ids)
@@ -136,7 +137,7 @@ class Engine:
         num_slots = min(num_slots, fitting - num_spare)
         if num_slots < 1:
             needed = CachePlan(1 + num_spare, max_length, bytes_per_token)
-            raise ValueError(f"Engine: kv_budget is {self.kv_budget / 2**20:,.1f} MiB, but one sequence needs {needed}")
+            raise UserError(f"Engine: kv_budget is {self.kv_budget / 2**20:,.1f} MiB, but one sequence needs {needed}")
         return num_slots, num_spare, max_length
 
     def _open(
@@ -171,7 +172,7 @@ class Engine:
         try:
             self.slots.reserve(num_slots + num_spare, max_length)
             forward = self._decoder(num_slots, whole)
-            run = Run(self.model, self.slots, rows, sampling, num_slots, self.eos_token_ids, forward)
+            run = SlotDecoder(self.model, self.slots, rows, sampling, num_slots, self.eos_token_ids, forward)
             with _evaluating(self.model):
                 while True:
                     with torch.no_grad(), acting(self.adapter):  # not around the yield: they would act in the caller
@@ -211,17 +212,17 @@ class Engine:
 
     def _check(self, prompts: Sequence[Sequence[int]], budgets: Sequence[int], sampling: Sampling) -> None:
         if sampling.stop and self.tokenizer is None:
-            raise ValueError(f"Engine: stop={sampling.stop!r} is text, which needs Engine(..., tokenizer=)")
+            raise UserError(f"Engine: stop={sampling.stop!r} is text, which needs Engine(..., tokenizer=)")
         vocab_size = self.model.config.vocab_size
         context = getattr(self.model.config, "max_position_embeddings", None)
         for i, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
             if min(prompt) < 0 or max(prompt) >= vocab_size:
-                raise ValueError(
+                raise UserError(
                     f"Engine: tokens must be in [0, {vocab_size}), prompt {i} has {min(prompt)} to {max(prompt)}"
                 )
             if context is not None and len(prompt) + budget > context:
                 sizes = f"{len(prompt)} prompt tokens and {budget} new ones"
-                raise ValueError(f"Engine: prompt {i} does not fit: {sizes}, but the model's context is {context}")
+                raise UserError(f"Engine: prompt {i} does not fit: {sizes}, but the model's context is {context}")
 
 
 @contextmanager

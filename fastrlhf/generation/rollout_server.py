@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from typing import Any, Literal
 
+from fastrlhf.errors import UserError
 from fastrlhf.generation.completions import read_sample
 from fastrlhf.generation.sampling import Sample, Sampling, checked_limits
 from fastrlhf.generation.server import ModelServer, check_logprob
-from fastrlhf.runs.http import shown
-from fastrlhf.runs.parallel import concurrently
+from fastrlhf.runtime.concurrency import concurrently
+from fastrlhf.runtime.http import shown
 
 TEMPERATURES = (0.01, 2.0)  # vLLM takes a smaller one for 0.01, and refuses a larger one
 PROBED = 5  # likeliest tokens, by whose log-probabilities the server's --logprobs-mode is found out
@@ -45,12 +46,12 @@ class ServerBackend:
     ) -> None:
         urls = [url] if isinstance(url, str) else list(url)
         if not urls:
-            raise ValueError("ServerBackend: give a url")
+            raise UserError("ServerBackend: give a url")
         if logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
             expected = "logprobs_mode must be raw_logprobs or processed_logprobs"
-            raise ValueError(f"ServerBackend: {expected}, got {logprobs_mode!r}")
+            raise UserError(f"ServerBackend: {expected}, got {logprobs_mode!r}")
         if max_requests < 1:
-            raise ValueError(f"ServerBackend: max_requests must be at least 1, got {max_requests}")
+            raise UserError(f"ServerBackend: max_requests must be at least 1, got {max_requests}")
         self.servers = [ModelServer("ServerBackend", url, model, timeout=timeout, key=api_key) for url in urls]
         self.model, self.vocab_size = model, vocab_size
         self.eos_token_ids = sorted(eos_token_ids)
@@ -101,13 +102,13 @@ class ServerBackend:
             if limit is not None and needed > limit:
                 sizes = f"{longest} tokens of the longest prompt and max_new_tokens={sampling.max_new_tokens}"
                 advice = f"start it with --max-model-len {needed}, or lower max_prompt_tokens or max_new_tokens"
-                raise ValueError(
+                raise UserError(
                     f"ServerBackend: {server.url} reads {limit} tokens (max_model_len), less than {sizes}; {advice}"
                 )
             if sampling.temperature != 1 and not self._tempers(server, list(prompts[0][:64])):
                 text = f"tells log-probabilities of temperature 1, not {sampling.temperature}"
                 advice = "start it with --logprobs-mode processed_logprobs"
-                raise ValueError(f"ServerBackend: {server.url} {text}; {advice}")
+                raise UserError(f"ServerBackend: {server.url} {text}; {advice}")
 
     def _tempers(self, server: ModelServer, prompt: list[int]) -> bool:
         """Whether the server divides by the temperature: then log-probabilities lie half as far apart at 2 as at 1."""
@@ -145,15 +146,15 @@ class ServerBackend:
         low, high = TEMPERATURES
         if not sampling.greedy and not low <= sampling.temperature <= high:
             expected = f"servers take a temperature from {low} to {high}"
-            raise ValueError(f"ServerBackend: {expected}, got {sampling.temperature}")
+            raise UserError(f"ServerBackend: {expected}, got {sampling.temperature}")
         if sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.min_new_tokens:
             text = "the server tells log-probabilities before or after top_k, top_p, min_p and min_new_tokens, not both"
-            raise ValueError(f"ServerBackend: {text}; leave them at their defaults, got {sampling}")
+            raise UserError(f"ServerBackend: {text}; leave them at their defaults, got {sampling}")
         tempered = sampling.temperature != 1
         if tempered and (sampling.greedy or self.logprobs_mode == "raw_logprobs"):
             advice = "start it with --logprobs-mode processed_logprobs and say so in logprobs_mode"
             text = f"the server's log-probabilities are those of temperature 1, not {sampling.temperature}"
-            raise ValueError(f"ServerBackend: {text}" + ("" if sampling.greedy else f"; {advice}"))
+            raise UserError(f"ServerBackend: {text}" + ("" if sampling.greedy else f"; {advice}"))
         common = self._common(sampling)
         rows = zip(prompts, seeds, budgets, strict=True)
         return [{**common, "prompt": list(p), "seed": server_seed(s), "max_tokens": limit} for p, s, limit in rows]

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from fastrlhf.errors import UserError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -30,21 +32,21 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"Sampling: max_new_tokens must be at least 1, got {self.max_new_tokens}")
+            raise UserError(f"Sampling: max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             expected = f"min_new_tokens must be from 0 to max_new_tokens={self.max_new_tokens}"
-            raise ValueError(f"Sampling: {expected}, got {self.min_new_tokens}")
+            raise UserError(f"Sampling: {expected}, got {self.min_new_tokens}")
         if not 0 < self.temperature < float("inf"):
             advice = "; for the most likely token set greedy" if self.temperature == 0 else ""
-            raise ValueError(f"Sampling: temperature must be above 0 and finite, got {self.temperature}{advice}")
+            raise UserError(f"Sampling: temperature must be above 0 and finite, got {self.temperature}{advice}")
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             expected = "top_k must be at least 0, top_p in (0, 1] and min_p in [0, 1]"
-            raise ValueError(f"Sampling: {expected}, got {self.top_k}, {self.top_p} and {self.min_p}")
+            raise UserError(f"Sampling: {expected}, got {self.top_k}, {self.top_p} and {self.min_p}")
         if isinstance(self.stop, str) or not all(self.stop):
-            raise ValueError(f"Sampling: stop must be a tuple of strings, none empty, got {self.stop!r}")
+            raise UserError(f"Sampling: stop must be a tuple of strings, none empty, got {self.stop!r}")
         if (self.repeat_ngram, self.repeat_times) != (0, 0) and (self.repeat_ngram < 1 or self.repeat_times < 2):
             expected = "repeat_ngram must be at least 1 and repeat_times at least 2, or both 0"
-            raise ValueError(f"Sampling: {expected}, got {self.repeat_ngram} and {self.repeat_times}")
+            raise UserError(f"Sampling: {expected}, got {self.repeat_ngram} and {self.repeat_times}")
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,13 @@ def checked_limits(
     budgets = [sampling.max_new_tokens] * len(prompts) if limits is None else list(limits)
     for name, given in (("seeds", seeds), ("limits", budgets)):
         if len(given) != len(prompts):
-            raise ValueError(f"{caller}: {name} must be one a prompt, {len(prompts)} in all, got {len(given)}")
+            raise UserError(f"{caller}: {name} must be one a prompt, {len(prompts)} in all, got {len(given)}")
     for i, (prompt, seed, budget) in enumerate(zip(prompts, seeds, budgets, strict=True)):
         if not prompt:
-            raise ValueError(f"{caller}: prompt {i} is empty")
+            raise UserError(f"{caller}: prompt {i} is empty")
         if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"{caller}: seeds must fit 64 bits, got {seed} for prompt {i}")
+            raise UserError(f"{caller}: seeds must fit 64 bits, got {seed} for prompt {i}")
         if not 1 <= budget <= sampling.max_new_tokens:
             expected = f"limits must be from 1 to max_new_tokens={sampling.max_new_tokens}"
-            raise ValueError(f"{caller}: {expected}, got {budget} for prompt {i}")
+            raise UserError(f"{caller}: {expected}, got {budget} for prompt {i}")
     return budgets

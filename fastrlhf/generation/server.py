@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastrlhf.runs.http import Server, ServerError, shown
+from fastrlhf.errors import UserError
+from fastrlhf.runtime.http import Server, ServerError, shown
 
 __all__ = ["ModelServer", "ServerError", "check_logprob", "check_probabilities"]
 ROUNDING = 1e-3  # of log-probabilities above 0 and of probabilities that add up to more than 1
@@ -19,7 +20,7 @@ class ModelServer(Server):
     def __init__(self, caller: str, url: str, model: str, *, timeout: float, key: str | None) -> None:
         super().__init__(caller, url, timeout=timeout, key=key)
         if "?" in url:
-            raise ValueError(f"{caller}: url must be that of a server, such as http://localhost:8000, got {url!r}")
+            raise UserError(f"{caller}: url must be that of a server, such as http://localhost:8000, got {url!r}")
         self.model, self.url = model, self.url.removesuffix("/v1").rstrip("/")
         self.has_answered = False
 
@@ -61,11 +62,11 @@ def check_logprob(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not float(value) <= ROUNDING:
             raise ValueError
     except (ValueError, OverflowError):
-        raise ValueError(f"{shown(str(value), 40)} is no log-probability") from None
+        raise UserError(f"{shown(str(value), 40)} is no log-probability") from None
     return float(value)
 
 
 def check_probabilities(total: float) -> None:
     """Raises ValueError where the probabilities of different tokens come to more than 1."""
     if total > 1 + ROUNDING:
-        raise ValueError(f"the probabilities of different tokens come to {total:.3g}")
+        raise UserError(f"the probabilities of different tokens come to {total:.3g}")

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fastrlhf.errors import UserError
 from fastrlhf.generation.server import ModelServer, ServerError
 from fastrlhf.models.lora import Adapter
 from fastrlhf.models.policy import Policy
@@ -65,7 +66,7 @@ def lora(
 def check_adapter(policy: Policy) -> Adapter:
     """Returns the policy's adapter. Raises: ValueError if there is none."""
     if policy.adapter is None:
-        raise ValueError("weight_sync: lora brings an adapter, and the policy has none: set lora_rank, or take whole")
+        raise UserError("weight_sync: lora brings an adapter, and the policy has none: set lora_rank, or take whole")
     return policy.adapter
 
 

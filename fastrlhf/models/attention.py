@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from fastrlhf.errors import UserError
 from fastrlhf.ops.packed_attention import packed_attention
 
 ATTENTION = "fastrlhf"
@@ -54,20 +55,20 @@ def attend(
 
     Raises: ValueError without cu_seq_lens_q or slots: padded input has no meaning here; for an unsupported keyword."""
     if dropout:
-        raise ValueError(f"fastrlhf attention: dropout must be 0, got {dropout}")
+        raise UserError(f"fastrlhf attention: dropout must be 0, got {dropout}")
     if attention_mask is not None:
-        raise ValueError("fastrlhf attention: attention_mask must be None, lengths say what a token sees")
+        raise UserError("fastrlhf attention: attention_mask must be None, lengths say what a token sees")
     for name in _UNSUPPORTED:
         if others.get(name) is not None:
-            raise ValueError(f"fastrlhf attention: {type(module).__name__} wants {name}, which is not supported")
+            raise UserError(f"fastrlhf attention: {type(module).__name__} wants {name}, which is not supported")
     if slots is not None:
         if softcap is not None:
-            raise ValueError(f"fastrlhf attention: softcap must be None while generating, got {softcap}")
+            raise UserError(f"fastrlhf attention: softcap must be None while generating, got {softcap}")
         return slots.attend(module, query, key, value, scaling, sliding_window)
     if cu_seq_lens_q is None or cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
-        raise ValueError("fastrlhf attention: call the model with **batch.model_inputs() of a Packed batch")
+        raise UserError("fastrlhf attention: call the model with **batch.model_inputs() of a Packed batch")
     if query.shape[0] != 1:
-        raise ValueError(f"fastrlhf attention: a pack is one row of tokens, got {query.shape[0]} rows")
+        raise UserError(f"fastrlhf attention: a pack is one row of tokens, got {query.shape[0]} rows")
     # under autocast rotary embeddings and norms leave queries and keys in float32
     query, key = query.to(value.dtype), key.to(value.dtype)
     if query.is_cpu and softcap is None and query.dtype in (torch.float32, torch.float64):
@@ -144,9 +145,9 @@ def causal_mask(length: int, window: int, device: torch.device, past: int = 0) -
 def _no_mask(*_: Any, attention_mask: Tensor | None = None, config: Any = None, **__: Any) -> None:
     """Makes no mask; refuses what one would be needed for."""
     if attention_mask is not None and not bool(attention_mask.all()):
-        raise ValueError("fastrlhf attention takes packed sequences, not padding; pass attention_mask=None")
+        raise UserError("fastrlhf attention takes packed sequences, not padding; pass attention_mask=None")
     if getattr(config, "attention_chunk_size", None) is not None:
-        raise ValueError(f"fastrlhf attention: {config.model_type} attends within chunks, which is not supported")
+        raise UserError(f"fastrlhf attention: {config.model_type} attends within chunks, which is not supported")
 
 
 AttentionInterface.register(ATTENTION, attend)

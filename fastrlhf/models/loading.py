@@ -17,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from fastrlhf.data.pretrained import read_pretrained
+from fastrlhf.errors import UserError
 from fastrlhf.models.attention import ATTENTION
 from fastrlhf.models.fused_layers import fuse_layers
 from fastrlhf.models.heads import head_logprobs, head_scores, hidden_states, offsets_of
@@ -49,7 +50,7 @@ def load_causal_lm(
     model = path if isinstance(path, PreTrainedModel) else _load(AutoModelForCausalLM, path, dtype)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise ValueError(f"{type(model).__name__}: its head is {type(head).__name__}, expected a linear layer")
+        raise UserError(f"{type(model).__name__}: its head is {type(head).__name__}, expected a linear layer")
 
     def alone(tokens: Tensor) -> Tensor:
         logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
@@ -96,7 +97,7 @@ def load_scalar(
         if head is not None:
             model = only_head(model, head)
     elif not new_head:
-        raise ValueError(NO_HEAD.format(path))
+        raise UserError(NO_HEAD.format(path))
     else:
         model = classifier(_load(AutoModelForCausalLM, path, dtype).base_model, heads=heads)
         if head_init == "normal":
@@ -123,11 +124,11 @@ def check_heads(what: str, names: Sequence[str], head: str | None, heads: Sequen
     """Raises ValueError unless heads of these names are what is asked for (see load_scalar)."""
     there = f"its heads are {', '.join(names)}"
     if head is not None and head not in names:
-        raise ValueError(f"{what} has no head {head!r}; {there}")
+        raise UserError(f"{what} has no head {head!r}; {there}")
     if heads and tuple(heads) != tuple(names):
-        raise ValueError(f"{what} must have the heads {', '.join(heads)}, in this order; {there}")
+        raise UserError(f"{what} must have the heads {', '.join(heads)}, in this order; {there}")
     if head is None and not heads and len(names) != 1:
-        raise ValueError(f"{what} must have 1 label, got {len(names)}; or name one: {there}")
+        raise UserError(f"{what} must have 1 label, got {len(names)}; or name one: {there}")
 
 
 def only_head(model: PreTrainedModel, head: str) -> PreTrainedModel:
@@ -157,9 +158,9 @@ def classifier(body: PreTrainedModel, config: Any = None, *, heads: Sequence[str
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
-        raise ValueError(f"reward model: transformers has none with a {config.model_type} body") from error
+        raise UserError(f"reward model: transformers has none with a {config.model_type} body") from error
     if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise ValueError(f"{type(model).__name__}: expected a linear head named score")
+        raise UserError(f"{type(model).__name__}: expected a linear head named score")
     setattr(model, model.base_model_prefix, body)
     weight = next(body.parameters())
     model.score = nn.Linear(
@@ -229,7 +230,7 @@ def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """from_pretrained that refuses to make up weights that the folder lacks."""
     model, info = read_pretrained(auto, path, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
-        raise ValueError(f"model: {path} lacks the weights {sorted(info['missing_keys'])} of {type(model).__name__}")
+        raise UserError(f"model: {path} lacks the weights {sorted(info['missing_keys'])} of {type(model).__name__}")
     return model
 
 
@@ -269,7 +270,7 @@ def _check_attention(model: PreTrainedModel, tokens: Tensor) -> None:
         if "fastrlhf attention" in str(error):
             return
         raise
-    raise ValueError(
+    raise UserError(
         f"{type(model).__name__} is not on transformers' attention interface, so it cannot run packed; use a model "
         "whose attention can be replaced (Llama, Qwen2, Qwen3, Mistral, GPT-NeoX, GPT2, Gemma3 and most recent ones)"
     )
@@ -278,7 +279,7 @@ def _check_attention(model: PreTrainedModel, tokens: Tensor) -> None:
 def _compare(model: PreTrainedModel, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
     error = ((ours - theirs).abs() / (1 + theirs.abs())).mean().item()
     if not error <= (1e-3 if dtype in (torch.float32, torch.float64) else 0.1):
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__}: packed it computes something else than by itself (mean error {error:.2e} of its "
             "outputs): its attention is not plain causal attention, or its head is not linear, scaled and soft-capped "
             "in a way known here; training it would be wrong"

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastrlhf.errors import MissingFileError, UserError
 from fastrlhf.packing import pack
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
@@ -133,7 +134,7 @@ class Adapter(nn.Module):
         Raises: FileNotFoundError for a folder without one; ValueError when it belongs to other weights."""
         folder = Path(folder)
         if metadata_of(folder).get("base_hash") != hash_of(model):
-            raise ValueError(f"adapter: {folder} was trained on other weights than those of {model.name_or_path}")
+            raise UserError(f"adapter: {folder} was trained on other weights than those of {model.name_or_path}")
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         targets = ",".join(settings["target_modules"])
         adapter = cls(model, rank=settings["r"], alpha=settings["lora_alpha"], targets=targets)
@@ -158,7 +159,7 @@ def metadata_of(folder: str | Path) -> dict[str, Any]:
     Raises: FileNotFoundError when there is no adapter."""
     path = Path(folder) / WEIGHTS
     if not path.is_file():
-        raise FileNotFoundError(f"adapter: no {path}")
+        raise MissingFileError(f"adapter: no {path}")
     with safe_open(path, framework="pt") as file:
         found: dict[str, Any] = json.loads((file.metadata() or {}).get(OURS, "{}"))
         return found
@@ -184,7 +185,7 @@ def linears_of(model: PreTrainedModel, targets: str) -> dict[str, nn.Linear]:
     asked = names if targets == "all" else [name.strip() for name in targets.split(",")]
     if unknown := sorted(set(asked) - set(names)) or not names:
         there = f"its linear layers are called {', '.join(names)}" if names else "it has no linear layer of torch"
-        raise ValueError(f"lora_targets: {type(model.base_model).__name__} has no layers {unknown}; {there}")
+        raise UserError(f"lora_targets: {type(model.base_model).__name__} has no layers {unknown}; {there}")
     return {name: m for name, m in found.items() if name.rpartition(".")[2] in asked}
 
 
@@ -233,4 +234,4 @@ def _check_that_they_run(model: PreTrainedModel, names: list[str]) -> None:
     with acting(recorder):
         model.base_model(**pack([[3, 1, 4, 1, 5]], device=model.device).model_inputs())
     if silent := [name for name in names if name not in recorder.asked]:
-        raise ValueError(f"lora_targets: {type(model).__name__} computes {silent[0]} without calling the layer")
+        raise UserError(f"lora_targets: {type(model).__name__} computes {silent[0]} without calling the layer")

@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastrlhf.runs.optim import Optimizer
+from fastrlhf.errors import UserError
+from fastrlhf.runtime.optim import Optimizer
 
 Holder = nn.Module | Optimizer
 _RESTING: WeakKeyDictionary[Any, torch.device] = WeakKeyDictionary()
@@ -23,10 +24,10 @@ _RESTING: WeakKeyDictionary[Any, torch.device] = WeakKeyDictionary()
 def check_offload(offload: str, device: torch.device) -> None:
     """Raises ValueError where offload=idle would do nothing."""
     if offload == "idle" and device.type == "cpu":
-        raise ValueError("offload=idle frees the memory of a GPU, but this run is on the CPU, where all rests already")
+        raise UserError("offload=idle frees the memory of a GPU, but this run is on the CPU, where all rests already")
 
 
-def rest(holder: Holder, device: torch.device) -> None:
+def offload(holder: Holder, device: torch.device) -> None:
     """Lets a model or the moments of an optimizer rest, and act on a device."""
     for tensor in _tensors(holder):
         tensor.data = to_host(tensor.data)
@@ -34,7 +35,7 @@ def rest(holder: Holder, device: torch.device) -> None:
 
 
 @contextmanager
-def awake(*holders: Holder | None) -> Iterator[None]:
+def onloaded(*holders: Holder | None) -> Iterator[None]:
     """Those of the holders that rest are on their device meanwhile."""
     with ExitStack() as stack:
         for holder in holders:

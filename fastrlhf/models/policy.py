@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastrlhf.data.pretrained import without_bars
+from fastrlhf.errors import UserError
 from fastrlhf.models.heads import autocasting, head_logprobs, head_scores, hidden_states, offsets_of
 from fastrlhf.models.loading import attach_scalar, classifier, heads_of, load_causal_lm, load_scalar
 from fastrlhf.models.lora import Adapter, merge_into, save_merged
 from fastrlhf.packing import Packed
-from fastrlhf.runs import ranks
-from fastrlhf.runs.optim import check_finite_weights
-from fastrlhf.runs.shards import unsharded
+from fastrlhf.runtime import distributed
+from fastrlhf.runtime.fsdp import unsharded
+from fastrlhf.runtime.optim import check_finite_weights
 
 ADAPTER = "adapter"  # in the folder of a model that was trained as one
 __all__ = [
@@ -73,7 +74,7 @@ class Role(nn.Module):
         Raises: NonFiniteError, before anything is written, for weights that are not finite."""
         with unsharded(self) as whole:
             check_finite_weights(whole.named_parameters())
-            if not ranks.is_first():
+            if not distributed.is_main_process():
                 return
             with without_bars():
                 if self.adapter is None:
@@ -90,7 +91,7 @@ class Role(nn.Module):
             check_finite_weights(self.adapter.named_parameters())
             head = self.own_head().get("head")
             check_finite_weights([] if head is None else [("head", head)])
-            if ranks.is_first():
+            if distributed.is_main_process():
                 self.adapter.save(folder, **self.own_head())
 
 
@@ -138,7 +139,7 @@ class ScalarModel(Role):
         Raises: ValueError for several heads."""
         adapter, head, bias = Adapter.load(folder, base.model)
         if head is not None and len(head) != 1:
-            raise ValueError(f"reward model: {folder} has {len(head)} heads; name one: {Path(folder).parent}#HEAD")
+            raise UserError(f"reward model: {folder} has {len(head)} heads; name one: {Path(folder).parent}#HEAD")
         return cls.on_body(base, adapter, head, bias)
 
     @property

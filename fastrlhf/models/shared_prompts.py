@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrlhf.models.offload import awake
+from fastrlhf.models.offload import onloaded
 from fastrlhf.models.policy import Role
 from fastrlhf.packing import Packed, pack
-from fastrlhf.runs import ranks
+from fastrlhf.runtime import distributed
 
 
 def pack_responses(
@@ -52,10 +52,12 @@ def can_share_prompts(model: Role, device: torch.device) -> bool:
         return model.hidden(batch, torch.cat([batch.predictors, batch.last_rows])).double()
 
     half = model.autocast is not None or model.model.dtype != torch.float32
-    with awake(model):
+    with onloaded(model):
         error = (hidden(True) - (apart := hidden(False))).norm() / apart.norm()
     if error <= (0.02 if half else 1e-4):
         return True
     name = type(model.model).__name__
-    ranks.say(f"{name}: prompts are read with each response, because reading them once changes what follows")
+    distributed.print_once(
+        f"{name}: prompts are read with each response, because reading them once changes what follows"
+    )
     return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastrlhf.errors import UserError
 from fastrlhf.settings.scoring import ScoringConfig
 from fastrlhf.settings.training import REQUIRED, above, at_least, option, rare, within
 
@@ -44,7 +45,7 @@ class SearchConfig(ScoringConfig):
         at_least(self, 1, "limit", "max_prompt_tokens", "max_new_tokens", "max_slots")
         above(self, 0, "temperature")
         if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other")
+            raise UserError("resume and overwrite exclude each other")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +77,11 @@ class SweepConfig(SearchConfig):
             try:
                 shares.append(float(text))
             except ValueError:
-                raise ValueError(f"weights: {text.strip()!r} is no number; write 0,0.5,1") from None
+                raise UserError(f"weights: {text.strip()!r} is no number; write 0,0.5,1") from None
             if not 0 <= shares[-1] <= 1:
-                raise ValueError(f"weights must be between 0 and 1, got {text.strip()}")
+                raise UserError(f"weights must be between 0 and 1, got {text.strip()}")
         if len(set(shares)) < len(shares):
-            raise ValueError(f"weights: one is given twice in {self.weights}")
+            raise UserError(f"weights: one is given twice in {self.weights}")
         return shares
 
 

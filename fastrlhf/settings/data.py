@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastrlhf.errors import UserError
 from fastrlhf.settings.training import REQUIRED, at_least, check_template_kwargs, choose, option, within
 from fastrlhf.settings.values import convert_all
 
@@ -37,15 +38,15 @@ class DataConvertConfig:
         choose(self, "format", FORMATS)
         choose(self, "ties", ("keep", "reject"))
         if not self.out.endswith((".jsonl", ".jsonl.gz")):
-            raise ValueError(f"out must end in .jsonl or .jsonl.gz, got {self.out!r}")
+            raise UserError(f"out must end in .jsonl or .jsonl.gz, got {self.out!r}")
         if Path(self.out).resolve() == Path(self.file).resolve():
-            raise ValueError(f"out must not be the file that is read, {self.file!r}")
+            raise UserError(f"out must not be the file that is read, {self.file!r}")
         takers = {"soft_labels": ("tldr", "webgpt"), "score": ("ultrafeedback",), "ratings": ("ultrafeedback",)}
         for name, formats in takers.items():
             if getattr(self, name) not in (False, "overall") and self.format not in formats:
-                raise ValueError(f"{name} has no effect on format {self.format}; it is for {', '.join(formats)}")
+                raise UserError(f"{name} has no effect on format {self.format}; it is for {', '.join(formats)}")
         if self.ratings and self.score != "overall":
-            raise ValueError("give ratings or score, not both: with ratings every rating is kept")
+            raise UserError("give ratings or score, not both: with ratings every rating is kept")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,4 +67,4 @@ class DataCheckConfig:
         check_template_kwargs(self)
         at_least(self, 2, "max_length")
         if self.max_length and not self.tokenizer:
-            raise ValueError("max_length is in tokens: give tokenizer too")
+            raise UserError("max_length is in tokens: give tokenizer too")

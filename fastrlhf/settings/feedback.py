@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastrlhf.errors import UserError
 from fastrlhf.settings.scoring import ScoringConfig
 from fastrlhf.settings.training import REQUIRED, JobConfig, above, at_least, choose, option, rare, within
 
@@ -30,7 +31,7 @@ class FeedbackConfig(JobConfig):
         above(self, 0, "temperature")
         at_least(self, 1, "max_prompt_tokens", "max_new_tokens")
         if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other")
+            raise UserError("resume and overwrite exclude each other")
 
     def model_options(self) -> dict[str, Any]:
         """How models that are not trained are loaded.
@@ -64,18 +65,18 @@ class JudgeConfig(FeedbackConfig):
         super().__post_init__()
         choose(self, "judge_template", ("auto", "chat", "none"))
         if self.judge_template_kwargs and self.judge_template == "none":
-            raise ValueError("judge_template_kwargs are a chat template's, but judge_template is none: leave them out")
+            raise UserError("judge_template_kwargs are a chat template's, but judge_template is none: leave them out")
         above(self, 0, "judge_timeout")
         at_least(self, 1, "judge_requests", "judge_top", "judge_batch")
         within(self, 0, 1, "min_mass")
         within(self, 0, 0.5, "tie_margin")
         bare = {answer.strip() for answer in self.answers}
         if len(self.answers) != 2 or bare != set(self.answers) or len(bare - {""}) != 2:
-            raise ValueError(f"answers must be two texts without white space around them, got {list(self.answers)}")
+            raise UserError(f"answers must be two texts without white space around them, got {list(self.answers)}")
         if self.is_server() != (self.judge_model is not None):
             if self.is_server():
-                raise ValueError(f"judge {self.judge} is a server: name a model that it serves by judge_model")
-            raise ValueError("judge_model is the model of a server, whose URL is the judge: give that, or leave it out")
+                raise UserError(f"judge {self.judge} is a server: name a model that it serves by judge_model")
+            raise UserError("judge_model is the model of a server, whose URL is the judge: give that, or leave it out")
 
     def is_server(self) -> bool:
         """Whether the judge is a server."""
@@ -113,7 +114,7 @@ class ReviseConfig(FeedbackConfig):
         super().__post_init__()
         at_least(self, 1, "rounds", "limit")
         if self.rounds > MAX_ROUNDS:
-            raise ValueError(f"rounds must be at most {MAX_ROUNDS}, got {self.rounds}")
+            raise UserError(f"rounds must be at most {MAX_ROUNDS}, got {self.rounds}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +143,10 @@ class IterateConfig(ScoringConfig, JudgeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.judge is None) == (self.gold is None):
-            raise ValueError("give judge or gold: who labels the pairs")
+            raise UserError("give judge or gold: who labels the pairs")
         choose(self, "mix", ("all", "last"))
         at_least(self, 1, "rounds", "num_pairs", "num_heldout")
         if self.rounds > MAX_ROUNDS:
-            raise ValueError(f"rounds must be at most {MAX_ROUNDS}, got {self.rounds}")
+            raise UserError(f"rounds must be at most {MAX_ROUNDS}, got {self.rounds}")
         if self.mix == "last" and self.comparisons is not None:
-            raise ValueError("comparisons: with mix=last they are learned in no round")
+            raise UserError("comparisons: with mix=last they are learned in no round")

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fastrlhf.errors import UserError
 from fastrlhf.settings.scoring import ScoringConfig
 from fastrlhf.settings.training import REQUIRED, SCHEDULES, LoopConfig, above, at_least, choose, option, rare, within
 
@@ -187,74 +188,74 @@ class PPOConfig(ScoringConfig, LoopConfig):
         above(self, 0, "top_p", "rollout_timeout")
         within(self, 0, 1, "gamma", "lam", "ema_decay", "top_p", "min_p", "clip_range")
         if self.ema_decay == 1:
-            raise ValueError("ema_decay must be below 1, or the final model is the one that the run starts from")
+            raise UserError("ema_decay must be below 1, or the final model is the one that the run starts from")
 
     def _check_sampling(self) -> None:
         truncating = (self.top_k, self.top_p, self.min_p, self.min_new_tokens) != (0, 1.0, 0.0, 0)
         given = f"top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}, min_new_tokens={self.min_new_tokens}"
         if self.truncation == "refuse" and truncating:
-            raise ValueError(
+            raise UserError(
                 f"{given}: the sampler would draw from another "
                 "distribution than the one that is trained; set truncation to model (ratios to the model's own "
                 "log-probabilities, a bias) or sampler (ratios to those of the draws, which start away from 1)"
             )
         if (self.repeat_ngram, self.repeat_times) != (0, 0) and (self.repeat_ngram < 1 or self.repeat_times < 2):
             expected = "repeat_ngram must be at least 1 and repeat_times at least 2, or both 0"
-            raise ValueError(f"{expected}, got {self.repeat_ngram} and {self.repeat_times}")
+            raise UserError(f"{expected}, got {self.repeat_ngram} and {self.repeat_times}")
         if self.rollout_url is None:
             return
         if not self.rollout_urls or not all(u.startswith(("http://", "https://")) for u in self.rollout_urls):
-            raise ValueError(f"rollout_url must be URL,URL,... of http:// or https://, got {self.rollout_url!r}")
+            raise UserError(f"rollout_url must be URL,URL,... of http:// or https://, got {self.rollout_url!r}")
         if self.weight_sync is None:
-            raise ValueError(
+            raise UserError(
                 "rollout_url: give weight_sync=module:function, which brings the policy's weights to the servers "
                 "(docs/rollout.md), or weight_sync=stale if they shall keep those that they have"
             )
         if self.parallel == "fsdp":
-            raise ValueError("rollout_url: no process has all weights under parallel=fsdp, for weight_sync to bring")
+            raise UserError("rollout_url: no process has all weights under parallel=fsdp, for weight_sync to bring")
         if not 0.01 <= self.temperature <= 2:
-            raise ValueError(f"temperature must be from 0.01 to 2 with rollout_url, got {self.temperature}")
+            raise UserError(f"temperature must be from 0.01 to 2 with rollout_url, got {self.temperature}")
         if truncating:
-            raise ValueError(f"{given}: a server tells log-probabilities before or after these, not both")
+            raise UserError(f"{given}: a server tells log-probabilities before or after these, not both")
         greedy = "remax" if self.estimator == "remax" else "eval_greedy"
         if self.temperature != 1 and (greedy == "remax" or (self.eval_greedy and self.ema_decay is None)):
             text = "a server tells log-probabilities of a greedy response at temperature 1"
-            raise ValueError(f"{greedy}: {text}, not {self.temperature}")
+            raise UserError(f"{greedy}: {text}, not {self.temperature}")
         if self.temperature != 1 and self.rollout_logprobs == "raw_logprobs":
             advice = "start the servers with --logprobs-mode processed_logprobs and set rollout_logprobs to that"
-            raise ValueError(f"temperature={self.temperature}: raw_logprobs are those of temperature 1; {advice}")
+            raise UserError(f"temperature={self.temperature}: raw_logprobs are those of temperature 1; {advice}")
 
     def _check_combinations(self) -> None:
         if self.offload == "idle" and self.parallel == "fsdp":
-            raise ValueError("offload=idle moves whole models; with parallel=fsdp their shards stay on the GPU")
+            raise UserError("offload=idle moves whole models; with parallel=fsdp their shards stay on the GPU")
         if self.minibatches > self.batch_size:
-            raise ValueError(f"minibatches ({self.minibatches}) must not exceed batch_size ({self.batch_size})")
+            raise UserError(f"minibatches ({self.minibatches}) must not exceed batch_size ({self.batch_size})")
         if self.batch_size % self.samples_per_prompt:
             counts = f"batch_size ({self.batch_size}) must be a multiple of samples_per_prompt"
-            raise ValueError(f"{counts} ({self.samples_per_prompt})")
+            raise UserError(f"{counts} ({self.samples_per_prompt})")
         num_prompts = self.batch_size // self.samples_per_prompt
         if self.loss_mean == "prompt" and self.minibatches > num_prompts:
             counts = f"minibatches ({self.minibatches}) must not exceed the {num_prompts}"
-            raise ValueError(f"loss_mean=prompt keeps the responses to a prompt together: {counts} prompts of a step")
+            raise UserError(f"loss_mean=prompt keeps the responses to a prompt together: {counts} prompts of a step")
         if self.estimator in GROUPED and self.samples_per_prompt == 1:
-            raise ValueError(f"{self.estimator} compares the responses to a prompt: samples_per_prompt must be above 1")
+            raise UserError(f"{self.estimator} compares the responses to a prompt: samples_per_prompt must be above 1")
         if self.value_warmup_steps is not None and self.value_warmup_steps >= self.steps:
             counts = f"value_warmup_steps ({self.value_warmup_steps}) must be less than steps ({self.steps})"
-            raise ValueError(f"{counts}, or the policy is never trained")
+            raise UserError(f"{counts}, or the policy is never trained")
         if self.kl_target is not None and self.kl_coef_end is not None:
-            raise ValueError("give kl_target (adapts kl_coef) or kl_coef_end (plans it), not both")
+            raise UserError("give kl_target (adapts kl_coef) or kl_coef_end (plans it), not both")
         if self.kl_coef == 0 and (self.kl_target is not None or self.kl_coef_end is not None):
-            raise ValueError("kl_target and kl_coef_end multiply kl_coef, which must start above 0")
+            raise UserError("kl_target and kl_coef_end multiply kl_coef, which must start above 0")
         if self.reference_every and self.lora_rank and self.reference not in (None, self.model):
-            raise ValueError("reference_every: an adapter cannot become the reference, which is another model")
+            raise UserError("reference_every: an adapter cannot become the reference, which is another model")
         if self.kl_in == "loss" and self.kl_estimator == "k1":
-            raise ValueError("kl_in=loss: the mean gradient of k1 is 0, so it penalises nothing; use k2 or k3")
+            raise UserError("kl_in=loss: the mean gradient of k1 is 0, so it penalises nothing; use k2 or k3")
         if self.max_update_kl is not None and self.truncation == "sampler":
-            raise ValueError("max_update_kl: with truncation=sampler ratios start away from 1, which it takes for a KL")
+            raise UserError("max_update_kl: with truncation=sampler ratios start away from 1, which it takes for a KL")
         for name in ("overlong_tokens", "min_response_tokens", "min_new_tokens"):
             if getattr(self, name) > self.max_new_tokens:
                 sizes = f"{name} ({getattr(self, name)}) must not exceed max_new_tokens ({self.max_new_tokens})"
-                raise ValueError(sizes)
+                raise UserError(sizes)
 
     def _check_unused(self) -> None:
         """Raises ValueError for an option that would do nothing beside the others, unless it has its default."""
@@ -285,7 +286,7 @@ class PPOConfig(ScoringConfig, LoopConfig):
         }
         for field in fields(self):
             if reasons.get(field.name) and getattr(self, field.name) != field.default:
-                raise ValueError(f"{field.name}: {reasons[field.name]}")
+                raise UserError(f"{field.name}: {reasons[field.name]}")
 
 
 def parse_missing_eos(rule: str) -> tuple[str, float]:
@@ -297,4 +298,4 @@ def parse_missing_eos(rule: str) -> tuple[str, float]:
         with suppress(ValueError):
             if math.isfinite(number := float(value)):
                 return kind, number
-    raise ValueError(f"missing_eos: expected none, subtract:V or replace:V with a number V, got {rule!r}")
+    raise UserError(f"missing_eos: expected none, subtract:V or replace:V with a number V, got {rule!r}")

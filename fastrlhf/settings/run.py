@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastrlhf.errors import UserError
 from fastrlhf.settings.training import did_you_mean, option
 from fastrlhf.settings.values import convert_all, field_types
 
@@ -46,7 +47,7 @@ class RunConfig:
 
     output: str = option("demo", "folder of the run; each stage has its own in it")
     model: str = option("smollm2", "folder or hub id; smollm2: SmolLM2-135M-Instruct, fetched if need be")
-    gold: str = option("fastrlhf.demo.gold:plain_answer", "module:function or URL that labels pairs and judges")
+    gold: str = option("fastrlhf.rewards.gold:plain_answer", "module:function or URL: labels pairs and judges")
     reward_timeout: float = option(3600.0, "seconds for one call of the gold reward")
     prompts: str = option("shipped", "file with prompt and split (reward, ppo, heldout); shipped: 500 questions")
     demonstrations: str = option("shipped", "file with prompt and completion; shipped: 100 short answers")
@@ -84,7 +85,7 @@ class RunConfig:
             gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
             object.__setattr__(self, "preset", "gpu" if gpu else "cpu")
         if self.preset not in RUN_PRESETS:
-            raise ValueError(
+            raise UserError(
                 f"preset must be auto, cpu or gpu, got {self.preset!r}{did_you_mean(self.preset, list(RUN_PRESETS))}"
             )
         for name, value in RUN_PRESETS[self.preset].items():
@@ -94,15 +95,15 @@ class RunConfig:
         for name, kind in field_types(type(self)).items():
             value = getattr(self, name)
             if name != "seed" and kind is int and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise UserError(f"{name} must be at least 1, got {value}")
             if kind is float and name != "kl_coef" and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be above 0, got {value}")
+                raise UserError(f"{name} must be above 0, got {value}")
         if self.best_of < 2:
-            raise ValueError(f"best_of must be at least 2, got {self.best_of}")
+            raise UserError(f"best_of must be at least 2, got {self.best_of}")
         if self.num_best_of_prompts > self.num_heldout_prompts:
             sizes = (
                 f"num_best_of_prompts ({self.num_best_of_prompts}), num_heldout_prompts ({self.num_heldout_prompts})"
             )
-            raise ValueError(f"best-of-n uses the first held-out prompts, but of {sizes} the first is larger")
+            raise UserError(f"best-of-n uses the first held-out prompts, but of {sizes} the first is larger")
         if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other")
+            raise UserError("resume and overwrite exclude each other")

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from fastrlhf.errors import UserError
 from fastrlhf.settings.training import JobConfig, above, at_least, rare
 
 REWARDS = ("reward", "eval_reward", "gold", "first", "second", "model")  # settings that may be the URL of a server
@@ -26,15 +27,15 @@ class ScoringConfig(JobConfig):
         above(self, 0, "reward_timeout")
         at_least(self, 1, "reward_batch")
         if self.reward_timeout is not None and self.reward_timeout > MOST_SECONDS:
-            raise ValueError(f"reward_timeout must be at most {MOST_SECONDS:g}, or none, got {self.reward_timeout:g}")
+            raise UserError(f"reward_timeout must be at most {MOST_SECONDS:g}, or none, got {self.reward_timeout:g}")
 
         texts = [str(getattr(self, name, None)) for name in REWARDS]
         origins = sorted({origin for text in texts for origin in ORIGIN.findall(text)})
         for name in ("reward_batch", "reward_key_file"):
             if getattr(self, name) is not None and not origins:
-                raise ValueError(f"{name} is for reward servers, and no reward is the URL of one: leave it out")
+                raise UserError(f"{name} is for reward servers, and no reward is the URL of one: leave it out")
         if self.reward_key_file is not None and len(origins) > 1:
-            raise ValueError(f"reward_key_file: one server would get the key of another: {', '.join(origins)}")
+            raise UserError(f"reward_key_file: one server would get the key of another: {', '.join(origins)}")
 
     def reward_options(self) -> dict[str, Any]:
         """Returns these settings as keywords of a `Scorer`."""

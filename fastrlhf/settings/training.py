@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from fastrlhf.errors import UserError
 from fastrlhf.settings.values import convert_all
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -35,7 +36,7 @@ rare = functools.partial(option, rare=True)
 def check_template_kwargs(config: Any) -> None:
     """Raises ValueError for keywords of the chat template where there is none."""
     if config.template_kwargs and config.template == "none":
-        raise ValueError("template_kwargs are the chat template's, but template is none: leave them out")
+        raise UserError("template_kwargs are the chat template's, but template is none: leave them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +61,12 @@ class JobConfig:
         at_least(self, 0, "seed")
         within(self, 0, 1, "max_rejected")
         if self.seed >= 2**31:
-            raise ValueError(f"seed must be below 2**31 = {2**31}, got {self.seed}")
+            raise UserError(f"seed must be below 2**31 = {2**31}, got {self.seed}")
 
     def resolve_device(self) -> torch.device:
         """The device of the run; raises ValueError for cuda without a GPU."""
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but torch sees no GPU")
+            raise UserError("device is cuda, but torch sees no GPU")
         wanted = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         return torch.device(wanted)
 
@@ -120,13 +121,13 @@ class LoopConfig(JobConfig):
         at_least(self, 0, "weight_decay", "save_every", "save_minutes", "lora_rank")
         within(self, 0, 1, "warmup_ratio")
         if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other")
+            raise UserError("resume and overwrite exclude each other")
         if not self.has_adapters() and (self.lora_alpha, self.lora_targets) != (32.0, "all"):
-            raise ValueError("lora_alpha and lora_targets are of adapters, and there is none: set lora_rank")
+            raise UserError("lora_alpha and lora_targets are of adapters, and there is none: set lora_rank")
         if self.parallel == "fsdp" and self.optimizer == "adamw8bit":
-            raise ValueError("parallel: fsdp cuts the moments of adamw only; adamw8bit takes ddp")
+            raise UserError("parallel: fsdp cuts the moments of adamw only; adamw8bit takes ddp")
         if self.parallel == "fsdp" and self.has_adapters():
-            raise ValueError("parallel: fsdp is for models that are trained whole; adapters (lora_rank) take ddp")
+            raise UserError("parallel: fsdp is for models that are trained whole; adapters (lora_rank) take ddp")
 
     def has_adapters(self) -> bool:
         """Whether some model is trained as an adapter."""
@@ -155,10 +156,10 @@ class TuningConfig(LoopConfig):
         at_least(self, 2, "max_length")
         at_least(self, 0, "eval_every")
         if self.eval_every and self.eval_data is None and not self.eval_fraction:
-            raise ValueError(f"eval_every ({self.eval_every}) needs held-out rows: set eval_data or eval_fraction")
+            raise UserError(f"eval_every ({self.eval_every}) needs held-out rows: set eval_data or eval_fraction")
         within(self, 0, 0.9, "eval_fraction")
         if self.eval_data is not None and self.eval_fraction:
-            raise ValueError(f"give eval_data ({self.eval_data}) or eval_fraction ({self.eval_fraction}), not both")
+            raise UserError(f"give eval_data ({self.eval_data}) or eval_fraction ({self.eval_fraction}), not both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,9 +203,9 @@ class RewardConfig(TuningConfig):
             ("center_data", None, ("pairs", "plackett_luce", "all_pairs")),
         ):
             if getattr(self, name) != default and objective not in objectives:
-                raise ValueError(f"{name} has no effect on objective {objective}")
+                raise UserError(f"{name} has no effect on objective {objective}")
         if self.center_data is not None and not self.center_bias:
-            raise ValueError("center_data needs center_bias")
+            raise UserError("center_data needs center_bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,15 +235,15 @@ class DPOConfig(TuningConfig):
         within(self, 0, 0.5, "label_smoothing")
         for name, losses in {"label_smoothing": ("sigmoid",), "target_margin": ("simpo",)}.items():
             if getattr(self, name) and self.loss not in losses:
-                raise ValueError(f"{name} has no effect on loss {self.loss}")
+                raise UserError(f"{name} has no effect on loss {self.loss}")
         if self.loss == "kto" and (self.reference_free or self.length_normalized or self.sft_coef):
-            raise ValueError("loss kto has none of reference_free, length_normalized and sft_coef")
+            raise UserError("loss kto has none of reference_free, length_normalized and sft_coef")
         if self.loss != "kto" and (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
-            raise ValueError(f"desirable_weight and undesirable_weight have no effect on loss {self.loss}")
+            raise UserError(f"desirable_weight and undesirable_weight have no effect on loss {self.loss}")
         if self.loss in ("simpo", "orpo") and (self.reference or self.reference_free or self.length_normalized):
-            raise ValueError(f"loss {self.loss} has no reference and takes means over tokens, leave those options out")
+            raise UserError(f"loss {self.loss} has no reference and takes means over tokens, leave those options out")
         if self.reference and self.reference_free:
-            raise ValueError(f"give reference ({self.reference}) or reference_free, not both")
+            raise UserError(f"give reference ({self.reference}) or reference_free, not both")
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
@@ -256,25 +257,25 @@ def choose(config: Any, name: str, choices: Sequence[str]) -> None:
     value = getattr(config, name)
     if value is not None and value not in choices:
         hint = did_you_mean(str(value), list(choices))
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
 def at_least(config: Any, low: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value < low:
-            raise ValueError(f"{name} must be at least {low}, got {value}")
+            raise UserError(f"{name} must be at least {low}, got {value}")
 
 
 def above(config: Any, low: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value <= low:
-            raise ValueError(f"{name} must be above {low}, got {value}")
+            raise UserError(f"{name} must be above {low}, got {value}")
 
 
 def within(config: Any, low: float, high: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"{name} must be between {low} and {high}, got {value}")
+            raise UserError(f"{name} must be between {low} and {high}, got {value}")

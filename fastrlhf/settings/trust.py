@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastrlhf.errors import UserError
 from fastrlhf.settings.scoring import ScoringConfig
 from fastrlhf.settings.training import REQUIRED, at_least, option, rare
 
@@ -34,9 +35,9 @@ class EvaluateRewardConfig(ScoringConfig):
         at_least(self, 1, "limit")
         at_least(self, 2, "max_length", "num_bins")
         if not all(self.models):
-            raise ValueError(f"model: no model between two commas in {self.model!r}")
+            raise UserError(f"model: no model between two commas in {self.model!r}")
         if len(set(self.models)) < len(self.models):
-            raise ValueError(f"model: {self.model!r} names a model twice")
+            raise UserError(f"model: {self.model!r} names a model twice")
 
     @property
     def models(self) -> list[str]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from fastrlhf.errors import UserError, UserTypeError
+
 # the options that are folders, files, or what is made of several, wherever they are; a hub id or a URL has no ~
 PATHS = {
     *("config", "model", "data", "output", "file", "out", "against", "tokenizer", "eval_data", "center_data"),
@@ -33,7 +35,7 @@ def expand(name: str, value: Any) -> Any:
         return value
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if isinstance(value, str) and not value.strip():
-        raise ValueError(f"{name} is empty; give a path (an unset variable of a shell is empty), or leave it out")
+        raise UserError(f"{name} is empty; give a path (an unset variable of a shell is empty), or leave it out")
     if not isinstance(value, str) or "~" not in value:
         return value
     return HOME.sub(lambda found: os.path.expanduser(found[0]), value)
@@ -63,9 +65,9 @@ def convert(name: str, value: Any, kind: Any) -> Any:
         value = kind(value)
     except ValueError:
         wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-        raise TypeError(f"{name} must be {wanted}, got {value!r}") from None
+        raise UserTypeError(f"{name} must be {wanted}, got {value!r}") from None
     if kind is float and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+        raise UserError(f"{name} must be finite, got {value}")
     return value
 
 
@@ -75,10 +77,10 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
         try:
             value = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError):
-            raise TypeError(f"{name}: {value!r} is no list; write ['first', 'second']") from None
+            raise UserTypeError(f"{name}: {value!r} is no list; write ['first', 'second']") from None
     texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text for text in texts):
-        raise TypeError(f"{name} must be text or a list of texts, none empty, got {value!r}")
+        raise UserTypeError(f"{name} must be text or a list of texts, none empty, got {value!r}")
     return tuple(texts)
 
 
@@ -88,13 +90,15 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
         try:
             value = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError):
-            raise TypeError(f"{name}: {value!r} is no mapping; write '{{name: value}}'") from None
+            raise UserTypeError(f"{name}: {value!r} is no mapping; write '{{name: value}}'") from None
     if not isinstance(value, dict) or not all(isinstance(key, str) and key for key in value):
-        raise TypeError(f"{name} must be a mapping of names to values, such as {{name: value}}, got {value!r}")
+        raise UserTypeError(f"{name} must be a mapping of names to values, such as {{name: value}}, got {value!r}")
     try:
         json.dumps(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must hold texts, numbers, true, false, lists and mappings, got {value!r}") from None
+        raise UserTypeError(
+            f"{name} must hold texts, numbers, true, false, lists and mappings, got {value!r}"
+        ) from None
     return value
 
 

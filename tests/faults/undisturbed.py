@@ -10,7 +10,7 @@ from pathlib import Path
 from commands import RANKS, arguments
 from processes import Process, snapshot, start
 
-from fastrlhf.runs.whole import remove
+from fastrlhf.runtime.atomic_io import remove
 
 
 @dataclass(frozen=True)

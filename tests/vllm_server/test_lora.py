@@ -11,7 +11,7 @@ from fastrlhf.generation.engine import Sampling
 from fastrlhf.generation.rollout_server import ServerBackend
 from fastrlhf.generation.weight_sync import lora, whole
 from fastrlhf.models.policy import Policy
-from fastrlhf.runs.http import ServerError
+from fastrlhf.runtime.http import ServerError
 
 SYNC = "fastrlhf.generation.weight_sync:lora"
 

@@ -12,16 +12,16 @@ from tiny import tiny_tokenizer
 from vllm_tools import EOS, VOCAB, differences, ppo_settings, prompts_of
 
 from fastrlhf import PPO, PPOConfig
+from fastrlhf.commands.feedback.judges import make_question
+from fastrlhf.commands.feedback.label import Label
 from fastrlhf.data.template import Renderer, load_tokenizer
-from fastrlhf.feedback.judges import make_question
-from fastrlhf.feedback.label import Label
 from fastrlhf.generation.engine import Sampling
 from fastrlhf.generation.rollout_server import ServerBackend
 from fastrlhf.generation.weight_sync import whole
 from fastrlhf.models.policy import Policy
 from fastrlhf.packing import pack
-from fastrlhf.runs.http import ServerError
-from fastrlhf.runs.lines import read_jsonl
+from fastrlhf.runtime.http import ServerError
+from fastrlhf.runtime.jsonl import read_jsonl
 from fastrlhf.settings.feedback import LabelConfig
 
 SYNC = "fastrlhf.generation.weight_sync:whole"

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastrlhf.data.files import DataError
 from fastrlhf.data.importers._parts import number_of
 from fastrlhf.data.report import Reason, Rejected
+from fastrlhf.errors import DataError
 
 COLUMNS = (("message_tree_id", "prompt"), ("message_tree_id", "message_id", "parent_id", "text", "role"))
 ROLES = {"prompter": "user", "assistant": "assistant"}

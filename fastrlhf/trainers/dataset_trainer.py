@@ -1,0 +1,162 @@
+"""What the loops on a file of rows share (sft.py, reward.py, dpo.py): their set-up and the books of a step.
+
+Each of these says how a row is read and packed, what its loss is, and how held-out rows are evaluated.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from fastrlhf.data import Loaded, stream, verdict_of
+from fastrlhf.data.template import load_tokenizer
+from fastrlhf.errors import UserError
+from fastrlhf.models.policy import Role
+from fastrlhf.runtime import distributed
+from fastrlhf.runtime.fsdp import shard
+from fastrlhf.runtime.metrics import Statistics
+from fastrlhf.runtime.optim import Optimizer, check_finite
+from fastrlhf.settings.training import TuningConfig
+from fastrlhf.trainers.base import Trainer, bytes_of
+from fastrlhf.trainers.memory_plan import plan_training, print_memory_plan
+from fastrlhf.trainers.oom import TokenBudget
+from fastrlhf.trainers.setup import begin, check_fits, load_with_held_out, prepare
+
+C = TypeVar("C", bound=TuningConfig)
+T = TypeVar("T")
+M = TypeVar("M", bound=Role)
+
+
+class DatasetTrainer(Trainer, Generic[C, T, M]):
+    """A loop that goes over rows of a file; iterate over it to train. rows and held_out are those to train on and not.
+
+    num_rows: to be trained on in all epochs; num_rows_done: so far
+
+    Raises: what the configuration, the data, the model or the output folder are refused for, before training begins."""
+
+    config: C
+
+    def __init__(self, config: C) -> None:
+        self.config, self.best = config, {}
+        self.folder = prepare(config)
+        checkpoint = self.folder.checkpoint
+        self.device = config.resolve_device()
+        self.tokenizer = load_tokenizer(config.model)
+        self.rows, self.held_out = load_with_held_out(self.read, config, self.tokenizer)
+        self.num_rows = config.epochs * len(self.rows)
+        self.num_rows_done, self.num_steps = 0, -(-self.num_rows // config.batch_size)
+        longest = sorted(map(self.num_tokens, self.rows), reverse=True)[: config.batch_size]
+        reference = self.transient_model(resumed=checkpoint is not None)
+        plan = partial(plan_training, num_heads=self.num_heads, reference=reference)
+        self.plan = print_memory_plan(plan, config, num_tokens=sum(longest))
+        self.model = self.load_model(checkpoint)
+        self.longest_row = max(len(s) for row in (*self.rows, *self.held_out) for s in self.sequences(row))
+        check_fits(self.model.model, self.tokenizer, longest_row=self.longest_row)
+        self.on_model_loaded(resumed=checkpoint is not None)
+        if config.parallel == "fsdp":
+            shard(self.model)
+        self.budget = TokenBudget(config.max_tokens)
+        self.optimizer = Optimizer.of(config, self.model, num_steps=self.num_steps)
+        begin(self, self.fingerprint_rows())
+
+    @abstractmethod
+    def read(self, path: str | Path, tokenizer: Any, **options: Any) -> Loaded[T]:
+        """The rows of a file."""
+
+    @abstractmethod
+    def sequences(self, row: T) -> Sequence[list[int]]:
+        """The tokens of a row, each sequence from its start."""
+
+    @property
+    def num_heads(self) -> int:
+        """How many heads of scores the model has; 0: it has one of words instead."""
+        return 0
+
+    def transient_model(self, *, resumed: bool) -> str | None:
+        """What is loaded beside the model, and gone before the first step."""
+        return None
+
+    @abstractmethod
+    def load_model(self, checkpoint: Path | None) -> M:
+        """The model to train."""
+
+    def on_model_loaded(self, *, resumed: bool) -> None:
+        """What there is to do with the whole model, before it is cut into shards."""
+
+    def fingerprint_rows(self) -> Iterator[Sequence[int]]:
+        """What a resumed run must read as the run before it did: the rows, tokens and all."""
+        for row in (*self.rows, *self.held_out):
+            yield from self.sequences(row)
+            yield verdict_of(row).encode()
+
+    @abstractmethod
+    def add_gradients(self, rows: list[int], done: Callable[[int], object], max_tokens: int) -> Statistics:
+        """Leaves this process's share of the gradients of a step on some of the rows, in micro-batches of max_tokens;
+        returns its statistics, among them loss. done is told how many tokens were worked on."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """The metrics of the held-out rows."""
+
+    def num_tokens(self, row: T) -> int:
+        """The tokens of a row."""
+        return sum(map(len, self.sequences(row)))
+
+    def num_computed(self, row: T) -> int:
+        """The tokens that the model is run on for a row."""
+        return self.num_tokens(row)
+
+    def step(self) -> dict[str, float]:
+        """Does one optimizer step. Returns its metrics: of the rows of the step, before the update."""
+        config, size = self.config, len(self.rows)
+        done = min(self.num_rows_done + config.batch_size, self.num_rows)
+        rows = stream(size, self.num_rows_done, done, seed=config.seed)
+        lengths = [self.num_computed(self.rows[row]) for row in rows]
+        with self.log.progress(f"step {self.num_steps_done + 1}", sum(lengths)) as count:
+            work = partial(self.add_gradients, rows, count)
+            stats = self.budget.run(work, lengths=lengths, optimizers=[self.optimizer])
+        where = f"step {self.num_steps_done + 1}, rows {rows} of the rows used"
+        values = stats.all_reduced().values
+        check_finite("the loss", values["loss"], where)
+        metrics = {name: value.item() for name, value in values.items()}
+        metrics["learning_rate"] = self.optimizer.learning_rate
+        metrics["grad_norm"] = self.optimizer.step(where).item()
+        metrics["num_tokens"] = sum(self.num_tokens(self.rows[row]) for row in rows)
+        due = config.eval_every and (self.num_steps_done + 1) % config.eval_every == 0
+        ends_epoch = done == self.num_rows or done // size > self.num_rows_done // size
+        if self.held_out and (due or ends_epoch):
+            metrics |= self.evaluate()
+        self.num_rows_done = done
+        return metrics
+
+    def save(self, folder: str | Path) -> None:
+        """Writes model and tokenizer as plain transformers loads them."""
+        self.model.save_pretrained(folder)
+        if distributed.is_main_process():
+            self.tokenizer.save_pretrained(folder)
+
+    def save_models(self, folder: Path) -> None:
+        """Writes what a checkpoint needs besides state_dict."""
+        self.model.save_trained(folder / "model")
+
+    def checkpoint_bytes(self) -> int:
+        """About how many bytes a checkpoint takes."""
+        return bytes_of(self.optimizer.kept())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step besides the model."""
+        return {"optimizer": self.optimizer.state_dict(), "num_rows_done": self.num_rows_done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what state_dict gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        size = self.config.batch_size
+        # the last step of a run that is extended may have been smaller
+        self.num_rows_done = state.get("num_rows_done", min(self.num_steps_done * size, self.num_rows))
+        if self.num_rows_done > self.num_rows:
+            raise UserError(f"resume: epochs is {self.config.epochs}, but more than that is done already")
+        self.num_steps = self.num_steps_done - (self.num_rows_done - self.num_rows) // size
+        self.optimizer.plan(self.num_steps)

@@ -1,0 +1,1 @@
+"""PPO and the estimators beside it."""

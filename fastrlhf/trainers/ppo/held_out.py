@@ -1,0 +1,102 @@
+"""Answers to prompts that PPO does not train on: what they are worth, and after which step they were best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+from fastrlhf.data import Prompt, load_prompts
+from fastrlhf.errors import UserError
+from fastrlhf.generation.sampling import Sample
+from fastrlhf.packing import Packed
+from fastrlhf.rewards.scorer import Scorer
+from fastrlhf.runtime import distributed
+from fastrlhf.runtime.checkpoint import fingerprint
+from fastrlhf.settings.ppo import PPOConfig
+from fastrlhf.stats.falls import Falls
+from fastrlhf.stats.means import Mean
+
+FIRST = 2**31  # number of the first held-out answer, above that of any answer that is trained on
+
+
+class HeldOut:
+    """Held-out prompts and what judges the answers to them, at the start, after every eval_every-th step and the last.
+
+    prompts: none without eval_data; seeds: of the answers, the same each time, so that policies differ and not draws
+    scorer: of eval_reward, or else `trained`, the one whose reward is trained on
+    best: step and score of the best answers so far, empty before the first"""
+
+    def __init__(self, config: PPOConfig, tokenizer: Any, trained: Scorer, prompts: Sequence[Prompt], **options: Any):
+        self.config, self.trained, self.scorer = config, trained, trained
+        self.prompts: list[Prompt] = []
+        self.best: dict[str, Any] = {}
+        self.falls = Falls()
+        if config.eval_data is None:
+            return
+        loaded = load_prompts(
+            config.eval_data,
+            tokenizer,
+            max_prompt_tokens=config.max_prompt_tokens,
+            limit=config.eval_limit,
+            template=config.template,
+            template_kwargs=config.template_kwargs,
+            max_rejected=config.max_rejected,
+        )
+        self.prompts = loaded.rows
+        distributed.print_once(loaded.report)
+        seen = {tuple(prompt.tokens) for prompt in prompts}
+        if shared := sum(tuple(prompt.tokens) in seen for prompt in self.prompts):
+            distributed.print_once(
+                f"warning: {shared} of the {len(self.prompts)} prompts of {config.eval_data} are trained on too"
+            )
+        if config.eval_reward is not None:
+            columns = {name for prompt in self.prompts for name in prompt.columns}
+            self.scorer = Scorer(
+                config.eval_reward, tokenizer, max_tokens=config.max_tokens, columns=columns, **options
+            )
+
+    @property
+    def seeds(self) -> range:
+        first = (self.config.seed << 32) + FIRST
+        return range(first, first + len(self.prompts))
+
+    def due(self, step: int) -> bool:
+        """Whether the policy answers after step 1, 2, ..., or 0, before the first."""
+        return bool(self.prompts) and (step % self.config.eval_every == 0 or step == self.config.steps)
+
+    def judge(self, step: int, samples: Sequence[Sample], batch: Packed) -> dict[str, float]:
+        """The metrics of the answers after a step, of which `best` takes note; batch: the pack of the samples.
+
+        eval/score_error is the standard error of the mean eval/score, NaN for one answer. eval/fall is the fall since
+        the best step: half of the prompts choose that step, the other half measure. eval/fall_limit is the largest
+        fall that chance explains."""
+        scores = self.scorer(self.prompts, samples, batch)
+        found, fall = Mean.of(scores), self.falls.add(scores)
+        if not self.best or found.mean > self.best["score"]:
+            self.best.update(step=step, score=found.mean)
+        metrics = {
+            "eval/score": found.mean,
+            "eval/score_error": found.error,
+            "eval/fall": fall.mean,
+            "eval/fall_limit": self.falls.limit(fall),
+            "eval/length": sum(len(sample.response) for sample in samples) / len(samples),
+            "eval/eos_rate": sum(sample.finished for sample in samples) / len(samples),
+            "eval/best_step": self.best["step"],
+            "eval/best_score": self.best["score"],
+        }
+        if self.scorer is not self.trained:
+            metrics["eval/trained_score"] = Mean.of(self.trained(self.prompts, samples, batch)).mean
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best so far, what falls are measured from, and a checksum of the prompts."""
+        prompts = fingerprint(prompt.tokens for prompt in self.prompts)
+        return {"best": dict(self.best), "falls": deepcopy(self.falls.state), "prompts": prompts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what state_dict gave; raises ValueError when the prompts are others."""
+        if state["prompts"] != self.state_dict()["prompts"]:
+            raise UserError(f"resume: the tokens of {self.config.eval_data} are no longer those of the checkpoint")
+        self.best.update(state["best"] or {})
+        self.falls.state = state.get("falls", self.falls.state)  # an older checkpoint has none

@@ -1,0 +1,116 @@
+"""What draws the responses of a PPO run: an engine on the policy's own module, or vLLM servers."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+
+from fastrlhf.data import Prompt
+from fastrlhf.data.template import eos_token_ids
+from fastrlhf.generation.engine import Engine
+from fastrlhf.generation.rollout_server import ServerBackend
+from fastrlhf.generation.sampling import RolloutBackend, Sampling
+from fastrlhf.generation.weight_sync import check_adapter, lora
+from fastrlhf.models.policy import Policy
+from fastrlhf.rewards.named_functions import load_function
+from fastrlhf.runtime import distributed
+from fastrlhf.runtime.http import ServerError, read_key, reason_in, shown, without_key
+from fastrlhf.runtime.output_folder import ROLLOUT_WEIGHTS
+from fastrlhf.settings.ppo import STALE, PPOConfig
+
+
+def make_engine(config: PPOConfig, policy: Policy, tokenizer: Any) -> Engine:
+    """The engine that runs the policy's own module."""
+    return Engine(
+        policy.model,
+        adapter=policy.adapter,
+        eos_token_ids=eos_token_ids(tokenizer, policy.model),
+        max_slots=min(config.max_slots, config.batch_size),
+        kv_budget=None if config.kv_budget is None else int(config.kv_budget * 2**30),
+        tokenizer=tokenizer,
+        cuda_graphs=config.cuda_graphs,
+    )
+
+
+def make_backend(config: PPOConfig, policy: Policy, tokenizer: Any) -> RolloutBackend:
+    """Returns the engine, or the client of servers, as the settings say. Raises: ValueError or TypeError for a
+    weight_sync that is no function, and for a key file without a key."""
+    if config.rollout_url is None:
+        return make_engine(config, policy, tokenizer)
+    key = read_key(config.rollout_key_file, "rollout_key_file") if config.rollout_key_file else None
+    return ServerBackend(
+        config.rollout_urls,
+        config.rollout_model,
+        eos_token_ids=eos_token_ids(tokenizer, policy.model),
+        update_weights=weight_hook(config, policy, key),
+        logprobs_mode=config.rollout_logprobs,  # type: ignore[arg-type]
+        max_requests=config.max_slots,
+        timeout=config.rollout_timeout,
+        api_key=key,
+        vocab_size=policy.model.config.get_text_config().vocab_size,
+    )
+
+
+def check_servers(
+    backend: RolloutBackend, prompts: Sequence[Prompt], held_out: Sequence[Prompt], how: Sampling
+) -> None:
+    """Raises ValueError or ServerError where servers cannot do what a run is going to ask of them."""
+    if isinstance(backend, ServerBackend):
+        backend.check([prompt.tokens for prompt in (*prompts, *held_out)], how)
+
+
+def weight_hook(config: PPOConfig, policy: Policy, key: str | None = None) -> Callable[[], None] | None:
+    """Returns the function that brings the policy's weights to the servers. The first process calls weight_sync, the
+    others wait. It gets the policy, the URLs, and those of the keywords folder, model and api_key that it names.
+
+    Raises: ValueError for `lora` and a policy without an adapter."""
+    given = config.weight_sync
+    if given == STALE:
+        return None
+    function: Callable[..., Any] = given if callable(given) else load_function(str(given), "weight_sync")
+    name = getattr(function, "__qualname__", type(function).__qualname__) if callable(given) else str(given)
+    if function is lora:
+        check_adapter(policy)
+    folder = Path(config.output) / ROLLOUT_WEIGHTS
+    options = _wanted(function, {"folder": folder, "model": config.rollout_model, "api_key": key})
+
+    def bring() -> None:
+        if distributed.is_main_process():
+            try:
+                function(policy, config.rollout_urls, **options)
+            except Exception as error:
+                text = f"weight_sync={name} failed for {', '.join(config.rollout_urls)}: {_why(error)}"
+                raise ServerError(without_key(text, key)) from error
+        distributed.all_gather(None)
+
+    return bring
+
+
+def _wanted(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that a function takes besides its first two arguments, the policy and the URLs, whatever it calls
+    those."""
+    parameters = list(inspect.signature(function).parameters.values())
+    positional = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    free = {name: value for name, value in offered.items() if name not in positional[:2]}
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return free
+    return {name: value for name, value in free.items() if name in {each.name for each in parameters}}
+
+
+def _why(error: Exception) -> str:
+    """Returns why the user's function failed: the server's address and reason, or else the error and its line."""
+    if isinstance(error, HTTPError):
+        return f"{shown(error.url or '')} answered {error.code}: {reason_in(error.read(4000))}"
+    if isinstance(error, ServerError):
+        return str(error)
+    if isinstance(error, OSError):
+        return shown(str(error))
+    response = getattr(error, "response", None)  # of requests and httpx, whose errors name the address alone
+    if isinstance(said := getattr(response, "text", None), str):
+        return f"{shown(str(error))}: {reason_in(said.encode())}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {shown(str(error))} ({last.filename}, line {last.lineno})"

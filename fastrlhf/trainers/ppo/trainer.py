@@ -1,0 +1,306 @@
+"""PPO against a reward with a KL penalty to a reference model.
+
+`PPO.step` is the algorithm, one verb a line; the rest of the file is what each verb means. Everything that a step draws
+(prompts, sampling seeds, order of minibatches) follows from the seed and the step number, so a run that was killed
+continues as if it had not been.
+
+Source: Ziegler et al., arXiv 1909.08593; Stiennon et al., arXiv 2009.01325; Ouyang et al., arXiv 2203.02155.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.data import Prompt, batch_rows, load_prompts
+from fastrlhf.data.template import check_same_vocabulary, load_tokenizer
+from fastrlhf.formulas.advantages import estimate_advantages, per_token
+from fastrlhf.formulas.kl import next_kl_coef
+from fastrlhf.generation.sampling import RolloutBackend, Sample, Sampling
+from fastrlhf.models.offload import check_offload, onloaded
+from fastrlhf.models.policy import Policy, autocasting
+from fastrlhf.models.shared_prompts import can_share_prompts, pack_responses
+from fastrlhf.packing import Packed
+from fastrlhf.rewards.scorer import Scorer
+from fastrlhf.rewards.shaping import RunningMoments, shape_scores
+from fastrlhf.rewards.sources import check_reward
+from fastrlhf.runtime import distributed
+from fastrlhf.runtime.fsdp import unsharded, unsharded_replica
+from fastrlhf.runtime.metrics import Statistics
+from fastrlhf.settings.ppo import STALE, PPOConfig
+from fastrlhf.trainers.base import Trainer
+from fastrlhf.trainers.memory_plan import plan_ppo, print_memory_plan
+from fastrlhf.trainers.oom import TokenBudget
+from fastrlhf.trainers.ppo.diagnostics import HealthChecks, describe, sample_rows
+from fastrlhf.trainers.ppo.held_out import HeldOut
+from fastrlhf.trainers.ppo.learner import Learner
+from fastrlhf.trainers.ppo.models import PPOModels, load_base
+from fastrlhf.trainers.ppo.ptx import load_ptx
+from fastrlhf.trainers.ppo.rollout import check_servers, make_backend, make_engine
+from fastrlhf.trainers.ppo.sanity_checks import check_first_step, have_same_weights
+from fastrlhf.trainers.setup import begin, check_fits, prepare
+
+NUM_SAMPLES = 4  # of a step that are left in samples.jsonl
+
+
+class PPO(Trainer):
+    """Iterates over PPO steps; each yields its metrics. The final policy is left in `<output>/model`.
+
+    backend: makes of the policy what draws the responses; default: what the settings ask for
+
+    Raises: what loading raises, before any work is done; NonFiniteError when a gradient is not finite."""
+
+    config: PPOConfig
+    updates_at_once = False
+
+    def __init__(self, config: PPOConfig, *, backend: Callable[[Policy], RolloutBackend] | None = None) -> None:
+        self.config, self.num_steps = config, config.steps
+        check_reward(config.reward, config.eval_reward)  # what is wrong with them is told before anything is read
+        self.folder = prepare(config)
+        distributed.check_share(config.batch_size, config.samples_per_prompt)
+        self.device = config.resolve_device()
+        check_offload(config.offload, self.device)
+        self.tokenizer = load_tokenizer(config.model)
+        names = ("template", "template_kwargs", "limit", "max_rejected", "max_prompt_tokens")
+        options: dict[str, Any] = {name: getattr(config, name) for name in names}
+        loaded = load_prompts(config.data, self.tokenizer, **options)
+        self.prompts = loaded.rows
+        self.plan = print_memory_plan(
+            plan_ppo, config, longest_prompt=max(len(prompt.tokens) for prompt in self.prompts)
+        )
+        base = load_base(config)
+        options = {"device": self.device, "autocast": config.autocast_dtype(), "base": base, **config.reward_options()}
+        columns = {name for prompt in self.prompts for name in prompt.columns}
+        self.scorer = Scorer(config.reward, self.tokenizer, max_tokens=config.max_tokens, columns=columns, **options)
+        self.held_out = HeldOut(config, self.tokenizer, self.scorer, self.prompts, **options)
+        self.best = self.held_out.best
+        reward_models = [model for model, _ in self.scorer.models]
+        if config.reference:
+            check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
+        judges = [model for model, _ in self.held_out.scorer.models]
+        self.roles = PPOModels(config, reward_models, self.folder.checkpoint, base)
+        self.policy, self.reference, self.value_model = self.roles.policy, self.roles.reference, self.roles.value_model
+        models = [self.policy, self.reference, *reward_models, *judges]
+        models += [] if self.value_model is None else [self.value_model]
+        shares = config.share_prompts and config.samples_per_prompt > 1
+        self.shares_prompts = shares and all(can_share_prompts(model, self.device) for model in models)
+        if config.parallel == "fsdp":
+            self.roles.shard(*{*reward_models, *judges})
+        ptx = load_ptx(config, self.tokenizer, self.policy.model)
+        self.budget = TokenBudget(config.max_tokens)
+        self.learner = Learner(config, self.roles, self.budget, ptx=ptx)
+        if config.offload == "idle":
+            self.roles.offload_idle(*reward_models, *judges)
+            self.learner.offload_moments()
+        self.kl_coef, self.moments = config.kl_coef, RunningMoments()
+        synced = config.rollout_url is not None and config.weight_sync != STALE
+        self.health = HealthChecks(ratios_start_at_one=config.truncation != "sampler", weights_are_synced=synced)
+        self.sampling = Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling) if f.name != "greedy"})
+        make = partial(make_backend, config, tokenizer=self.tokenizer) if backend is None else backend
+        self.engine, average = make(unsharded_replica(self.policy)), self.roles.average
+        self.final_engine = (
+            self.engine if average is None else make_engine(config, unsharded_replica(average), self.tokenizer)
+        )
+        # those of the engine equal the trainer's to 1e-5, but for half precision, where the two round differently
+        self.reuses_logprobs = backend is None and config.rollout_url is None and self.policy.autocast is None
+        longest = max(len(prompt.tokens) for prompt in (*self.prompts, *self.held_out.prompts))
+        for model in models:
+            check_fits(model.model, self.tokenizer, longest_prompt=longest, max_new_tokens=config.max_new_tokens)
+        check_servers(self.engine, self.prompts, self.held_out.prompts, self.sampling)
+        begin(self, (prompt.tokens for prompt in self.prompts))
+        self.log.say(str(loaded.report))
+        self.learner.announce_warmup(self.num_steps_done)
+
+    def step(self) -> dict[str, float]:
+        """Runs one PPO step: sample, score, shape, estimate advantages, update. Returns its metrics."""
+        config = self.config
+        prompts = self.next_prompts()
+        with self.log.timer("generate"):
+            samples = self.generate(prompts)
+        with self.log.timer("score"):
+            batch, scores, terms = self.score(prompts, samples)
+        if self.num_steps_done == 0:
+            self.check_first_step(batch, samples)
+        self.is_in_step = True  # an error before this line leaves a checkpoint of the steps before
+        self.moments.add(scores)
+        batch, shaped = estimate_advantages(
+            batch,
+            self.shaped_scores(samples, batch, scores),
+            config,
+            kl_coef=self.kl_coef,
+            baseline=self.greedy_scores(prompts) if config.estimator == "remax" else None,
+        )
+        with self.log.timer("update"), self.log.progress("update", config.epochs * batch.num_tokens_unshared) as done:
+            stats = self.learner.train(batch, step=self.num_steps_done, kl_coef=self.kl_coef, done=done)
+            self.log.timer.count(config.epochs * batch.num_tokens_unshared)
+        metrics = self.describe(batch, samples, scores, terms, shaped, stats)
+        self.kl_coef = next_kl_coef(config, self.kl_coef, metrics["objective/kl"], self.num_steps_done + 1)
+        self.roles.end_step(self.num_steps_done + 1)
+        return self.with_eval_metrics(metrics)
+
+    def next_prompts(self) -> list[Prompt]:
+        """The prompts of this step, each as often as it is answered, one after the other.
+
+        Each pass over the file has its own order, which follows from the seed."""
+        each = self.config.samples_per_prompt
+        rows = batch_rows(len(self.prompts), self.config.batch_size // each, self.num_steps_done, seed=self.config.seed)
+        return [self.prompts[row] for row in rows for _ in range(each)]
+
+    def generate(self, prompts: list[Prompt], *, greedy: bool = False, held_out: bool = False) -> list[Sample]:
+        """A response to each prompt, of the final policy to held-out ones. Its draws follow from its number in the run,
+        not from the batch or the process."""
+        first = (self.config.seed << 32) + self.num_steps_done * self.config.batch_size
+        seeds = self.held_out.seeds if held_out else range(first, first + len(prompts))
+        total = len(prompts) * self.sampling.max_new_tokens
+        policy, engine = (self.roles.final, self.final_engine) if held_out else (self.policy, self.engine)
+        progress, autocast = self.log.progress("generate", total), autocasting(self.device, self.policy.autocast)
+        with unsharded(policy), progress as done, autocast:
+            own = engine.generate(
+                [prompt.tokens for prompt in distributed.local_share(prompts)],
+                replace(self.sampling, greedy=True) if greedy else self.sampling,
+                seeds=distributed.local_share(seeds),
+                progress=done,
+            )
+        samples = [sample for samples in distributed.all_gather(own) for sample in samples]
+        self.log.timer.count(sum(len(sample.response) for sample in samples))
+        return samples
+
+    @torch.no_grad()
+    def score(self, prompts: list[Prompt], samples: list[Sample]) -> tuple[Packed, Tensor, list[Tensor]]:
+        """The pack of prompts and responses with logprobs, old_logprobs, ref_logprobs and values (R,), the scores
+        (N,), and those of each term. The KL is that of logprobs, the policy's own; ratios are to old_logprobs, the same
+        but for truncation."""
+        batch = self.pack(samples)
+        sampled = self.per_response_token([sample.logprobs for sample in samples])
+        logprobs = sampled if self.reuses_logprobs else self.logprobs(self.policy, batch)
+        by_sampler = self.config.truncation == "sampler"
+        number = torch.arange(batch.num_sequences, device=self.device) // self.config.samples_per_prompt
+        batch = batch.with_fields(
+            logprobs=logprobs,
+            sampled=sampled,
+            old_logprobs=self.per_response_token([sample.sampler_logprobs for sample in samples])
+            if by_sampler
+            else logprobs,
+            ref_logprobs=self.logprobs(self.reference, batch),
+            prompts=per_token(batch, number),
+        )
+        if self.value_model is not None:
+            batch = batch.with_fields(values=self.in_shares(batch, self.value_model))
+        terms = self.scorer.terms(prompts, samples, batch)
+        self.log.timer.count(batch.num_tokens_unshared)
+        return batch, self.scorer.total(terms), terms
+
+    @torch.no_grad()
+    def greedy_scores(self, prompts: list[Prompt]) -> Tensor:
+        """What would be paid (N,) for the likeliest response to each prompt."""
+        each = self.config.samples_per_prompt
+        asked = prompts[::each]
+        with self.log.timer("generate"):
+            samples = self.generate(asked, greedy=True)
+        with self.log.timer("score"):
+            batch = self.pack(samples)
+            scores = self.scorer(asked, samples, batch)
+            self.log.timer.count(batch.num_tokens_unshared)
+        return self.shaped_scores(samples, batch, scores).repeat_interleave(each)
+
+    def shaped_scores(self, samples: list[Sample], batch: Packed, scores: Tensor) -> Tensor:
+        """What is paid for the responses (N,), whose scores are (N,)."""
+        finished = torch.tensor([sample.finished for sample in samples], device=self.device)
+        return shape_scores(scores, batch.cu_responses.diff(), finished, self.config, self.moments)
+
+    def pack(self, samples: list[Sample]) -> Packed:
+        """The pack of prompts and responses; a prompt is in it once for neighbours that answer it."""
+        prompts, responses = ([getattr(s, part) for s in samples] for part in ("prompt", "response"))
+        return pack_responses(prompts, responses, share_prompts=self.shares_prompts, device=self.device)
+
+    def per_response_token(self, values: list[list[float]]) -> Tensor:
+        """Values of each response's tokens, end to end: (R,) float32."""
+        return torch.tensor([value for row in values for value in row], device=self.device)
+
+    def logprobs(self, policy: Policy, batch: Packed) -> Tensor:
+        """Log-probabilities (R,) of the sampled tokens, at the temperature of sampling."""
+        with onloaded(policy):
+            return self.in_shares(batch, lambda part: policy(part, temperature=self.config.temperature))
+
+    def in_shares(self, batch: Packed, compute: Callable[[Packed], Tensor]) -> Tensor:
+        """What compute says of the response tokens (R,); each process computes it for a share of them."""
+        parts = batch.microbatches(self.config.max_tokens, share=distributed.rank_and_world_size())
+        return distributed.all_gather_cat(torch.cat([compute(part) for part in parts]))
+
+    @torch.no_grad()
+    def check_first_step(self, batch: Packed, samples: list[Sample]) -> None:
+        """Stops unless, before the first update, ratios are 1 and, with equal weights, the KL to the reference is 0."""
+        with onloaded(self.reference):
+            same_weights = have_same_weights(self.policy, self.reference)
+        text = check_first_step(
+            self.per_response_token([sample.logprobs for sample in samples]),
+            self.logprobs(self.policy, batch) if self.reuses_logprobs else batch["logprobs"],
+            batch["ref_logprobs"],
+            half=not self.reuses_logprobs,
+            same_weights=same_weights,
+        )
+        if text:
+            self.log.say(text)
+
+    def describe(
+        self,
+        batch: Packed,
+        samples: list[Sample],
+        scores: Tensor,
+        terms: list[Tensor],
+        shaped: dict[str, Tensor],
+        stats: list[Statistics],
+    ) -> dict[str, float]:
+        """The metrics of a step; leaves some responses in samples.jsonl when that is due."""
+        named = dict(zip(self.scorer.names, terms, strict=True))
+        described = describe(batch, samples, scores, named, shaped, stats)
+        metrics = {"objective/kl_coef": self.kl_coef, **{name: float(value) for name, value in described.items()}}
+        every = self.config.samples_every
+        if every and self.num_steps_done % every == 0:
+            self.log.samples(self.num_steps_done + 1, sample_rows(samples, batch, scores, self.tokenizer, NUM_SAMPLES))
+        return metrics
+
+    def with_eval_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics, with those of answers to held-out prompts when they are due; says what looks ill."""
+        metrics |= self.held_out_metrics(self.num_steps_done + 1)
+        for warning in self.health.check(metrics):
+            self.log.say(warning)
+        return metrics
+
+    def held_out_metrics(self, step: int) -> dict[str, float]:
+        """Those of the answers to held-out prompts after a step, 0 being the start; none when they are not due."""
+        if not self.held_out.due(step):
+            return {}
+        with self.log.timer("evaluate"):
+            samples = self.generate(self.held_out.prompts, greedy=self.config.eval_greedy, held_out=True)
+            return self.held_out.judge(step, samples, self.pack(samples))
+
+    def save_models(self, folder: Path) -> None:
+        self.roles.save(folder)
+
+    def checkpoint_bytes(self) -> int:
+        return self.learner.checkpoint_bytes()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step besides the models."""
+        own = {"kl_coef": self.kl_coef, "moments": asdict(self.moments), "health": self.health.state}
+        own["held_out"] = self.held_out.state_dict()
+        return {**self.learner.state_dict(), **own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state)
+        self.kl_coef, self.moments = state["kl_coef"], RunningMoments(**state["moments"])
+        self.health.state = state["health"]
+        self.held_out.load_state_dict(state["held_out"])
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the policy, or its moving average, and the tokenizer as a folder that transformers loads."""
+        self.roles.final.save_pretrained(folder)
+        if distributed.is_main_process():
+            self.tokenizer.save_pretrained(folder)

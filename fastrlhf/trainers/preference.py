@@ -1,0 +1,54 @@
+"""Training of a policy beside a reference, whose log-probabilities are computed once, before the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from fastrlhf.data.template import check_same_vocabulary, load_tokenizer
+from fastrlhf.models.policy import Policy
+from fastrlhf.settings.training import DPOConfig
+from fastrlhf.trainers.dataset_trainer import DatasetTrainer
+from fastrlhf.trainers.setup import check_fits, load_trained
+
+T = TypeVar("T")
+
+
+class PreferenceTrainer(DatasetTrainer[DPOConfig, T, Policy]):
+    """What DPO and KTO share. reference_logprobs, by what they are of, are kept in checkpoints, so that a resumed run
+    needs no reference; `on_model_loaded` of a subclass fills them, when there are no gradients and moments yet."""
+
+    def load_model(self, checkpoint: Path | None) -> Policy:
+        self.reference_logprobs: dict[str, Tensor] = {}
+        return load_trained(Policy, self.config, checkpoint)
+
+    def needs_reference(self) -> bool:
+        """Whether the loss has a reference."""
+        return True
+
+    def transient_model(self, *, resumed: bool) -> str | None:
+        if resumed or not self.needs_reference():
+            return None
+        return self.config.reference or (None if self.config.lora_rank else self.config.model)
+
+    def load_reference(self) -> Policy:
+        """The policy without its adapter if it has one, unless another reference is asked for."""
+        config, autocast = self.config, self.config.autocast_dtype()
+        source = self.transient_model(resumed=False)
+        if source is None:
+            return Policy(self.model.model, autocast=autocast)
+        if config.reference:
+            check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
+        reference = Policy.from_pretrained(source, freeze=True, device=self.device, autocast=autocast)
+        check_fits(reference.model, self.tokenizer, longest_row=self.longest_row)
+        return reference
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step besides the model, and what the reference made of the data."""
+        return {**super().state_dict(), "reference_logprobs": self.reference_logprobs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.reference_logprobs = state["reference_logprobs"]

@@ -1,0 +1,60 @@
+"""Supervised fine-tuning: the cross-entropy of the response tokens of demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrlhf.data import Demonstration, Loaded, load_demonstrations
+from fastrlhf.models.policy import Policy
+from fastrlhf.packing import Packed, pack
+from fastrlhf.runtime import distributed
+from fastrlhf.runtime.metrics import Statistics
+from fastrlhf.settings.training import SFTConfig
+from fastrlhf.trainers.dataset_trainer import DatasetTrainer
+from fastrlhf.trainers.setup import load_trained
+
+
+class SFT(DatasetTrainer[SFTConfig, Demonstration, Policy]):
+    """Fine-tunes a causal language model; iterate over it to train.
+
+    for metrics in SFT(SFTConfig(model="HuggingFaceTB/SmolLM2-135M", data="demonstrations.jsonl", output="sft")):
+        print(metrics["loss"])
+
+    loss = -sum of the response tokens' log-probabilities / their number in the whole step, so that neither packing nor
+    micro-batches change it.
+    Raises: what the configuration, the data, the model or the output folder are refused for, before training begins."""
+
+    def read(self, path: str | Path, tokenizer: Any, **options: Any) -> Loaded[Demonstration]:
+        return load_demonstrations(path, tokenizer, **options)
+
+    def sequences(self, row: Demonstration) -> list[list[int]]:
+        return [row.tokens]
+
+    def load_model(self, checkpoint: Path | None) -> Policy:
+        return load_trained(Policy, self.config, checkpoint)
+
+    def add_gradients(self, rows: list[int], done: Callable[[int], object], max_tokens: int) -> Statistics:
+        batch, stats = self.pack([self.rows[row] for row in rows]), Statistics()
+        for part in batch.microbatches(max_tokens, share=distributed.rank_and_world_size()):
+            loss = -self.model(part).sum() / batch.num_responses
+            loss.backward()
+            stats.add("", {"loss": loss, "num_response_tokens": torch.tensor(part.num_responses)})
+            done(part.num_tokens)
+        return stats
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The mean loss of the response tokens of the held-out demonstrations."""
+        batch = self.pack(self.held_out)
+        parts = batch.microbatches(self.config.max_tokens, share=distributed.rank_and_world_size())
+        total = distributed.all_reduce_sum(torch.stack([self.model(part).double().sum() for part in parts]).sum())
+        return {"eval/loss": -total.item() / batch.num_responses}
+
+    def pack(self, demonstrations: Sequence[Demonstration]) -> Packed:
+        """The pack of demonstrations."""
+        tokens, masks = [d.tokens for d in demonstrations], [d.response_mask for d in demonstrations]
+        return pack(tokens, masks, device=self.device)
