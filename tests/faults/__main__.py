@@ -27,7 +27,7 @@ from campaign import KINDS, Campaign, Task
 from commands import COMMANDS, OF_ROWS, make_inputs
 from tables import tables
 
-import fastrlhf.__main__ as command_line
+import fastrlhf.cli.main as command_line
 
 
 def main() -> int:

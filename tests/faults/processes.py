@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fastrlhf.__main__ as command_line
+import fastrlhf.cli.main as command_line
 
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod"}
 RELATIVE = {"os.remove", "os.rmdir"}  # shutil.rmtree names files within an open folder
