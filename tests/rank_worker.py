@@ -74,7 +74,7 @@ def gradient_errors():
 
 def record(trainer, sampled, limits):
     """Notes the samples of all processes; `limits`: most new tokens of the prompts of a step, in turn."""
-    engine_generate, generate, size = trainer.engine.generate, trainer.generate, trainer.config.batch_size
+    engine_generate, generate, size = trainer.rollout.engine.generate, trainer.generate, trainer.config.batch_size
 
     def limited(prompts, sampling, *, seeds, **options):
         most = [limits[seed % size] for seed in seeds]
@@ -87,7 +87,7 @@ def record(trainer, sampled, limits):
 
     trainer.generate = recorded
     if limits:
-        trainer.engine.generate = limited
+        trainer.rollout.engine.generate = limited
 
 
 if __name__ == "__main__":

@@ -1,5 +1,11 @@
 """`fastrlhf check`: every op against its float64 reference on this machine, and how near it comes to its limits.
 
+The table of op x backend x dtype has the largest error of an op on its samples, relative to the largest result: "ok"
+stands before it, "exact" is what the others are compared with, "as float32" a dtype that the op widens, "-" where the
+reference serves. A kernel may err by twice what plain torch errs in the same dtype, plus 8 roundings; the reference
+itself by 10000 roundings, at most 5 %. Then each op is timed at a training size in float32 (linear heads on CUDA:
+bfloat16): error, milliseconds, GB/s or GFLOP/s, and per cent of what this machine copies or multiplies.
+
 An op needs nothing here: small arguments are its samples, large ones are made from the names in its schema.
 """
 
@@ -10,68 +16,59 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrlhf.errors import UserError
+from fastrlhf.errors import MachineError, UserError
 from fastrlhf.ops._registry import BACKENDS, OPS, Op
+from fastrlhf.settings.info import CheckConfig
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # rows of logits, vocabulary, width of the head, tokens
 SIZES = {"cpu": (512, 32000, 512, 2**22), "cuda": (8192, 32000, 4096, 2**22)}
-HELP = """fastrlhf check [--device DEVICE] [--matrix]
-
-  Runs every op on its samples against the reference in float64, for each backend and dtype, then times each op at a
-  training size in float32 (linear heads on CUDA: bfloat16). A line each: largest error relative to the largest result,
-  milliseconds, GB/s or GFLOP/s, and per cent of what this machine copies or multiplies, which is measured first.
-
-  --device DEVICE   cpu, cuda or cuda:N; cuda where there is a GPU, else cpu
-  --matrix          only the table of op x backend x dtype
-
-In the table, "ok" stands before the error, "exact" is what the others are compared with, "as float32" a dtype that the
-op widens, "-" where the reference serves. A kernel may err by twice what plain torch errs in the same dtype, plus 8
-roundings; the reference itself by 10000 roundings, at most 5 %. Exit status 1 if anything fails."""
 
 
-def check(arguments: Sequence[str]) -> Iterator[str]:
-    """Yields the lines of the command, FAIL in those that are not well; raises ValueError for unknown options."""
-    device, matrix_only, rest = "cuda" if torch.cuda.is_available() else "cpu", False, list(arguments)
-    while rest:
-        option = rest.pop(0)
-        if option == "--matrix":
-            matrix_only = True
-        elif option.startswith("--device=") or (option == "--device" and rest):
-            device = option.partition("=")[2] or rest.pop(0)
-        else:
-            raise UserError(f"unknown option {option}, or --device without one")
+class Line(NamedTuple):
+    """A line of the command. num_failed: results in it that are wrong, which FAIL marks"""
+
+    text: str
+    num_failed: int = 0
+
+
+def check(config: CheckConfig) -> Iterator[str]:
+    """Yields what the command prints. Raises: UserError for a device that is not there; MachineError at the end when a
+    result is wrong."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.partition(":")[0]
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"--device must be cpu, or cuda where there is a GPU, got {device}")
-    return _lines(device, matrix_only)
+    num_failed = 0
+    with torch.no_grad():
+        for text, failed in chain(matrix(device), () if config.matrix else speeds(device)):
+            yield text
+            num_failed += failed
+    if num_failed:
+        raise MachineError(f"{num_failed} results are wrong; FAIL stands at each")
 
 
-@torch.no_grad()
-def _lines(device: str, matrix_only: bool) -> Iterator[str]:
-    yield from matrix(device)
-    if not matrix_only:
-        yield ""
-        yield from speeds(device)
-
-
-def matrix(device: str) -> Iterator[str]:
+def matrix(device: str) -> Iterator[Line]:
     """The table of op x backend x dtype."""
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    yield f"{'op on ' + device:<24} {'backend':<10}" + "".join(f" {name:<14}" for name in names)
+    yield Line(f"{'op on ' + device:<24} {'backend':<10}" + "".join(f" {name:<14}" for name in names))
     for name, op in OPS.items():
         native = BACKENDS[name][device.partition(":")[0]] == "native"
         for backend, function in (("reference", op.reference), ("native", op if native else None)):
-            cells = ["-" if function is None else _cell(op, function, device, dtype) for dtype in DTYPES]
-            yield f"{name:<24} {backend:<10}" + "".join(f" {cell:<14}" for cell in cells)
+            cells = [Line("-") if function is None else _cell(op, function, device, dtype) for dtype in DTYPES]
+            text = f"{name:<24} {backend:<10}" + "".join(f" {cell.text:<14}" for cell in cells)
+            yield Line(text, sum(cell.num_failed for cell in cells))
 
 
-def _cell(op: Op, function: Callable[..., Any], device: str, dtype: torch.dtype) -> str:
+def _cell(op: Op, function: Callable[..., Any], device: str, dtype: torch.dtype) -> Line:
     worst = 0.0
     for args in op.samples(device, dtype):
         try:
@@ -79,15 +76,16 @@ def _cell(op: Op, function: Callable[..., Any], device: str, dtype: torch.dtype)
         except Exception as failure:
             name = str(dtype).removeprefix("torch.")
             refused = isinstance(failure, TypeError) and str(failure).endswith(f"got {name}")
-            return "as float32" if refused and dtype.itemsize == 2 else f"FAIL {type(failure).__name__}"
+            is_widened = refused and dtype.itemsize == 2
+            return Line("as float32") if is_widened else Line(f"FAIL {type(failure).__name__}", 1)
         actual, exact, plain = function(*args), op.reference(*_double(args)), op.reference(*args)
         for a, e, p in zip(_flat(actual), _flat(exact), _flat(plain), strict=True):
             error, allowed = _error(a, e, p, torch.finfo(dtype).eps if function is op.reference else None)
             worst = max(worst, error)
             if not error <= allowed:
-                return f"FAIL {error:.1e}"
+                return Line(f"FAIL {error:.1e}", 1)
     is_exact = function is op.reference and dtype == torch.float64
-    return "exact" if is_exact else f"ok {worst:.1e}"
+    return Line("exact" if is_exact else f"ok {worst:.1e}")
 
 
 def _error(actual: Tensor, exact: Tensor, plain: Tensor, reference_eps: float | None) -> tuple[float, float]:
@@ -150,25 +148,26 @@ def _times(function: Callable[[], Any], device: str) -> list[float]:
     return times[1:]
 
 
-def speeds(device: str) -> Iterator[str]:
+def speeds(device: str) -> Iterator[Line]:
     """The lines of the timings, each with its error."""
     head = torch.float32 if device == "cpu" else torch.bfloat16
     copy, product = _limits(device, head)
-    yield f"this machine copies {copy:.1f} GB/s (read + write) and multiplies {product:.0f} GFLOP/s ({head})"
-    yield f"\n{'op':<24} {'error':>8} {'ms':>10} {'rate':>17} {'of limit':>9}"
+    text = f"\nthis machine copies {copy:.1f} GB/s (read + write) and multiplies {product:.0f} GFLOP/s ({head})"
+    yield Line(text)
+    yield Line(f"\n{'op':<24} {'error':>8} {'ms':>10} {'rate':>17} {'of limit':>9}")
     for name, op in OPS.items():
         args = large_case(op, device, head if "weight" in " ".join(op.parameters) else torch.float32)
         outputs = [output.clone() for output in _flat(op(*args))]
         exact, plain = _flat(op.reference(*_double(args))), _flat(op.reference(*args))
         compared = zip(*_of_equal_draws(outputs, exact, plain), strict=True)
         errors = [_error(a, e, p, None) for a, e, p in compared]
-        failed = "" if all(error <= allowed for error, allowed in errors) else " FAIL"
+        failed = not all(error <= allowed for error, allowed in errors)
         del exact, plain
         seconds = statistics.median(_times(functools.partial(op, *args), device))
         work, unit = _work(op, args, outputs)
         rate, limit = work / seconds / 1e9, copy if unit == "GB/s" else product
-        shown = f"{rate:>9.1f} {unit:<7} {100 * rate / limit:>7.1f} %{failed}"
-        yield (f"{name:<24} {max(error for error, _ in errors):>8.1e} {seconds * 1e3:>10.3f} {shown}")
+        shown = f"{rate:>9.1f} {unit:<7} {100 * rate / limit:>7.1f} %{' FAIL' * failed}"
+        yield Line(f"{name:<24} {max(error for error, _ in errors):>8.1e} {seconds * 1e3:>10.3f} {shown}", failed)
 
 
 def _work(op: Op, args: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[int, str]:

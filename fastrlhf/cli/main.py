@@ -7,123 +7,22 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
 import fastrlhf
+from fastrlhf.cli.commands import COMMANDS, LOOP_PRODUCTS
 from fastrlhf.cli.options import help_text, parse
 from fastrlhf.errors import ReportedError
 from fastrlhf.rewards.time_limit import leave_if_interrupted
 from fastrlhf.runtime import distributed, signals
 from fastrlhf.runtime.resume_hint import how_to_go_on
 from fastrlhf.runtime.terminal import mute, plain_warnings, print_error, printable, unread
-from fastrlhf.settings.best_of_n import BestOfNConfig, OveroptimizeConfig, SweepConfig
-from fastrlhf.settings.data import DataCheckConfig, DataConvertConfig
-from fastrlhf.settings.feedback import IterateConfig, LabelConfig, ReviseConfig
-from fastrlhf.settings.info import InfoConfig
-from fastrlhf.settings.ppo import PPOConfig
-from fastrlhf.settings.run import RunConfig
-from fastrlhf.settings.training import DPOConfig, RewardConfig, SFTConfig, did_you_mean
-from fastrlhf.settings.trust import EvaluateRewardConfig
+from fastrlhf.settings.training import did_you_mean
 
-LOOP_PRODUCTS = {"model": "model", "metrics": "metrics.jsonl"}
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command of the line.
-
-    help: what it does; config: its settings; source: "module:name" of what is made from them, an iterator whose texts
-    are printed; products: what it leaves in its output folder, by name"""
-
-    help: str
-    config: type
-    source: str
-    products: dict[str, str] = field(default_factory=lambda: LOOP_PRODUCTS)
-
-
-RUN_PRODUCTS = {
-    "checkpoint": "ppo/model",
-    "reward model": "reward/model",
-    "metrics": "ppo/metrics.jsonl",
-    "evaluation": "evaluation/summary.json",
-    "report": "report.html",
-}
-LABELS = {"pairs": "pairs.jsonl", "summary": "summary.json"}
-REVISIONS = {"demonstrations": "demonstrations.jsonl", "summary": "summary.json"}
-COMMANDS = {
-    "sft": Command("fine-tune a model on demonstrations", SFTConfig, "trainers.sft:SFT"),
-    "reward": Command(
-        "train a reward model on responses that were judged", RewardConfig, "trainers.reward:RewardTrainer"
-    ),
-    "ppo": Command("train a model against a reward, with PPO", PPOConfig, "trainers.ppo.trainer:PPO"),
-    "dpo": Command(
-        "train a model on preferences directly (DPO, IPO, SimPO, ORPO, KTO, ...)",
-        DPOConfig,
-        "trainers.kto:preference_loop",
-    ),
-    "evaluate reward": Command(
-        "how far a reward model can be trusted: a page and JSON",
-        EvaluateRewardConfig,
-        "commands.reward_report.command:EvaluateReward",
-        {"report": "report.html", "figures": "summary.json", "scores": "scores.jsonl"},
-    ),
-    "label": Command(
-        "label pairs of responses by a judge model and a rubric", LabelConfig, "commands.feedback.label:Label", LABELS
-    ),
-    "revise": Command(
-        "have a model criticise and revise its responses", ReviseConfig, "commands.feedback.revise:Revise", REVISIONS
-    ),
-    "iterate": Command(
-        "rounds: fresh labels of the policy so far, a reward model from all of them, PPO",
-        IterateConfig,
-        "commands.feedback.iterate:Iterate",
-        {},
-    ),
-    "run": Command(
-        "all of it: sft, pairs, reward model, ppo, evaluation, report; without options a demo",
-        RunConfig,
-        "commands.pipeline:Run",
-        RUN_PRODUCTS,
-    ),
-    "data check": Command(
-        "what a file of rows holds, and what in it may harm", DataCheckConfig, "commands.data_check:check", {}
-    ),
-    "data convert": Command(
-        "another format's file as rows of ours", DataConvertConfig, "commands.data_convert:convert", {}
-    ),
-    "best-of-n": Command(
-        "keep the best of n responses to each prompt; estimate best-of-k for all k",
-        BestOfNConfig,
-        "commands.best_of_n:best_of_n",
-        {"best responses": "best.jsonl", "all of them": "candidates.jsonl", "summary": "summary.json"},
-    ),
-    "sweep": Command(
-        "the trade-off of two rewards over weights, by best-of-n and PPO",
-        SweepConfig,
-        "commands.sweep:sweep",
-        {"points": "sweep.csv", "summary": "sweep.json"},
-    ),
-    "overoptimize": Command(
-        "a proxy learned from a gold reward, and how both go while best-of-n and PPO push it",
-        OveroptimizeConfig,
-        "commands.overoptimize:Overoptimize",
-        {"points": "points.csv", "summary": "summary.json", "report": "report.html"},
-    ),
-    "info": Command(
-        "versions, devices, and what serves each op; --model: which layers of a model are fast",
-        InfoConfig,
-        "cli.info:info",
-        {},
-    ),
-}
-OTHERS = {
-    "check": "every op against its float64 reference on this machine, with error, time and per cent of its limits",
-}
-HELPS = {**{name: command.help for name, command in COMMANDS.items()}, **OTHERS}
+HELPS = {name: command.help for name, command in COMMANDS.items()}
 HELP = """fastrlhf COMMAND [--config FILE.yaml] [--option VALUE ...]
 
 {}
@@ -164,8 +63,6 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(HELP)
     elif command == "--version":
         print(fastrlhf.__version__)
-    elif command == "check":
-        return _check(rest)
     elif family := [name for name in COMMANDS if name.startswith(f"{command} ")]:
         return _fail(command, f"which of {', '.join(family)}? Each has its --help", 2)
     elif command not in COMMANDS:
@@ -175,24 +72,6 @@ def _main(arguments: Sequence[str] | None) -> int:
     else:
         return _run(command, rest)
     return 0
-
-
-def _check(arguments: list[str]) -> int:
-    from fastrlhf.cli.check import HELP as help_of_check
-    from fastrlhf.cli.check import check
-
-    if "-h" in arguments or "--help" in arguments:
-        print(help_of_check)
-        return 0
-    try:
-        lines = check(arguments)
-    except ValueError as error:
-        return _fail("check", f"{error}\nfastrlhf check --help lists the options", 2)
-    status = 0
-    for line in lines:
-        print(line, flush=True)
-        status |= "FAIL" in line
-    return status
 
 
 def _run(command: str, arguments: list[str]) -> int:

@@ -124,7 +124,7 @@ def trained_point(config: SweepConfig, weight: float, reward: str, further: dict
     judges = {name: Scorer(getattr(config, name), tokenizer, **options) for name in NAMES}
     first = (config.seed << 32) + JUDGED
     answers = answer(
-        trainer.roles.final,
+        trainer.models.final,
         tokenizer,
         prompts,
         judges,
@@ -134,7 +134,7 @@ def trained_point(config: SweepConfig, weight: float, reward: str, further: dict
     )
     reference = trainer.reference
     kl = kl_of_responses(
-        trainer.roles.final, reference, answers, temperature=config.temperature, max_tokens=config.max_tokens
+        trainer.models.final, reference, answers, temperature=config.temperature, max_tokens=config.max_tokens
     )
     means = judged(*(answers.judgements[name] for name in NAMES))
     row = {"method": "ppo", "weight": weight, "kl": kl.double().mean().item(), **means}

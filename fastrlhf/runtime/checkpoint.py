@@ -14,9 +14,7 @@ import random
 import re
 import shutil
 import warnings
-import zlib
-from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +81,12 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def has_checkpoint(output: Path, step: int) -> bool:
+    """Whether the newest checkpoint is the one after so many steps."""
+    newest = newest_checkpoint(output)
+    return newest is not None and newest.name == checkpoint_name(step)
+
+
 def save_checkpoint(
     output: str | Path, step: int, write: Callable[[Path], None], *, keep: int = KEEP, **state: Any
 ) -> Path:
@@ -147,14 +151,6 @@ def environment() -> dict[str, Any]:
         "numpy": np.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
-
-
-def fingerprint(sequences: Iterable[Sequence[int]]) -> int:
-    """A checksum of token sequences, by which a resumed run notices that its data changed."""
-    checksum = 0
-    for sequence in sequences:
-        checksum = zlib.crc32(array("q", [len(sequence), *sequence]).tobytes(), checksum)
-    return checksum
 
 
 def random_state() -> dict[str, Any]:

@@ -14,7 +14,8 @@ import re
 import struct
 import sys
 import zlib
-from collections.abc import Collection, Iterator
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,11 @@ def _source_of(module: str) -> Path | None:
             if path.is_file():
                 return path
     return None
+
+
+def fingerprint(sequences: Iterable[Sequence[int]]) -> int:
+    """A checksum of token sequences, by which a resumed run notices that its data changed."""
+    checksum = 0
+    for sequence in sequences:
+        checksum = zlib.crc32(array("q", [len(sequence), *sequence]).tobytes(), checksum)
+    return checksum

@@ -1,4 +1,4 @@
-"""Settings of `fastrlhf info`."""
+"""Settings of `fastrlhf info` and `fastrlhf check`."""
 
 from __future__ import annotations
 
@@ -23,3 +23,15 @@ class InfoConfig:
     def job(self) -> JobConfig:
         """What a command with this device and dtype has; raises ValueError for those that none has."""
         return JobConfig(device=self.device, dtype=self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Every op against its float64 reference on this machine, for each backend and dtype; then its time at a training
+    size, as a share of what this machine copies or multiplies. Exit status 1 if a result is wrong."""
+
+    device: str = option("auto", "cpu, cuda or cuda:N; auto: cuda where there is a GPU")
+    matrix: bool = option(False, "print only the table of op, backend and dtype")
+
+    def __post_init__(self) -> None:
+        convert_all(self)

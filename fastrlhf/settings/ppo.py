@@ -148,6 +148,11 @@ class PPOConfig(ScoringConfig, LoopConfig):
         """The rank of the value model's adapter, 0 without one."""
         return self.lora_rank if self.value_lora_rank is None else self.value_lora_rank
 
+    def prompt_options(self) -> dict[str, Any]:
+        """How prompts are read from a file."""
+        names = ("template", "template_kwargs", "max_rejected", "max_prompt_tokens")
+        return {name: getattr(self, name) for name in names}
+
     def __post_init__(self) -> None:
         choose(self, "preset", tuple(PRESETS))
         kl_in, kl_estimator = KL_OF.get(str(self.estimator), ("reward", "k1"))

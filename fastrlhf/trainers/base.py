@@ -1,34 +1,31 @@
-"""What all loops share: doing steps in turn, with a checkpoint when one is due, and the model at the end."""
+"""What all trainers share: set up, restore a checkpoint, do the steps, evaluate, write checkpoints and the model."""
 
 from __future__ import annotations
 
-import json
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from torch import Tensor
-
+from fastrlhf.data.template import load_tokenizer
 from fastrlhf.errors import NonFiniteError, UserError, UserFunctionError
-from fastrlhf.runtime import distributed, products, signals
-from fastrlhf.runtime.atomic_io import remove, write_json, write_whole
-from fastrlhf.runtime.checkpoint import checkpoint_name, newest_checkpoint, save_checkpoint
+from fastrlhf.runtime import distributed, signals
+from fastrlhf.runtime.atomic_io import remove
+from fastrlhf.runtime.checkpoint import has_checkpoint, load_state, newest_checkpoint, restore_lines, save_checkpoint
+from fastrlhf.runtime.fingerprints import fingerprint
 from fastrlhf.runtime.metrics import MetricsLog
-from fastrlhf.runtime.output_folder import STEPS, OutputFolder
+from fastrlhf.runtime.saved_models import forget_model, note_step, step_of, write_model
+from fastrlhf.runtime.start import start_run
 from fastrlhf.settings.training import LoopConfig
+from fastrlhf.trainers.checkpoint_clock import CheckpointClock
 from fastrlhf.trainers.memory_plan import Plan
 from fastrlhf.trainers.oom import TokenBudget
 
-MAX_SHARE = 0.05  # of a run's time that is spent on checkpoints, before another one is due by the clock
-WRITE_SPEED = 1e8  # bytes a second of the first checkpoint, as a cautious guess
 
-
-class Trainer(ABC):
-    """A loop: an iterator over its steps, which yields their metrics. loop.py makes it ready (`prepare`, `begin`).
+class Trainer(Iterator[dict[str, float]]):
+    """Trains a model; iterate over it: each step yields its metrics. `run` does all steps.
 
     A caller who leaves early keeps what was done by asking for it, and lets the output folder go:
 
@@ -38,31 +35,60 @@ class Trainer(ABC):
                     ppo.save_checkpoint()  # for resume=True; or ppo.save(folder): the model
                     break
 
+    num_steps, num_steps_done: of the whole run, and so far
     best: step and score of the model in best/, empty if there is none
-    `begin` sets num_steps_done, data_fingerprint, log and clock."""
+    log: prints, and writes metrics.jsonl; budget: tokens a micro-batch; plan: of memory
+
+    Raises: what the configuration, the data, the models or the output folder are refused for, before training begins;
+    NonFiniteError when a loss or a gradient is not finite."""
 
     config: LoopConfig
     num_steps: int
-    budget: TokenBudget
     plan: Plan | None
-    folder: OutputFolder
-    best: dict[str, Any]
-    num_steps_done: int
-    data_fingerprint: int
     log: MetricsLog
     clock: CheckpointClock
-    scores_start = True  # whether held-out data is scored before the first step, too
-    is_closed = False
+    evaluates_start = True  # whether held-out data is scored before the first step, too
     updates_at_once = True  # whether a step changes what a checkpoint holds from its first line on
+    is_closed = False
     is_in_step = False  # whether it is changing; True after an exception that came in the middle of that, too
+
+    def __init__(self, config: LoopConfig) -> None:
+        self.config = config
+        self.best: dict[str, Any] = {}
+        self.num_steps_done = 0
+        self.output, self.folder = Path(config.output), start_run(config)
+        self.checkpoint = self.folder.checkpoint  # that the run goes on from; None for a new run
+        self.device, self.tokenizer = config.resolve_device(), load_tokenizer(config.model)
+        self.budget = TokenBudget(config.max_tokens)
+        self.set_up()
+        self.restore()
+
+    @abstractmethod
+    def set_up(self) -> None:
+        """Reads the data, loads the models (those of `checkpoint`, if there is one) and makes the optimizers."""
+
+    @abstractmethod
+    def fingerprint_rows(self) -> Iterable[Sequence[int]]:
+        """What a resumed run must read as the run before it did: the tokens of the rows, and what else they say."""
 
     @abstractmethod
     def step(self) -> dict[str, float]:
         """Does one step and returns its metrics, deterministic values only, among them num_tokens (for tokens/s)."""
 
     @abstractmethod
+    def evaluate(self, step: int | None = None) -> dict[str, float]:
+        """Returns the metrics of held-out data. step: the number of steps that are done, if it is not num_steps_done"""
+
+    @abstractmethod
+    def is_eval_due(self, step: int) -> bool:
+        """Whether to evaluate after a step; step 0 is the start."""
+
+    def end_step(self, metrics: dict[str, float]) -> None:
+        """What follows a step and its evaluation; may add metrics."""
+
+    @abstractmethod
     def save(self, folder: str | Path) -> None:
-        """Writes the model that the loop makes, with its tokenizer; all processes call it, the first one writes."""
+        """Writes the model that the trainer makes, with its tokenizer; all processes call it, the first one writes."""
 
     @abstractmethod
     def save_models(self, folder: Path) -> None:
@@ -80,146 +106,183 @@ class Trainer(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what state_dict gave."""
 
-    def held_out_metrics(self, step: int) -> dict[str, float]:
-        """The metrics of held-out data after a step; those of step 0 are of the model that the run starts from, which
-        may be the best one."""
-        return {}
+    def restore(self) -> None:
+        """Takes up the checkpoint, if there is one, and opens the output folder.
 
-    def __iter__(self) -> Iterator[dict[str, float]]:
-        return self
+        Raises: UserError when the data is not that of the checkpoint, or more steps are done than there are to be."""
+        config, changes = self.config, self.folder.changes
+        self.data_fingerprint = fingerprint(self.fingerprint_rows())
+        if self.checkpoint is not None:
+            self._load_checkpoint(self.checkpoint)
+        elif changes and (self.output / "model").exists():
+            raise UserError(
+                f"resume: {changes[0]}, but {config.output} has no checkpoint to go on from; start a run "
+                f"in another folder with model={config.output}/model, or --overwrite to start anew"
+            )
+        if distributed.is_main_process():
+            self.folder.open()
+            if self.checkpoint is not None:
+                restore_lines(self.checkpoint)
+            note_step(self.output, "planned", self.num_steps)
+        counts = {"num_steps": self.num_steps, "step": self.num_steps_done}
+        self.log = MetricsLog(self.output, **counts, tensorboard=config.tensorboard)
+        self.clock = CheckpointClock(config.save_minutes)
+        self._print_start()
+        signals.running(self)
+
+    def _load_checkpoint(self, checkpoint: Path) -> None:
+        state, changes = load_state(checkpoint), self.folder.changes
+        if state["data_fingerprint"] != self.data_fingerprint:
+            what = f"rows of {self.config.data}, or of a file beside it,"
+            raise UserError(f"resume: {what} are no longer those of {checkpoint}")
+        self.num_steps_done = state["step"]
+        self.load_state_dict(state["loop"])
+        self.budget.load_state_dict(state["budget"])
+        if self.num_steps < self.num_steps_done:
+            steps = f"{self.num_steps} steps are asked for, but {self.num_steps_done} are done"
+            raise UserError(f"resume: {steps}; give as many at least, or --overwrite to start anew")
+        if self.num_steps == self.num_steps_done and changes and not changes[0].startswith(("steps ", "epochs ")):
+            raise UserError(f"resume: {changes[0]}, but all {self.num_steps} steps are done; give more, too")
+
+    def _print_start(self) -> None:
+        """Prints from where a resumed run goes on and what changed, and what of best/ is no longer right."""
+        if self.checkpoint is None:
+            if self.config.resume:
+                self.log.say(f"no checkpoint in {self.output} to resume from: starting from the first step")
+            return
+        done, changes = self.num_steps_done == self.num_steps, self.folder.changes
+        self.log.say(f"resuming from {self.checkpoint}" + (f": all {self.num_steps} steps are done" if done else ""))
+        for change in changes:
+            self.log.say(f"resume: {change}")
+        best = self.output / "best"
+        step = step_of(best)
+        if self.best and not best.exists():
+            self.log.say(f"warning: {best} is missing; it is written again when a later model is better")
+        is_kept = step is not None and step <= self.num_steps_done
+        if distributed.all_gather(bool(changes) and best.exists() and not is_kept)[0]:
+            of = "an unknown step" if step is None else "a later step"
+            self.log.say(f"resume: {best} is of {of}, and is replaced by the next model that is scored")
+            self._forget_best()
 
     def __next__(self) -> dict[str, float]:
         """Does the next step; logs its metrics, writes a checkpoint when one is due, the model that answered held-out
         prompts best so far, and the final model after the last step.
 
         Raises: StopIteration after the last step; NonFiniteError, naming the newest checkpoint; Interrupted, after a
-        checkpoint, when the command line was asked to stop; ValueError after `close`, and after an exception in the
-        middle of a step; RuntimeError when another run of the process has taken the output folder."""
+        checkpoint, when the command line was asked to stop; UserError after `close`, and after an exception in the
+        middle of a step; MachineError when another run of the process has taken the output folder."""
         if self.num_steps_done >= self.num_steps:
             self._finish()
             raise StopIteration
         self._check_can_go_on()
         try:
-            return self._next()
+            metrics = self._do_step()
         except NonFiniteError as error:
-            good = newest_checkpoint(self.config.output)
+            good = newest_checkpoint(self.output)
             advice = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
             raise NonFiniteError(f"{error}; {advice}") from error
         except StopIteration as error:  # of a function of the user's; it would end the loop as if it were done
             raise UserFunctionError(f"step {self.num_steps_done + 1} was broken off by a StopIteration") from error
+        self._save_what_is_due()
+        return metrics
 
     def _check_can_go_on(self) -> None:
-        """Raises unless the loop is open, holds its output folder, and is between two steps."""
+        """Raises unless the trainer is open, holds its output folder, and is between two steps."""
+        name, good = type(self).__name__, newest_checkpoint(self.output)
         if self.is_closed:
-            raise UserError(f"{type(self).__name__} is closed: make it anew with resume=True to go on")
+            raise UserError(f"{name} is closed: make it anew with resume=True to go on")
         self.folder.check()
         if self.is_in_step:
-            good = newest_checkpoint(self.config.output)
             advice = f"with resume=True to go on from {good}" if good else "with overwrite=True, there is no checkpoint"
             raise UserError(
                 f"step {self.num_steps_done + 1} was broken off half-way, so the weights are neither those before it "
-                f"nor those after it: make {type(self).__name__} anew {advice}"
+                f"nor those after it: make {name} anew {advice}"
             )
 
-    def _next(self) -> dict[str, float]:
-        if self.scores_start and self.num_steps_done == 0:
-            self._record(self.held_out_metrics(0))
-        self.is_in_step = self.updates_at_once
+    def _do_step(self) -> dict[str, float]:
+        """Does a step with its evaluation, and logs both."""
+        if self.num_steps_done == 0 and self.evaluates_start and self.is_eval_due(0):
+            self._record(self.evaluate(0))
+        self.is_in_step, number = self.updates_at_once, self.num_steps_done + 1
         try:
             metrics = self.step()
+            if self.is_eval_due(number):
+                metrics |= self.evaluate(number)
+            self.end_step(metrics)
         except (Exception, signals.Interrupted):
             self._keep_earlier_steps()
             raise
-        self.num_steps_done += 1
+        self.num_steps_done = number
         self.is_in_step = False
         self._record(metrics)
-        is_last = self.num_steps_done == self.num_steps
-        asked = distributed.all_gather(
-            (signals.pending(), self.clock.is_due(self.checkpoint_bytes))
-        )  # so that all processes do the same
-        stop, by_clock = max(signal for signal, _ in asked), asked[0][1]
-        if stop or by_clock or self._is_due_by_steps(is_last):
-            self.save_checkpoint()
-        if is_last:
-            self._write_model("model")
-            self.close()
-            if self.plan is not None:
-                self.log.say(self.plan.outcome())
-        elif stop:
-            distributed.all_gather(
-                None
-            )  # or torchrun would end the first process, which writes, when another one is gone
-            raise signals.Interrupted(stop)
         return metrics
 
     def _keep_earlier_steps(self) -> None:
         """Leaves a checkpoint of the steps before one that failed before it changed anything, unless there is one.
-
         Several processes leave none: the others of them may not have failed."""
-        newest = newest_checkpoint(self.config.output)
-        is_kept = newest is not None and newest.name == checkpoint_name(self.num_steps_done)
+        is_kept = has_checkpoint(self.output, self.num_steps_done)
         if self.num_steps_done and not (self.is_in_step or is_kept or distributed.rank_and_world_size()[1] > 1):
             with suppress(OSError):  # the error that is under way matters more
                 self.save_checkpoint()
 
     def _record(self, metrics: dict[str, float]) -> None:
         """Logs the metrics after num_steps_done steps, and writes the model if it is the best so far."""
-        if metrics:
-            self.log.add(self.num_steps_done, metrics)
-        if metrics.get("eval/best_step") == self.num_steps_done:
-            self._write_model("best")
+        self.log.add(self.num_steps_done, metrics)
+        if self.best.get("step") == self.num_steps_done:
+            write_model(self.output, "best", self.num_steps_done, self.save)
 
-    def _is_due_by_steps(self, is_last: bool) -> bool:
-        every = self.config.save_every
-        return bool(every and self.num_steps_done % every == 0) or (is_last and bool(every or self.config.save_minutes))
+    def _save_what_is_due(self) -> None:
+        """Writes a checkpoint when one is due, and the model after the last step; stops when asked to."""
+        every, is_last = self.config.save_every, self.num_steps_done == self.num_steps
+        by_steps = (every and self.num_steps_done % every == 0) or (is_last and (every or self.config.save_minutes))
+        # gathered, so that all processes do the same
+        asked = distributed.all_gather((signals.pending(), self.clock.is_due(self.checkpoint_bytes)))
+        stop = max(signal for signal, _ in asked)
+        if stop or asked[0][1] or by_steps:
+            self.save_checkpoint()
+        if is_last:
+            write_model(self.output, "model", self.num_steps_done, self.save)
+            self.close()
+            if self.plan is not None:
+                self.log.say(self.plan.outcome())
+        elif stop:
+            distributed.all_gather(None)  # or torchrun would end the first process, which writes, when another is gone
+            raise signals.Interrupted(stop)
 
     def _finish(self) -> None:
         """Writes the final model of a run that was done already, unless it is there, and closes."""
         if self.is_closed:
             return
         # it may be that of a run that has been extended since, and was killed before its model was replaced
-        if distributed.all_gather(step_of(Path(self.config.output) / "model") != self.num_steps_done)[0]:
-            self._write_model("model")
+        if distributed.all_gather(step_of(self.output / "model") != self.num_steps_done)[0]:
+            write_model(self.output, "model", self.num_steps_done, self.save)
         self.close()
 
-    def _write_model(self, name: str) -> None:
-        """Writes <output>/name, the model as it is now, and then its step into steps.json beside it, and its files into
-        products.json."""
-        output = Path(self.config.output)
-        note_step(output, name, None)
+    def _forget_best(self) -> None:
+        """Deletes best/, which is of a step that the run will do again."""
+        self.best.clear()
+        self.save_checkpoint()  # first, or a kill would bring back the score of what is deleted
+        forget_model(self.output, "best")
         if distributed.is_main_process():
-            products.forget(output, name)
-        write_whole(output / name, self.save)
-        note_step(output, name, self.num_steps_done)
-        if distributed.is_main_process():
-            products.record(output, name)
+            remove(self.output / "best")
 
     def save_checkpoint(self) -> Path:
         """Writes a checkpoint of the steps done so far, from which resume=True goes on. Returns its folder.
 
-        Raises: ValueError after `close`, and after an exception in the middle of a step; RuntimeError when another run
+        Raises: UserError after `close`, and after an exception in the middle of a step; MachineError when another run
         of the process has taken the output folder."""
         self._check_can_go_on()
-        output, begun = Path(self.config.output), time.monotonic()
+        begun = time.monotonic()
         state = {"loop": self.state_dict(), "data_fingerprint": self.data_fingerprint}
         state["budget"] = self.budget.state_dict()
-        keep = self.config.keep_checkpoints
-        folder = save_checkpoint(output, self.num_steps_done, self.save_models, keep=keep, **state)
+        folder = save_checkpoint(
+            self.config.output, self.num_steps_done, self.save_models, keep=self.config.keep_checkpoints, **state
+        )
         self.clock.saved(time.monotonic() - begun)
         return folder
 
-    def forget_best(self) -> None:
-        """Deletes best/. A run whose plan changed calls this when best/ is of a step that it will do again."""
-        self.best.clear()
-        self.save_checkpoint()  # first, or a kill would bring back the score of what is deleted
-        note_step(Path(self.config.output), "best", None)
-        if distributed.is_main_process():
-            products.forget(Path(self.config.output), "best")
-            remove(Path(self.config.output) / "best")
-
     def close(self) -> None:
-        """Lets go of what the loop holds, the output folder among it. Its models can still be used and saved, but there
-        are no further steps."""
+        """Ends the run and lets go of its output folder. The models can still be used and saved."""
         self.is_closed = True
         signals.ended(self)
         self.log.close()
@@ -228,64 +291,10 @@ class Trainer(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def run(self) -> None:
         """Does all steps, and closes, whatever happens."""
         with self:
-            for _ in self:
-                pass
-
-
-class CheckpointClock:
-    """Says when a checkpoint is due by the time, so that no more than `minutes` of work are lost; 0: never.
-
-    It waits longer where all checkpoints of the process so far, and another one as long as the last, would take more
-    than MAX_SHARE of its time. How long the first one takes is estimated from its bytes."""
-
-    def __init__(self, minutes: float) -> None:
-        self.minutes = minutes
-        self.begun = self.last = time.monotonic()
-        self.seconds = 0.0
-        self.seconds_of_last: float | None = None
-
-    def is_due(self, num_bytes: Callable[[], int]) -> bool:
-        """Whether it is time for a checkpoint; num_bytes: says how many bytes one takes."""
-        now = time.monotonic()
-        if not self.minutes or now - self.last < 60 * self.minutes:
-            return False
-        next_one = num_bytes() / WRITE_SPEED if self.seconds_of_last is None else self.seconds_of_last
-        return self.seconds + next_one <= MAX_SHARE * (now - self.begun)
-
-    def saved(self, seconds: float) -> None:
-        """Takes note of a checkpoint, and of how long it took."""
-        self.last = time.monotonic()
-        self.seconds, self.seconds_of_last = self.seconds + seconds, seconds
-
-
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """How many bytes tensors take; of sharded ones, all shards together."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def step_of(folder: Path) -> int | None:
-    """After which step <output>/model or best was written, as steps.json says; None if it is not there, or unknown."""
-    step = _noted(folder.parent).get(folder.name)
-    return step if isinstance(step, int) and folder.exists() else None
-
-
-def _noted(output: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((output / STEPS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # none was written, or it is damaged
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def note_step(output: Path, name: str, step: int | None) -> None:
-    """Notes the step of a model in the output folder, or that it is no longer known, or how many steps are planned; the
-    first process does."""
-    noted = _noted(output) if distributed.is_main_process() else {}
-    if distributed.is_main_process() and noted.get(name) != step:
-        write_json(output / STEPS, {**noted, name: step})
+            list(self)

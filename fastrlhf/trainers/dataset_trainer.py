@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from fastrlhf.data import Loaded, stream, verdict_of
-from fastrlhf.data.template import load_tokenizer
 from fastrlhf.errors import UserError
 from fastrlhf.models.policy import Role
 from fastrlhf.runtime import distributed
@@ -20,10 +19,10 @@ from fastrlhf.runtime.fsdp import shard
 from fastrlhf.runtime.metrics import Statistics
 from fastrlhf.runtime.optim import Optimizer, check_finite
 from fastrlhf.settings.training import TuningConfig
-from fastrlhf.trainers.base import Trainer, bytes_of
+from fastrlhf.trainers.base import Trainer
+from fastrlhf.trainers.checkpoint_clock import bytes_of
+from fastrlhf.trainers.loading import check_fits, load_with_held_out
 from fastrlhf.trainers.memory_plan import plan_training, print_memory_plan
-from fastrlhf.trainers.oom import TokenBudget
-from fastrlhf.trainers.setup import begin, check_fits, load_with_held_out, prepare
 
 C = TypeVar("C", bound=TuningConfig)
 T = TypeVar("T")
@@ -31,36 +30,40 @@ M = TypeVar("M", bound=Role)
 
 
 class DatasetTrainer(Trainer, Generic[C, T, M]):
-    """A loop that goes over rows of a file; iterate over it to train. rows and held_out are those to train on and not.
+    """A trainer on the rows of a file. rows and held_out are those to train on and not.
 
-    num_rows: to be trained on in all epochs; num_rows_done: so far
-
-    Raises: what the configuration, the data, the model or the output folder are refused for, before training begins."""
+    num_rows: to be trained on in all epochs; num_rows_done: so far"""
 
     config: C
+    ended_epoch = False  # whether the last step did
 
-    def __init__(self, config: C) -> None:
-        self.config, self.best = config, {}
-        self.folder = prepare(config)
-        checkpoint = self.folder.checkpoint
-        self.device = config.resolve_device()
-        self.tokenizer = load_tokenizer(config.model)
+    def set_up(self) -> None:
+        self.load_data()
+        self.load_model()
+        self.make_optimizer()
+
+    def load_data(self) -> None:
+        """Reads the rows; plans the memory that their longest step takes."""
+        config = self.config
         self.rows, self.held_out = load_with_held_out(self.read, config, self.tokenizer)
         self.num_rows = config.epochs * len(self.rows)
         self.num_rows_done, self.num_steps = 0, -(-self.num_rows // config.batch_size)
-        longest = sorted(map(self.num_tokens, self.rows), reverse=True)[: config.batch_size]
-        reference = self.transient_model(resumed=checkpoint is not None)
-        plan = partial(plan_training, num_heads=self.num_heads, reference=reference)
-        self.plan = print_memory_plan(plan, config, num_tokens=sum(longest))
-        self.model = self.load_model(checkpoint)
         self.longest_row = max(len(s) for row in (*self.rows, *self.held_out) for s in self.sequences(row))
+        longest = sorted(map(self.num_tokens, self.rows), reverse=True)[: config.batch_size]
+        plan = partial(plan_training, num_heads=self.num_heads, reference=self.transient_model())
+        self.plan = print_memory_plan(plan, config, num_tokens=sum(longest))
+
+    def load_model(self) -> None:
+        """Loads the model to train, and what its loss needs of the whole model."""
+        self.model = self.make_model()
         check_fits(self.model.model, self.tokenizer, longest_row=self.longest_row)
-        self.on_model_loaded(resumed=checkpoint is not None)
-        if config.parallel == "fsdp":
+        self.on_model_loaded()
+        if self.config.parallel == "fsdp":
             shard(self.model)
-        self.budget = TokenBudget(config.max_tokens)
-        self.optimizer = Optimizer.of(config, self.model, num_steps=self.num_steps)
-        begin(self, self.fingerprint_rows())
+
+    def make_optimizer(self) -> None:
+        """Makes the optimizer, whose schedule ends with the last step."""
+        self.optimizer = Optimizer.of(self.config, self.model, num_steps=self.num_steps)
 
     @abstractmethod
     def read(self, path: str | Path, tokenizer: Any, **options: Any) -> Loaded[T]:
@@ -75,15 +78,15 @@ class DatasetTrainer(Trainer, Generic[C, T, M]):
         """How many heads of scores the model has; 0: it has one of words instead."""
         return 0
 
-    def transient_model(self, *, resumed: bool) -> str | None:
+    def transient_model(self) -> str | None:
         """What is loaded beside the model, and gone before the first step."""
         return None
 
     @abstractmethod
-    def load_model(self, checkpoint: Path | None) -> M:
-        """The model to train."""
+    def make_model(self) -> M:
+        """The model to train: that of the checkpoint, if there is one."""
 
-    def on_model_loaded(self, *, resumed: bool) -> None:
+    def on_model_loaded(self) -> None:
         """What there is to do with the whole model, before it is cut into shards."""
 
     def fingerprint_rows(self) -> Iterator[Sequence[int]]:
@@ -97,9 +100,9 @@ class DatasetTrainer(Trainer, Generic[C, T, M]):
         """Leaves this process's share of the gradients of a step on some of the rows, in micro-batches of max_tokens;
         returns its statistics, among them loss. done is told how many tokens were worked on."""
 
-    @abstractmethod
-    def evaluate(self) -> dict[str, float]:
-        """The metrics of the held-out rows."""
+    def is_eval_due(self, step: int) -> bool:
+        every = self.config.eval_every
+        return bool(self.held_out) and step > 0 and (self.ended_epoch or bool(every and step % every == 0))
 
     def num_tokens(self, row: T) -> int:
         """The tokens of a row."""
@@ -125,10 +128,7 @@ class DatasetTrainer(Trainer, Generic[C, T, M]):
         metrics["learning_rate"] = self.optimizer.learning_rate
         metrics["grad_norm"] = self.optimizer.step(where).item()
         metrics["num_tokens"] = sum(self.num_tokens(self.rows[row]) for row in rows)
-        due = config.eval_every and (self.num_steps_done + 1) % config.eval_every == 0
-        ends_epoch = done == self.num_rows or done // size > self.num_rows_done // size
-        if self.held_out and (due or ends_epoch):
-            metrics |= self.evaluate()
+        self.ended_epoch = done == self.num_rows or done // size > self.num_rows_done // size
         self.num_rows_done = done
         return metrics
 

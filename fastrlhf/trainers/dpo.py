@@ -30,7 +30,6 @@ class DPO(PreferenceTrainer[Pair]):
     for metrics in DPO(DPOConfig(model="sft/model", data="pairs.jsonl", output="dpo")):
         print(metrics["accuracy"])
 
-    Raises: what the configuration, the data, the models or the output folder are refused for, before training begins.
     Source: Rafailov et al., arXiv 2305.18290; the other losses: preferences.py."""
 
     def read(self, path: str | Path, tokenizer: Any, **options: Any) -> Loaded[Pair]:
@@ -47,9 +46,9 @@ class DPO(PreferenceTrainer[Pair]):
     def needs_reference(self) -> bool:
         return not self.config.reference_free and self.config.loss not in ("simpo", "orpo")
 
-    def on_model_loaded(self, *, resumed: bool) -> None:
+    def on_model_loaded(self) -> None:
         self.shares_prompts = self.config.share_prompts and can_share_prompts(self.model, self.device)
-        if self.needs_reference() and not resumed:
+        if self.needs_reference() and self.checkpoint is None:
             reference = self.load_reference()
             for name, pairs in (("pairs", self.rows), ("held_out", self.held_out)):
                 self.reference_logprobs[name] = self.logprobs_of(reference, pairs)
@@ -113,7 +112,7 @@ class DPO(PreferenceTrainer[Pair]):
         return weights * losses, of_pairs
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int | None = None) -> dict[str, float]:
         """Means over the held-out pairs, and the accuracy as that of reward models, with its interval."""
         batch, parts = self.pack("held_out", range(len(self.held_out))), []
         for part, pairs in parts_with_rows(batch, self.held_out, self.config.max_tokens):

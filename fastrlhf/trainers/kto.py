@@ -31,7 +31,6 @@ class KTO(PreferenceTrainer[Labelled]):
 
     A response counts by how far its log-probability, less the reference's, is from kl: the mean of that over the
     rows of the step, each prompt with a response to another prompt, or 0 if it is negative. It gets no gradient.
-    Raises: what the configuration, the data, the models or the output folder are refused for, before training begins.
     Source: Ethayarajh et al., arXiv 2402.01306, equation 8; kl as in TRL's KTOTrainer, but of the whole step."""
 
     def read(self, path: str | Path, tokenizer: Any, **options: Any) -> Loaded[Labelled]:
@@ -45,7 +44,7 @@ class KTO(PreferenceTrainer[Labelled]):
     def sequences(self, row: Labelled) -> list[list[int]]:
         return sides(row)
 
-    def on_model_loaded(self, *, resumed: bool) -> None:
+    def on_model_loaded(self) -> None:
         self.mismatched = {
             name: mismatched(rows, self.longest_row, what)
             for name, rows, what in (
@@ -53,7 +52,7 @@ class KTO(PreferenceTrainer[Labelled]):
                 ("held_out", self.held_out, "held-out rows"),
             )
         }
-        if resumed:
+        if self.checkpoint is not None:
             return
         reference = self.load_reference()
         for name, rows in (("rows", self.rows), ("held_out", self.held_out)):
@@ -95,7 +94,7 @@ class KTO(PreferenceTrainer[Labelled]):
         return losses, {"accuracy": 0.5 + 0.5 * ahead.sign(), **stats}
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int | None = None) -> dict[str, float]:
         """Means over the held-out rows; accuracy: a wanted response is above kl, another below, of labels but 1/2."""
         size, max_tokens = len(self.held_out), self.config.max_tokens
         numbers = range(size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -11,7 +10,7 @@ from fastrlhf.data.template import check_same_vocabulary, load_tokenizer
 from fastrlhf.models.policy import Policy
 from fastrlhf.settings.training import DPOConfig
 from fastrlhf.trainers.dataset_trainer import DatasetTrainer
-from fastrlhf.trainers.setup import check_fits, load_trained
+from fastrlhf.trainers.loading import check_fits, load_trained
 
 T = TypeVar("T")
 
@@ -20,23 +19,23 @@ class PreferenceTrainer(DatasetTrainer[DPOConfig, T, Policy]):
     """What DPO and KTO share. reference_logprobs, by what they are of, are kept in checkpoints, so that a resumed run
     needs no reference; `on_model_loaded` of a subclass fills them, when there are no gradients and moments yet."""
 
-    def load_model(self, checkpoint: Path | None) -> Policy:
+    def make_model(self) -> Policy:
         self.reference_logprobs: dict[str, Tensor] = {}
-        return load_trained(Policy, self.config, checkpoint)
+        return load_trained(Policy, self.config, self.checkpoint)
 
     def needs_reference(self) -> bool:
         """Whether the loss has a reference."""
         return True
 
-    def transient_model(self, *, resumed: bool) -> str | None:
-        if resumed or not self.needs_reference():
+    def transient_model(self) -> str | None:
+        if self.checkpoint is not None or not self.needs_reference():
             return None
         return self.config.reference or (None if self.config.lora_rank else self.config.model)
 
     def load_reference(self) -> Policy:
         """The policy without its adapter if it has one, unless another reference is asked for."""
         config, autocast = self.config, self.config.autocast_dtype()
-        source = self.transient_model(resumed=False)
+        source = self.transient_model()
         if source is None:
             return Policy(self.model.model, autocast=autocast)
         if config.reference:

@@ -20,8 +20,8 @@ from fastrlhf.runtime import distributed
 from fastrlhf.runtime.metrics import Statistics
 from fastrlhf.settings.training import RewardConfig
 from fastrlhf.trainers.dataset_trainer import DatasetTrainer
+from fastrlhf.trainers.loading import check_fits, load_trained
 from fastrlhf.trainers.objectives import LOADERS, Objective, Ratings, make_objective
-from fastrlhf.trainers.setup import check_fits, load_trained
 
 T = TypeVar("T", bound=Judged)
 
@@ -30,9 +30,7 @@ class RewardTrainer(DatasetTrainer[RewardConfig, Judged, RewardModel]):
     """Trains a reward model; iterate over it to train.
 
     for metrics in RewardTrainer(RewardConfig(model="sft/model", data="pairs.jsonl", output="reward")):
-        print(metrics["accuracy"])
-
-    Raises: what the configuration, the data, the model or the output folder are refused for, before training begins."""
+        print(metrics["accuracy"])"""
 
     def read(self, path: str | Path, tokenizer: Any, **options: Any) -> Loaded[Any]:
         name = self.config.objective
@@ -55,14 +53,14 @@ class RewardTrainer(DatasetTrainer[RewardConfig, Judged, RewardModel]):
     def num_heads(self) -> int:
         return max(len(self.objective.heads), 1)
 
-    def load_model(self, checkpoint: Path | None) -> RewardModel:
+    def make_model(self) -> RewardModel:
         heads, init = self.objective.heads, self.config.head_init
-        model = load_trained(RewardModel, self.config, checkpoint, new_head=True, heads=heads, head_init=init)
+        model = load_trained(RewardModel, self.config, self.checkpoint, new_head=True, heads=heads, head_init=init)
         if isinstance(self.objective, Ratings) and not any(model.biases):
             model.biases = self.objective.means.tolist()
         return model
 
-    def on_model_loaded(self, *, resumed: bool) -> None:
+    def on_model_loaded(self) -> None:
         choose_pad(self.tokenizer, eos_token_ids(self.tokenizer, self.model.model))
         self.shares_prompts = self.config.share_prompts and can_share_prompts(self.model, self.device)
         self.center_on: list[list[int]] = []  # demonstrations that are to score 0
@@ -86,12 +84,10 @@ class RewardTrainer(DatasetTrainer[RewardConfig, Judged, RewardModel]):
     def num_computed(self, row: Judged) -> int:
         return self.num_tokens(row) - self.shares_prompts * len(row.prompt) * (len(row.responses) - 1)
 
-    def step(self) -> dict[str, float]:
-        metrics, config = super().step(), self.config
+    def end_step(self, metrics: dict[str, float]) -> None:
         compares = self.objective_name in ("pairs", "plackett_luce", "all_pairs")
-        if compares and config.center_bias and self.num_steps_done + 1 == self.num_steps:
+        if compares and self.config.center_bias and self.num_steps_done + 1 == self.num_steps:
             metrics |= self.center()
-        return metrics
 
     def add_gradients(self, rows: list[int], done: Callable[[int], object], max_tokens: int) -> Statistics:
         stats = Statistics()
@@ -103,7 +99,7 @@ class RewardTrainer(DatasetTrainer[RewardConfig, Judged, RewardModel]):
         return stats
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int | None = None) -> dict[str, float]:
         """Loss and accuracy (ratings: correlation) on the held-out rows, with the ends of the 95 % interval."""
         found = self.objective.evaluate(self.score(self.held_out).double(), self.held_out)
         return {f"eval/{name}": value for name, value in found.items()}

@@ -15,7 +15,7 @@ from fastrlhf.runtime import distributed
 from fastrlhf.runtime.metrics import Statistics
 from fastrlhf.settings.training import SFTConfig
 from fastrlhf.trainers.dataset_trainer import DatasetTrainer
-from fastrlhf.trainers.setup import load_trained
+from fastrlhf.trainers.loading import load_trained
 
 
 class SFT(DatasetTrainer[SFTConfig, Demonstration, Policy]):
@@ -25,8 +25,7 @@ class SFT(DatasetTrainer[SFTConfig, Demonstration, Policy]):
         print(metrics["loss"])
 
     loss = -sum of the response tokens' log-probabilities / their number in the whole step, so that neither packing nor
-    micro-batches change it.
-    Raises: what the configuration, the data, the model or the output folder are refused for, before training begins."""
+    micro-batches change it."""
 
     def read(self, path: str | Path, tokenizer: Any, **options: Any) -> Loaded[Demonstration]:
         return load_demonstrations(path, tokenizer, **options)
@@ -34,8 +33,8 @@ class SFT(DatasetTrainer[SFTConfig, Demonstration, Policy]):
     def sequences(self, row: Demonstration) -> list[list[int]]:
         return [row.tokens]
 
-    def load_model(self, checkpoint: Path | None) -> Policy:
-        return load_trained(Policy, self.config, checkpoint)
+    def make_model(self) -> Policy:
+        return load_trained(Policy, self.config, self.checkpoint)
 
     def add_gradients(self, rows: list[int], done: Callable[[int], object], max_tokens: int) -> Statistics:
         batch, stats = self.pack([self.rows[row] for row in rows]), Statistics()
@@ -47,7 +46,7 @@ class SFT(DatasetTrainer[SFTConfig, Demonstration, Policy]):
         return stats
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int | None = None) -> dict[str, float]:
         """The mean loss of the response tokens of the held-out demonstrations."""
         batch = self.pack(self.held_out)
         parts = batch.microbatches(self.config.max_tokens, share=distributed.rank_and_world_size())

@@ -32,8 +32,8 @@ def test_half_precision_is_refused_by_its_name_or_fails():
         raise TypeError("no kernel" if rewards.dtype == torch.bfloat16 else "gae: rewards must be float32, got float16")
 
     wrong = check.Op(**{**vars(OPS["gae"]), "forward": broken})
-    assert check._cell(wrong, wrong.reference, "cpu", torch.bfloat16) == "FAIL TypeError"
-    assert check._cell(wrong, wrong.reference, "cpu", torch.float16) == "as float32"
+    assert check._cell(wrong, wrong.reference, "cpu", torch.bfloat16) == ("FAIL TypeError", 1)
+    assert check._cell(wrong, wrong.reference, "cpu", torch.float16) == ("as float32", 0)
 
 
 def test_an_output_that_is_not_finite_fails():

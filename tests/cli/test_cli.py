@@ -12,7 +12,8 @@ from loops import ROOT, demonstrations, model_folder, pairs, write_rows
 from transformers import AutoModelForCausalLM
 
 import fastrlhf
-from fastrlhf.cli.main import COMMANDS, LOOP_PRODUCTS, main
+from fastrlhf.cli.commands import COMMANDS, LOOP_PRODUCTS
+from fastrlhf.cli.main import main
 from fastrlhf.cli.options import parse
 from fastrlhf.errors import NonFiniteError
 from fastrlhf.runtime import distributed

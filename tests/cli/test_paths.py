@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastrlhf.cli.main import COMMANDS
+from fastrlhf.cli.commands import COMMANDS
 from fastrlhf.cli.options import parse
 from fastrlhf.data import read_rows
 from fastrlhf.settings.feedback import LabelConfig

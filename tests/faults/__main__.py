@@ -27,7 +27,7 @@ from campaign import KINDS, Campaign, Task
 from commands import COMMANDS, OF_ROWS, make_inputs
 from tables import tables
 
-import fastrlhf.cli.main as command_line
+from fastrlhf.cli.commands import COMMANDS as OF_CLI
 
 
 def main() -> int:
@@ -104,7 +104,7 @@ def preload() -> None:
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    for command in command_line.COMMANDS.values():
+    for command in OF_CLI.values():
         importlib.import_module("fastrlhf." + command.source.partition(":")[0])
 
 

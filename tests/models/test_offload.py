@@ -95,7 +95,7 @@ def test_a_run_that_is_resumed_is_the_same(folder, tmp_path, travels, monkeypatc
 
 def test_between_the_phases_all_that_is_idle_rests(folder, tmp_path, travels):
     trainer = PPO(config(folder, tmp_path / "out", offload="idle"))
-    generate, seen, steps = trainer.engine.generate, [], []
+    generate, seen, steps = trainer.rollout.engine.generate, [], []
 
     def watched(*args, **options):
         idle = {trainer.reference, *(m for m, _ in (*trainer.scorer.models, *trainer.held_out.scorer.models))}
@@ -106,7 +106,7 @@ def test_between_the_phases_all_that_is_idle_rests(folder, tmp_path, travels):
         steps.append({turned(state["step"]).item() for state in states})
         return generate(*args, **options)
 
-    trainer.engine.generate = watched
+    trainer.rollout.engine.generate = watched
     next(trainer)
     next(trainer)
     assert seen[:3] == [3, 3, 3]  # reference, reward model, judge

@@ -11,7 +11,8 @@ import torch
 
 from fastrlhf.runtime import checkpoint
 from fastrlhf.runtime.atomic_io import write_whole
-from fastrlhf.runtime.checkpoint import fingerprint, load_state, newest_checkpoint, save_checkpoint
+from fastrlhf.runtime.checkpoint import load_state, newest_checkpoint, save_checkpoint
+from fastrlhf.runtime.fingerprints import fingerprint
 from fastrlhf.runtime.output_folder import OutputFolder
 from fastrlhf.settings.training import SFTConfig
 

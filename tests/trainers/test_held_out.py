@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from fastrlhf import PPO, PPOConfig
 from fastrlhf.cli.main import main
 from fastrlhf.generation.engine import Engine, Sampling
+from fastrlhf.runtime.saved_models import write_model
 from fastrlhf.trainers.ppo.diagnostics import HealthChecks
 from fastrlhf.trainers.ppo.held_out import HeldOut
 
@@ -85,7 +86,7 @@ def test_the_best_of_what_is_done_again_with_another_learning_rate_is_forgotten(
     with PPO(config(folder, **options)) as trainer:
         for _ in trainer:
             pass
-    trainer._write_model("best")  # as if the last step had been the best
+    write_model(trainer.output, "best", trainer.num_steps_done, trainer.save)  # as if the last step had been the best
     for step in (3, 4):
         shutil.rmtree(folder / f"out/checkpoints/step-{step:06d}")
     resumed = PPO(config(folder, **{**options, "learning_rate": 1e-6}, resume=True))
@@ -139,7 +140,10 @@ def test_the_average_answers_where_it_is_the_final_model(folder):
     *_, metrics = trainer
     policy = PPO(config(folder, **changes(folder, steps=2, learning_rate=1e-1), output=str(folder / "b")))
     *_, of_policy = policy
-    assert trainer.final_engine is not trainer.engine and policy.final_engine is policy.engine
+    assert (
+        trainer.rollout.final_engine is not trainer.rollout.engine
+        and policy.rollout.final_engine is policy.rollout.engine
+    )
     assert metrics["eval/score"] != of_policy["eval/score"]
 
 

@@ -67,7 +67,7 @@ def test_models_gradients_and_moments_take_what_was_planned(folder, changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
         next(trainer)
-    roles = [trainer.policy, trainer.reference, trainer.value_model, trainer.roles.average]
+    roles = [trainer.policy, trainer.reference, trainer.value_model, trainer.models.average]
     scorers = {trainer.scorer, trainer.held_out.scorer}
     roles += [model for scorer in scorers for model, _ in scorer.models]
     weights = nbytes(p for role in roles if role is not None for p in role.parameters())
@@ -121,7 +121,7 @@ def test_recomputation_plans_a_fraction(tmp_path):
 def test_the_cache_is_that_of_the_engine(folder):
     trainer = PPO(config(folder, max_slots=5))
     longest = max(len(prompt.tokens) for prompt in trainer.prompts)
-    expected = 5 * (longest + 8) * trainer.engine.bytes_per_token()
+    expected = 5 * (longest + 8) * trainer.rollout.engine.bytes_per_token()
     assert trainer.plan.rest[f"KV cache, 5 x {longest + 8} tokens"] == expected
     small = plan_ppo(config(folder, max_slots=5, kv_budget=1e-5), longest_prompt=longest)
     assert small.rest[f"KV cache, 5 x {longest + 8} tokens"] == 1e-5 * 2**30

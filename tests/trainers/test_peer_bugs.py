@@ -17,7 +17,7 @@ from test_ppo import make_folder
 from test_rollout import engine_of, model_of, prompts_of
 
 from fastrlhf import PPO, PPOConfig
-from fastrlhf.cli.main import COMMANDS
+from fastrlhf.cli.commands import COMMANDS
 from fastrlhf.generation.engine import Sampling
 from fastrlhf.settings.training import RewardConfig, SFTConfig
 from fastrlhf.settings.values import field_types

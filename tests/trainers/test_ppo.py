@@ -80,7 +80,7 @@ def test_at_the_first_minibatch_ratios_are_one_and_the_kl_is_zero(folder):
 def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(folder, monkeypatch, dtype, change):
     assert next(PPO(config(folder, dtype=dtype, output=str(folder / "right"))))
     trainer = PPO(config(folder, dtype=dtype))
-    generate = trainer.engine.generate
+    generate = trainer.rollout.engine.generate
 
     def wrong(*args, **kwargs):
         samples = generate(*args, **kwargs)
@@ -88,7 +88,7 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(folder, monkeyp
             sample.logprobs[:] = [x - change for x in sample.logprobs]
         return samples
 
-    monkeypatch.setattr(trainer.engine, "generate", wrong)
+    monkeypatch.setattr(trainer.rollout.engine, "generate", wrong)
     with pytest.raises(RuntimeError, match="sampler and trainer disagree"):
         next(trainer)
 
@@ -190,9 +190,9 @@ def test_a_reward_model_that_scores_nan_is_named(folder):
 
 
 def test_an_import_that_fails_inside_the_rewards_module_is_told_as_it_is(folder, monkeypatch):
-    (folder / "rewards_that_import.py").write_text("import rewards\n")
+    (folder / "rewards_that_import.py").write_text("import no_such_rules\n")
     monkeypatch.syspath_prepend(str(folder))
-    with pytest.raises(ModuleNotFoundError, match="No module named 'rewards'"):
+    with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_rules'"):
         PPO(config(folder, reward="rewards_that_import:f"))
 
 

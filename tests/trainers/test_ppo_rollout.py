@@ -108,7 +108,8 @@ def test_the_first_process_alone_brings_weights(folder, served, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("source", "text"), [("nowhere:push", "no module named 'nowhere'"), ("test_backend:none", "has no function 'none'")]
+    ("source", "text"),
+    [("nowhere:push", "no module named 'nowhere'"), ("test_ppo_rollout:none", "has no function 'none'")],
 )
 def test_a_weight_sync_that_is_no_function_is_named_before_the_run(folder, source, text):
     with pytest.raises(ValueError, match=f"weight_sync: .*{text}"):

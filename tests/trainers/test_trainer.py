@@ -15,13 +15,14 @@ from test_ppo import config as ppo_config
 from test_ppo import make_folder, share_of_low_tokens
 
 from fastrlhf import PPO
+from fastrlhf.runtime import saved_models
 from fastrlhf.runtime.checkpoint import newest_checkpoint
 from fastrlhf.runtime.jsonl import read_jsonl
 from fastrlhf.runtime.optim import learning_rate_at
 from fastrlhf.runtime.signals import Interrupted
 from fastrlhf.settings.training import SFTConfig
-from fastrlhf.trainers import base
-from fastrlhf.trainers.base import CheckpointClock
+from fastrlhf.trainers import base, checkpoint_clock
+from fastrlhf.trainers.checkpoint_clock import CheckpointClock
 from fastrlhf.trainers.sft import SFT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,7 +61,7 @@ def test_checkpoints_by_the_clock_come_in_time_and_take_at_most_5_percent(
     monkeypatch, seconds_of_step, seconds_of_checkpoint
 ):
     time = FakeTime()
-    monkeypatch.setattr(base, "time", time)
+    monkeypatch.setattr(checkpoint_clock, "time", time)
     clock, at, spent, saved = CheckpointClock(15), [], 0.0, 0.0
     for _ in range(3000):
         time.now += seconds_of_step
@@ -84,6 +85,7 @@ def test_checkpoints_are_every_15_minutes_unless_there_are_to_be_none(sft):
 def test_checkpoints_by_the_clock_change_nothing_else(sft, tmp_path, monkeypatch):
     sft(output=str(tmp_path / "whole")).run()
     time = FakeTime()
+    monkeypatch.setattr(checkpoint_clock, "time", time)
     monkeypatch.setattr(base, "time", time)
     steps = []
     with sft(save_every=0, save_minutes=1, keep_checkpoints=9) as loop:
@@ -268,7 +270,7 @@ def test_a_kill_before_the_model_of_an_extended_run_is_replaced_does_not_leave_t
         raise Killed
 
     with monkeypatch.context() as killed, pytest.raises(Killed):
-        killed.setattr(base, "write_whole", die)
+        killed.setattr(saved_models, "write_whole", die)
         sft(**plan, epochs=2, resume=True).run()
     assert files(tmp_path / "out")[Path("model/model.safetensors")] == old[Path("model/model.safetensors")]
     shutil.copytree(tmp_path / "out", tmp_path / "copy", copy_function=shutil.copyfile)

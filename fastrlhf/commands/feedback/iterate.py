@@ -243,7 +243,7 @@ class Iterate(Stages):
     def ppo(self, number: int) -> None:
         """Trains the policy on from where the last round left it; the KL penalty is to the SFT model."""
         trainer = PPO(self.ppo_config(number))
-        trainer.scores_start = False  # its answers to held-out prompts are scored among the pairs
+        trainer.evaluates_start = False  # its answers to held-out prompts are scored among the pairs
         trainer.run()
 
     def ppo_config(self, number: int) -> PPOConfig:

@@ -37,9 +37,9 @@ from fastrlhf.runtime.lock import Lock, check_free_above
 from fastrlhf.runtime.metrics import MetricsLog
 from fastrlhf.runtime.output_folder import check_reads_none_of
 from fastrlhf.settings.trust import EvaluateRewardConfig
+from fastrlhf.trainers.loading import check_fits
 from fastrlhf.trainers.objectives import LOADERS
 from fastrlhf.trainers.reward import pack_rows, sides
-from fastrlhf.trainers.setup import check_fits
 
 FILES = ("report.html", "summary.json", "scores.jsonl")
 

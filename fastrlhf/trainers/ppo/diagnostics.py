@@ -14,6 +14,7 @@ from fastrlhf.runtime.metrics import Statistics
 
 # mean |difference| of log-probabilities between servers and trainer: equal weights have 1e-5 in float32, 0.01 in bf16
 MAX_DIFFERENCE = 0.05
+NUM_SAMPLES = 4  # of a step that are left in samples.jsonl
 
 
 def describe(
@@ -167,7 +168,7 @@ class HealthChecks:
 
 
 def sample_rows(
-    samples: Sequence[Sample], batch: Packed, scores: Tensor, tokenizer: Any, number: int
+    samples: Sequence[Sample], batch: Packed, scores: Tensor, tokenizer: Any, number: int = NUM_SAMPLES
 ) -> list[dict[str, Any]]:
     """The first responses of a step as rows of samples.jsonl; kl is summed over the response."""
     kl = (batch["logprobs"] - batch["ref_logprobs"]).split(batch.response_lengths)

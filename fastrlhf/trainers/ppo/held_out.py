@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
-from fastrlhf.data import Prompt, load_prompts
+from fastrlhf.data import Prompt
 from fastrlhf.errors import UserError
 from fastrlhf.generation.sampling import Sample
+from fastrlhf.models.policy import Policy
 from fastrlhf.packing import Packed
 from fastrlhf.rewards.scorer import Scorer
-from fastrlhf.runtime import distributed
-from fastrlhf.runtime.checkpoint import fingerprint
+from fastrlhf.runtime.fingerprints import fingerprint
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.stats.falls import Falls
 from fastrlhf.stats.means import Mean
@@ -20,48 +20,38 @@ from fastrlhf.stats.means import Mean
 FIRST = 2**31  # number of the first held-out answer, above that of any answer that is trained on
 
 
+def load_scorers(
+    config: PPOConfig, tokenizer: Any, prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt], base: Policy | None
+) -> tuple[Scorer, Scorer]:
+    """Returns the scorer of the responses that are trained on, and that of the answers to held-out prompts, which is
+    the same without eval_reward. base: what reward models that are adapters may share"""
+    options: dict[str, Any] = {"device": config.resolve_device(), "autocast": config.autocast_dtype(), "base": base}
+    options |= {"max_tokens": config.max_tokens, **config.reward_options()}
+    columns, eval_columns = ({name for row in rows for name in row.columns} for rows in (prompts, eval_prompts))
+    scorer = Scorer(config.reward, tokenizer, columns=columns, **options)
+    if config.eval_reward is None:
+        return scorer, scorer
+    return scorer, Scorer(config.eval_reward, tokenizer, columns=eval_columns, **options)
+
+
 class HeldOut:
     """Held-out prompts and what judges the answers to them, at the start, after every eval_every-th step and the last.
 
-    prompts: none without eval_data; seeds: of the answers, the same each time, so that policies differ and not draws
-    scorer: of eval_reward, or else `trained`, the one whose reward is trained on
+    trained: the scorer whose reward is trained on; scorer: of eval_reward, or else `trained`
+    seeds: of the answers, the same each time, so that policies differ and not draws
     best: step and score of the best answers so far, empty before the first"""
 
-    def __init__(self, config: PPOConfig, tokenizer: Any, trained: Scorer, prompts: Sequence[Prompt], **options: Any):
-        self.config, self.trained, self.scorer = config, trained, trained
-        self.prompts: list[Prompt] = []
+    def __init__(self, config: PPOConfig, prompts: Sequence[Prompt], *, trained: Scorer, scorer: Scorer) -> None:
+        self.config, self.prompts, self.trained, self.scorer = config, prompts, trained, scorer
         self.best: dict[str, Any] = {}
         self.falls = Falls()
-        if config.eval_data is None:
-            return
-        loaded = load_prompts(
-            config.eval_data,
-            tokenizer,
-            max_prompt_tokens=config.max_prompt_tokens,
-            limit=config.eval_limit,
-            template=config.template,
-            template_kwargs=config.template_kwargs,
-            max_rejected=config.max_rejected,
-        )
-        self.prompts = loaded.rows
-        distributed.print_once(loaded.report)
-        seen = {tuple(prompt.tokens) for prompt in prompts}
-        if shared := sum(tuple(prompt.tokens) in seen for prompt in self.prompts):
-            distributed.print_once(
-                f"warning: {shared} of the {len(self.prompts)} prompts of {config.eval_data} are trained on too"
-            )
-        if config.eval_reward is not None:
-            columns = {name for prompt in self.prompts for name in prompt.columns}
-            self.scorer = Scorer(
-                config.eval_reward, tokenizer, max_tokens=config.max_tokens, columns=columns, **options
-            )
 
     @property
     def seeds(self) -> range:
         first = (self.config.seed << 32) + FIRST
         return range(first, first + len(self.prompts))
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether the policy answers after step 1, 2, ..., or 0, before the first."""
         return bool(self.prompts) and (step % self.config.eval_every == 0 or step == self.config.steps)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -19,13 +20,23 @@ from fastrlhf.models.policy import ValueModel
 from fastrlhf.ops import approx_kl, ppo_policy_loss, value_loss
 from fastrlhf.packing import Packed, pack
 from fastrlhf.runtime import distributed
-from fastrlhf.runtime.checkpoint import fingerprint
+from fastrlhf.runtime.fingerprints import fingerprint
 from fastrlhf.runtime.metrics import Statistics
 from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.settings.ppo import PPOConfig
-from fastrlhf.trainers.base import bytes_of
+from fastrlhf.trainers.checkpoint_clock import bytes_of
 from fastrlhf.trainers.oom import TokenBudget
 from fastrlhf.trainers.ppo.models import PPOModels
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimizer step did.
+
+    changed_policy: False while the value model warms up, and once the policy went too far (max_update_kl)"""
+
+    stats: Statistics
+    changed_policy: bool
 
 
 class Learner:
@@ -35,12 +46,12 @@ class Learner:
     budget: of a micro-batch"""
 
     def __init__(
-        self, config: PPOConfig, roles: PPOModels, budget: TokenBudget, *, ptx: Sequence[Demonstration]
+        self, config: PPOConfig, models: PPOModels, budget: TokenBudget, *, ptx: Sequence[Demonstration]
     ) -> None:
         self.budget = budget
-        self.config, self.ptx, self.num_value_warmup_steps = config, ptx, roles.num_value_warmup_steps
-        self.policy, self.value_model = roles.policy, roles.value_model
-        self.step, self.kl_coef = 0, config.kl_coef
+        self.config, self.ptx, self.num_value_warmup_steps = config, ptx, models.num_value_warmup_steps
+        self.policy, self.value_model = models.policy, models.value_model
+        self.step_index, self.kl_coef = 0, config.kl_coef
         self.orders = {"minibatches": MINIBATCHES, "ptx": PTX}  # what shuffles them is for
         updates = config.epochs * config.minibatches
         # the policy's schedule begins where its training does
@@ -70,12 +81,12 @@ class Learner:
             steps = f"steps {step + 1} to {number} train" if step + 1 < number else f"step {number} trains"
             distributed.print_once(f"{steps} the value model alone; the policy is trained from step {number + 1} on")
 
-    def train(self, batch: Packed, *, step: int, kl_coef: float, done: Callable[[int], object]) -> list[Statistics]:
-        """The updates of step 0, 1, ... Returns the statistics of each.
+    def train(self, batch: Packed, *, step: int, kl_coef: float, done: Callable[[int], object]) -> list[Update]:
+        """Does the updates of step 0, 1, ...
 
         batch: fields logprobs, old_logprobs, ref_logprobs, advantages, prompts; with a value model values and returns
         done: called with the tokens of each micro-batch"""
-        self.step, self.kl_coef = step, kl_coef
+        self.step_index, self.kl_coef = step, kl_coef
         if step == self.num_value_warmup_steps > 0:
             distributed.print_once(
                 f"the value model's warm-up is over: from step {step + 1} on the policy is trained, too"
@@ -83,12 +94,12 @@ class Learner:
         num_policy_steps = step - self.num_value_warmup_steps
         # wherever an earlier step ended
         self.policy_optimizer.num_steps_done = max(num_policy_steps, 0) * self.config.epochs * self.config.minibatches
-        trains_policy, stats = num_policy_steps >= 0, []
+        trains_policy, updates = num_policy_steps >= 0, []
         with onloaded(*self.optimizers):
             for number, minibatch in enumerate(self.minibatches(batch, step), 1):
-                stats.append(self.update(minibatch, number, trains_policy, done))
-                trains_policy = trains_policy and "ppo/policy/grad_norm" in stats[-1].values
-        return stats
+                updates.append(self.update(minibatch, number, trains_policy, done))
+                trains_policy = updates[-1].changed_policy
+        return updates
 
     def minibatches(self, batch: Packed, step: int) -> Iterator[Packed]:
         """The minibatches of each epoch: the responses in an order that follows from seed, step and epoch.
@@ -104,8 +115,8 @@ class Learner:
             for start, stop in pairwise(bounds):
                 yield batch.select([each * unit + n for unit in sorted(order[start:stop]) for n in range(each)])
 
-    def update(self, minibatch: Packed, number: int, trains_policy: bool, done: Callable[[int], object]) -> Statistics:
-        """One optimizer step of the policy and of the value model. Returns its statistics.
+    def update(self, minibatch: Packed, number: int, trains_policy: bool, done: Callable[[int], object]) -> Update:
+        """One optimizer step of the policy and of the value model.
 
         Losses are sums over tokens divided by the tokens of the whole minibatch, so neither micro-batches matter nor
         the number of processes that share them."""
@@ -113,16 +124,17 @@ class Learner:
         stats = self.budget.run(
             work, lengths=minibatch.full_lengths, total=minibatch.num_tokens, optimizers=self.optimizers
         )
-        where = f"step {self.step + 1}, minibatch {number} ({minibatch.num_sequences} responses)"
-        if trains_policy and self.went_too_far(stats):
-            self.policy_optimizer.drop_gradients()
-        elif trains_policy:
+        where = f"step {self.step_index + 1}, minibatch {number} ({minibatch.num_sequences} responses)"
+        changes_policy = trains_policy and not self.went_too_far(stats)
+        if changes_policy:
             learning_rate = self.policy_optimizer.learning_rate
             stats.add("ppo/policy/", {"learning_rate": torch.tensor(learning_rate, dtype=torch.float64)})
             stats.add("ppo/policy/", {"grad_norm": self.policy_optimizer.step(f"the policy's update, {where}")})
+        elif trains_policy:
+            self.policy_optimizer.drop_gradients()
         if self.value_model is not None:
             stats.add("ppo/value/", {"grad_norm": self.value_optimizer.step(f"the value model's update, {where}")})
-        return stats
+        return Update(stats, changes_policy)
 
     def add_gradients(
         self, minibatch: Packed, trains_policy: bool, done: Callable[[int], object], max_tokens: int

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -13,14 +15,65 @@ from fastrlhf.data import Prompt
 from fastrlhf.data.template import eos_token_ids
 from fastrlhf.generation.engine import Engine
 from fastrlhf.generation.rollout_server import ServerBackend
-from fastrlhf.generation.sampling import RolloutBackend, Sampling
+from fastrlhf.generation.sampling import RolloutBackend, Sample, Sampling
 from fastrlhf.generation.weight_sync import check_adapter, lora
-from fastrlhf.models.policy import Policy
+from fastrlhf.models.policy import Policy, autocasting
 from fastrlhf.rewards.named_functions import load_function
 from fastrlhf.runtime import distributed
+from fastrlhf.runtime.fsdp import unsharded, unsharded_replica
 from fastrlhf.runtime.http import ServerError, read_key, reason_in, shown, without_key
+from fastrlhf.runtime.metrics import MetricsLog
 from fastrlhf.runtime.output_folder import ROLLOUT_WEIGHTS
 from fastrlhf.settings.ppo import STALE, PPOConfig
+from fastrlhf.trainers.ppo.models import PPOModels
+
+
+class Rollout:
+    """Draws the responses of a run.
+
+    sampling: how; engine: of the policy; final_engine: of the policy that the run leaves, for held-out prompts
+    gives_logprobs: whether log-probabilities of the engine are those of a trainer's forward pass, to 1e-5; not so in
+    half precision, where the two round differently, and where something else than the engine samples"""
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        models: PPOModels,
+        tokenizer: Any,
+        *,
+        backend: Callable[[Policy], RolloutBackend] | None = None,
+    ) -> None:
+        self.config, self.models = config, models
+        self.sampling = Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling) if f.name != "greedy"})
+        make = backend or partial(make_backend, config, tokenizer=tokenizer)
+        self.engine = self.final_engine = make(unsharded_replica(models.policy))
+        if models.average is not None:
+            self.final_engine = make_engine(config, unsharded_replica(models.average), tokenizer)
+        in_process = backend is None and config.rollout_url is None
+        self.gives_logprobs = in_process and models.policy.autocast is None
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises UserError or ServerError where servers cannot do what a run is going to ask of them."""
+        if isinstance(self.engine, ServerBackend):
+            self.engine.check([prompt.tokens for prompt in prompts], self.sampling)
+
+    def generate(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, greedy: bool = False, final: bool = False
+    ) -> list[Sample]:
+        """Returns a response to each prompt, whose draws follow from its seed. Each process draws a share of them.
+
+        greedy: takes the likeliest tokens instead; final: of the policy that the run leaves"""
+        policy, engine = (self.models.final, self.final_engine) if final else (self.models.policy, self.engine)
+        progress = MetricsLog.progress("generate", len(prompts) * self.sampling.max_new_tokens)
+        device = self.models.policy.model.device
+        with unsharded(policy), progress as done, autocasting(device, self.models.policy.autocast):
+            own = engine.generate(
+                [prompt.tokens for prompt in distributed.local_share(prompts)],
+                replace(self.sampling, greedy=True) if greedy else self.sampling,
+                seeds=distributed.local_share(seeds),
+                progress=done,
+            )
+        return [sample for samples in distributed.all_gather(own) for sample in samples]
 
 
 def make_engine(config: PPOConfig, policy: Policy, tokenizer: Any) -> Engine:
@@ -53,14 +106,6 @@ def make_backend(config: PPOConfig, policy: Policy, tokenizer: Any) -> RolloutBa
         api_key=key,
         vocab_size=policy.model.config.get_text_config().vocab_size,
     )
-
-
-def check_servers(
-    backend: RolloutBackend, prompts: Sequence[Prompt], held_out: Sequence[Prompt], how: Sampling
-) -> None:
-    """Raises ValueError or ServerError where servers cannot do what a run is going to ask of them."""
-    if isinstance(backend, ServerBackend):
-        backend.check([prompt.tokens for prompt in (*prompts, *held_out)], how)
 
 
 def weight_hook(config: PPOConfig, policy: Policy, key: str | None = None) -> Callable[[], None] | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.errors import MachineError
+from fastrlhf.models.offload import onloaded
 from fastrlhf.models.policy import Policy
 from fastrlhf.ops import approx_kl
 
@@ -15,13 +16,12 @@ MAX_KL = {"exact": 1e-5, "half": 1e-3}  # of equal weights, nats a token
 
 
 def check_first_step(
-    sampled: Tensor, logprobs: Tensor, ref_logprobs: Tensor, *, half: bool, same_weights: bool
+    policy: Policy, reference: Policy, sampled: Tensor, logprobs: Tensor, ref_logprobs: Tensor, *, half: bool
 ) -> str | None:
     """Checks log-probabilities (R,) of the first responses. Returns a line on a KL that is not 0, or None.
 
     sampled: of the sampler; logprobs: of the trainer; ref_logprobs: of the reference
     half: whether the policy computes in half precision, or something else than its module samples
-    same_weights: whether the reference has the policy's weights
 
     Raises: RuntimeError when sampler and trainer disagree, or a reference with the same weights has a KL."""
     precision = "half" if half else "exact"
@@ -32,6 +32,8 @@ def check_first_step(
             f"PPO: before the first update the mean |ratio - 1| is {error:.2e}: sampler and trainer disagree on "
             "the log-probabilities of the same tokens, so nothing learned from them could be trusted"
         )
+    with onloaded(reference):
+        same_weights = have_same_weights(policy, reference)
     if not same_weights:
         return f"the reference is another model: KL before the first update is {kl:.4f} nats a token"
     if not abs(kl) <= MAX_KL[precision]:

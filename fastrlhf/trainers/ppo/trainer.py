@@ -9,9 +9,8 @@ Source: Ziegler et al., arXiv 1909.08593; Stiennon et al., arXiv 2009.01325; Ouy
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, fields, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,100 +21,106 @@ from fastrlhf.data import Prompt, batch_rows, load_prompts
 from fastrlhf.data.template import check_same_vocabulary, load_tokenizer
 from fastrlhf.formulas.advantages import estimate_advantages, per_token
 from fastrlhf.formulas.kl import next_kl_coef
-from fastrlhf.generation.sampling import RolloutBackend, Sample, Sampling
+from fastrlhf.generation.sampling import RolloutBackend, Sample
 from fastrlhf.models.offload import check_offload, onloaded
-from fastrlhf.models.policy import Policy, autocasting
+from fastrlhf.models.policy import Policy
 from fastrlhf.models.shared_prompts import can_share_prompts, pack_responses
 from fastrlhf.packing import Packed
-from fastrlhf.rewards.scorer import Scorer
 from fastrlhf.rewards.shaping import RunningMoments, shape_scores
 from fastrlhf.rewards.sources import check_reward
 from fastrlhf.runtime import distributed
-from fastrlhf.runtime.fsdp import unsharded, unsharded_replica
-from fastrlhf.runtime.metrics import Statistics
 from fastrlhf.settings.ppo import STALE, PPOConfig
 from fastrlhf.trainers.base import Trainer
 from fastrlhf.trainers.memory_plan import plan_ppo, print_memory_plan
-from fastrlhf.trainers.oom import TokenBudget
+from fastrlhf.trainers.ppo.data import check_lengths, load_eval_prompts, load_ptx
 from fastrlhf.trainers.ppo.diagnostics import HealthChecks, describe, sample_rows
-from fastrlhf.trainers.ppo.held_out import HeldOut
-from fastrlhf.trainers.ppo.learner import Learner
+from fastrlhf.trainers.ppo.held_out import HeldOut, load_scorers
+from fastrlhf.trainers.ppo.learner import Learner, Update
 from fastrlhf.trainers.ppo.models import PPOModels, load_base
-from fastrlhf.trainers.ppo.ptx import load_ptx
-from fastrlhf.trainers.ppo.rollout import check_servers, make_backend, make_engine
-from fastrlhf.trainers.ppo.sanity_checks import check_first_step, have_same_weights
-from fastrlhf.trainers.setup import begin, check_fits, prepare
-
-NUM_SAMPLES = 4  # of a step that are left in samples.jsonl
+from fastrlhf.trainers.ppo.rollout import Rollout
+from fastrlhf.trainers.ppo.sanity_checks import check_first_step
 
 
 class PPO(Trainer):
-    """Iterates over PPO steps; each yields its metrics. The final policy is left in `<output>/model`.
+    """Trains a policy with PPO, or an estimator beside it; iterate over it to train.
 
-    backend: makes of the policy what draws the responses; default: what the settings ask for
+    for metrics in PPO(PPOConfig(model="sft/model", reward="reward/model", data="prompts.jsonl", output="ppo")):
+        print(metrics["objective/scores"])
 
-    Raises: what loading raises, before any work is done; NonFiniteError when a gradient is not finite."""
+    policy, reference, value_model: the models (`models` has them all); scorer: what scores responses
+    rollout: draws the responses; learner: updates the policy and the value model
+    backend: makes of the policy what draws the responses, in place of what the settings ask for"""
 
     config: PPOConfig
     updates_at_once = False
 
     def __init__(self, config: PPOConfig, *, backend: Callable[[Policy], RolloutBackend] | None = None) -> None:
-        self.config, self.num_steps = config, config.steps
-        check_reward(config.reward, config.eval_reward)  # what is wrong with them is told before anything is read
-        self.folder = prepare(config)
+        check_reward(config.reward, config.eval_reward)
+        self.backend = backend
+        super().__init__(config)
+
+    def set_up(self) -> None:
+        self.load_data()
+        self.load_models()
+        self.make_learner()
+        self.make_rollout()
+
+    def load_data(self) -> None:
+        """Reads the prompts, the held-out prompts and the demonstrations of PPO-ptx; plans the memory of a step."""
+        config, self.num_steps = self.config, self.config.steps
         distributed.check_share(config.batch_size, config.samples_per_prompt)
-        self.device = config.resolve_device()
         check_offload(config.offload, self.device)
-        self.tokenizer = load_tokenizer(config.model)
-        names = ("template", "template_kwargs", "limit", "max_rejected", "max_prompt_tokens")
-        options: dict[str, Any] = {name: getattr(config, name) for name in names}
-        loaded = load_prompts(config.data, self.tokenizer, **options)
-        self.prompts = loaded.rows
-        self.plan = print_memory_plan(
-            plan_ppo, config, longest_prompt=max(len(prompt.tokens) for prompt in self.prompts)
-        )
+        loaded = load_prompts(config.data, self.tokenizer, limit=config.limit, **config.prompt_options())
+        self.prompts, self.report = loaded.rows, loaded.report
+        self.plan = print_memory_plan(plan_ppo, config, longest_prompt=max(len(row.tokens) for row in self.prompts))
+        self.eval_prompts = load_eval_prompts(config, self.tokenizer, self.prompts)
+        self.ptx = load_ptx(config, self.tokenizer)
+
+    def load_models(self) -> None:
+        """Loads what scores responses, then the policy, its reference and its value model."""
+        config = self.config
         base = load_base(config)
-        options = {"device": self.device, "autocast": config.autocast_dtype(), "base": base, **config.reward_options()}
-        columns = {name for prompt in self.prompts for name in prompt.columns}
-        self.scorer = Scorer(config.reward, self.tokenizer, max_tokens=config.max_tokens, columns=columns, **options)
-        self.held_out = HeldOut(config, self.tokenizer, self.scorer, self.prompts, **options)
+        self.scorer, eval_scorer = load_scorers(config, self.tokenizer, self.prompts, self.eval_prompts, base)
+        self.held_out = HeldOut(config, self.eval_prompts, trained=self.scorer, scorer=eval_scorer)
         self.best = self.held_out.best
-        reward_models = [model for model, _ in self.scorer.models]
         if config.reference:
             check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
-        judges = [model for model, _ in self.held_out.scorer.models]
-        self.roles = PPOModels(config, reward_models, self.folder.checkpoint, base)
-        self.policy, self.reference, self.value_model = self.roles.policy, self.roles.reference, self.roles.value_model
-        models = [self.policy, self.reference, *reward_models, *judges]
-        models += [] if self.value_model is None else [self.value_model]
+        reward_models = [model for model, _ in self.scorer.models]
+        scoring = [*reward_models, *(model for model, _ in eval_scorer.models)]
+        self.models = PPOModels(config, reward_models, self.checkpoint, base)
+        self.policy, self.reference = self.models.policy, self.models.reference
+        self.value_model = self.models.value_model
+        everything = [self.policy, self.reference, *scoring, *filter(None, [self.value_model])]
+        check_lengths(config, self.tokenizer, everything, [*self.prompts, *self.eval_prompts], self.ptx)
         shares = config.share_prompts and config.samples_per_prompt > 1
-        self.shares_prompts = shares and all(can_share_prompts(model, self.device) for model in models)
+        self.shares_prompts = shares and all(can_share_prompts(model, self.device) for model in everything)
         if config.parallel == "fsdp":
-            self.roles.shard(*{*reward_models, *judges})
-        ptx = load_ptx(config, self.tokenizer, self.policy.model)
-        self.budget = TokenBudget(config.max_tokens)
-        self.learner = Learner(config, self.roles, self.budget, ptx=ptx)
+            self.models.shard(*{*scoring})
         if config.offload == "idle":
-            self.roles.offload_idle(*reward_models, *judges)
+            self.models.offload_idle(*scoring)
+
+    def make_learner(self) -> None:
+        """Makes what updates the models, and what else changes from step to step."""
+        config = self.config
+        self.learner = Learner(config, self.models, self.budget, ptx=self.ptx)
+        if config.offload == "idle":
             self.learner.offload_moments()
         self.kl_coef, self.moments = config.kl_coef, RunningMoments()
         synced = config.rollout_url is not None and config.weight_sync != STALE
         self.health = HealthChecks(ratios_start_at_one=config.truncation != "sampler", weights_are_synced=synced)
-        self.sampling = Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling) if f.name != "greedy"})
-        make = partial(make_backend, config, tokenizer=self.tokenizer) if backend is None else backend
-        self.engine, average = make(unsharded_replica(self.policy)), self.roles.average
-        self.final_engine = (
-            self.engine if average is None else make_engine(config, unsharded_replica(average), self.tokenizer)
-        )
-        # those of the engine equal the trainer's to 1e-5, but for half precision, where the two round differently
-        self.reuses_logprobs = backend is None and config.rollout_url is None and self.policy.autocast is None
-        longest = max(len(prompt.tokens) for prompt in (*self.prompts, *self.held_out.prompts))
-        for model in models:
-            check_fits(model.model, self.tokenizer, longest_prompt=longest, max_new_tokens=config.max_new_tokens)
-        check_servers(self.engine, self.prompts, self.held_out.prompts, self.sampling)
-        begin(self, (prompt.tokens for prompt in self.prompts))
-        self.log.say(str(loaded.report))
+
+    def make_rollout(self) -> None:
+        """Makes what draws responses."""
+        self.rollout = Rollout(self.config, self.models, self.tokenizer, backend=self.backend)
+        self.rollout.check([*self.prompts, *self.eval_prompts])
+
+    def restore(self) -> None:
+        super().restore()
+        self.log.say(str(self.report))
         self.learner.announce_warmup(self.num_steps_done)
+
+    def fingerprint_rows(self) -> Iterator[Sequence[int]]:
+        return (prompt.tokens for prompt in self.prompts)
 
     def step(self) -> dict[str, float]:
         """Runs one PPO step: sample, score, shape, estimate advantages, update. Returns its metrics."""
@@ -137,12 +142,12 @@ class PPO(Trainer):
             baseline=self.greedy_scores(prompts) if config.estimator == "remax" else None,
         )
         with self.log.timer("update"), self.log.progress("update", config.epochs * batch.num_tokens_unshared) as done:
-            stats = self.learner.train(batch, step=self.num_steps_done, kl_coef=self.kl_coef, done=done)
+            updates = self.learner.train(batch, step=self.num_steps_done, kl_coef=self.kl_coef, done=done)
             self.log.timer.count(config.epochs * batch.num_tokens_unshared)
-        metrics = self.describe(batch, samples, scores, terms, shaped, stats)
+        metrics = self.describe(batch, samples, scores, terms, shaped, updates)
         self.kl_coef = next_kl_coef(config, self.kl_coef, metrics["objective/kl"], self.num_steps_done + 1)
-        self.roles.end_step(self.num_steps_done + 1)
-        return self.with_eval_metrics(metrics)
+        self.models.end_step(self.num_steps_done + 1)
+        return metrics
 
     def next_prompts(self) -> list[Prompt]:
         """The prompts of this step, each as often as it is answered, one after the other.
@@ -157,17 +162,7 @@ class PPO(Trainer):
         not from the batch or the process."""
         first = (self.config.seed << 32) + self.num_steps_done * self.config.batch_size
         seeds = self.held_out.seeds if held_out else range(first, first + len(prompts))
-        total = len(prompts) * self.sampling.max_new_tokens
-        policy, engine = (self.roles.final, self.final_engine) if held_out else (self.policy, self.engine)
-        progress, autocast = self.log.progress("generate", total), autocasting(self.device, self.policy.autocast)
-        with unsharded(policy), progress as done, autocast:
-            own = engine.generate(
-                [prompt.tokens for prompt in distributed.local_share(prompts)],
-                replace(self.sampling, greedy=True) if greedy else self.sampling,
-                seeds=distributed.local_share(seeds),
-                progress=done,
-            )
-        samples = [sample for samples in distributed.all_gather(own) for sample in samples]
+        samples = self.rollout.generate(prompts, seeds, greedy=greedy, final=held_out)
         self.log.timer.count(sum(len(sample.response) for sample in samples))
         return samples
 
@@ -178,7 +173,7 @@ class PPO(Trainer):
         but for truncation."""
         batch = self.pack(samples)
         sampled = self.per_response_token([sample.logprobs for sample in samples])
-        logprobs = sampled if self.reuses_logprobs else self.logprobs(self.policy, batch)
+        logprobs = sampled if self.rollout.gives_logprobs else self.logprobs(self.policy, batch)
         by_sampler = self.config.truncation == "sampler"
         number = torch.arange(batch.num_sequences, device=self.device) // self.config.samples_per_prompt
         batch = batch.with_fields(
@@ -236,14 +231,13 @@ class PPO(Trainer):
     @torch.no_grad()
     def check_first_step(self, batch: Packed, samples: list[Sample]) -> None:
         """Stops unless, before the first update, ratios are 1 and, with equal weights, the KL to the reference is 0."""
-        with onloaded(self.reference):
-            same_weights = have_same_weights(self.policy, self.reference)
         text = check_first_step(
+            self.policy,
+            self.reference,
             self.per_response_token([sample.logprobs for sample in samples]),
-            self.logprobs(self.policy, batch) if self.reuses_logprobs else batch["logprobs"],
+            self.logprobs(self.policy, batch) if self.rollout.gives_logprobs else batch["logprobs"],
             batch["ref_logprobs"],
-            half=not self.reuses_logprobs,
-            same_weights=same_weights,
+            half=not self.rollout.gives_logprobs,
         )
         if text:
             self.log.say(text)
@@ -255,34 +249,32 @@ class PPO(Trainer):
         scores: Tensor,
         terms: list[Tensor],
         shaped: dict[str, Tensor],
-        stats: list[Statistics],
+        updates: list[Update],
     ) -> dict[str, float]:
         """The metrics of a step; leaves some responses in samples.jsonl when that is due."""
         named = dict(zip(self.scorer.names, terms, strict=True))
-        described = describe(batch, samples, scores, named, shaped, stats)
+        described = describe(batch, samples, scores, named, shaped, [update.stats for update in updates])
         metrics = {"objective/kl_coef": self.kl_coef, **{name: float(value) for name, value in described.items()}}
         every = self.config.samples_every
         if every and self.num_steps_done % every == 0:
-            self.log.samples(self.num_steps_done + 1, sample_rows(samples, batch, scores, self.tokenizer, NUM_SAMPLES))
+            self.log.samples(self.num_steps_done + 1, sample_rows(samples, batch, scores, self.tokenizer))
         return metrics
 
-    def with_eval_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The metrics, with those of answers to held-out prompts when they are due; says what looks ill."""
-        metrics |= self.held_out_metrics(self.num_steps_done + 1)
+    def end_step(self, metrics: dict[str, float]) -> None:
         for warning in self.health.check(metrics):
             self.log.say(warning)
-        return metrics
 
-    def held_out_metrics(self, step: int) -> dict[str, float]:
-        """Those of the answers to held-out prompts after a step, 0 being the start; none when they are not due."""
-        if not self.held_out.due(step):
-            return {}
+    def is_eval_due(self, step: int) -> bool:
+        return self.held_out.is_due(step)
+
+    def evaluate(self, step: int | None = None) -> dict[str, float]:
+        """Returns the metrics of the final policy's responses to the held-out prompts, and notes the best step."""
         with self.log.timer("evaluate"):
-            samples = self.generate(self.held_out.prompts, greedy=self.config.eval_greedy, held_out=True)
-            return self.held_out.judge(step, samples, self.pack(samples))
+            samples = self.generate(self.eval_prompts, greedy=self.config.eval_greedy, held_out=True)
+            return self.held_out.judge(self.num_steps_done if step is None else step, samples, self.pack(samples))
 
     def save_models(self, folder: Path) -> None:
-        self.roles.save(folder)
+        self.models.save(folder)
 
     def checkpoint_bytes(self) -> int:
         return self.learner.checkpoint_bytes()
@@ -301,6 +293,6 @@ class PPO(Trainer):
 
     def save(self, folder: str | Path) -> None:
         """Writes the policy, or its moving average, and the tokenizer as a folder that transformers loads."""
-        self.roles.final.save_pretrained(folder)
+        self.models.final.save_pretrained(folder)
         if distributed.is_main_process():
             self.tokenizer.save_pretrained(folder)
