@@ -245,7 +245,7 @@ def test_an_end_inside_a_plain_response_rejects_it_and_in_a_chat_it_is_text(writ
 def test_every_reason_is_tested():
     """Here, or in a file of tests that names it."""
     here = Path(__file__)
-    others = "".join(path.read_text() for path in here.parent.rglob("test_*.py") if path != here)
+    others = "".join(path.read_text() for path in here.parents[1].rglob("test_*.py") if path != here)
     named = {reason for reason in Reason if f"Reason.{reason.name}" in others}
     below = {Reason.TEMPLATE_REFUSES, Reason.TEMPLATE_REWRITES, Reason.END_INSIDE}
     tested = {reason for *_, reason in BAD_ROWS} | named | below

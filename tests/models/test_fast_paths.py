@@ -67,7 +67,7 @@ def test_a_path_that_is_not_taken_is_seen_on_the_command_line(saved, capsys, mon
 
 
 def test_a_prompt_that_is_read_again_for_each_response_is_seen(saved, capsys, monkeypatch):
-    monkeypatch.setattr("fastrlhf.info.can_share_prompts", lambda *_: False)
+    monkeypatch.setattr("fastrlhf.cli.info.can_share_prompts", lambda *_: False)
     assert main(["info", f"--model={saved('llama')}"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["shared", "prompts", "no"]
 
