@@ -24,9 +24,10 @@ from fastrlhf.settings.best_of_n import BestOfNConfig, OveroptimizeConfig, Sweep
 from fastrlhf.settings.data import DataCheckConfig, DataConvertConfig
 from fastrlhf.settings.feedback import IterateConfig, LabelConfig, ReviseConfig
 from fastrlhf.settings.info import InfoConfig
+from fastrlhf.settings.option import did_you_mean
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.run import RunConfig
-from fastrlhf.settings.training import DPOConfig, RewardConfig, SFTConfig, did_you_mean
+from fastrlhf.settings.training import DPOConfig, RewardConfig, SFTConfig
 from fastrlhf.settings.trust import EvaluateRewardConfig
 
 LOOP_PRODUCTS = {"model": "model", "metrics": "metrics.jsonl"}
