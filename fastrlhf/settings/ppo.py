@@ -130,7 +130,7 @@ class PPOConfig(ScoringConfig, LoopConfig):
     rollout_key_file: str | None = rare(None, "file with the API key of the servers", path="file", resume="free")
     weight_sync: str | Callable[..., Any] | None = rare(  # noqa: RUF009
         None,
-        "brings weights to servers: lora, whole, module:function; stale: nothing does (docs/rollout.md)",
+        "brings weights to servers: lora, whole or module:function; stale: nothing does",
         resume="free",
     )
 

@@ -103,7 +103,7 @@ def _servers(c: PPOConfig) -> Iterator[str]:
         yield f"rollout_url must be URL,URL,... of http:// or https://, got {c.rollout_url!r}"
     if c.weight_sync is None:
         yield (
-            "rollout_url: give weight_sync=lora, whole or module:function, which brings the policy's weights to the "
+            "rollout_url: give weight_sync=module:function, lora or whole, which brings the policy's weights to the "
             "servers (docs/rollout.md), or weight_sync=stale if they shall keep those that they have"
         )
     if c.parallel == "fsdp":
