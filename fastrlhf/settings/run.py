@@ -48,9 +48,7 @@ class RunConfig(Settings):
     output: str = option("demo", "folder of the run; each stage has its own in it", path="output", resume="free")
     model: str = reads("smollm2", "folder or hub id; smollm2: SmolLM2-135M-Instruct, fetched if need be")
     gold: str = reads("fastrlhf.rewards.gold:plain_answer", "module:function or URL: labels pairs and judges")
-    reward_timeout: float = option(
-        3600.0, "seconds for one call of the gold reward", above=0, at_most=1e9, resume="free"
-    )
+    reward_timeout: float = option(3600.0, "seconds for a call of the gold reward", above=0, at_most=1e9, resume="free")
     prompts: str = reads("shipped", "file with prompt and split (reward, ppo, heldout); shipped: 500 questions")
     demonstrations: str = reads("shipped", "file with prompt and completion; shipped: 100 short answers")
     system: str | None = option("", "system turn before each prompt; none: prompts as they are")
