@@ -20,7 +20,7 @@ from fastrlhf.rewards.time_limit import leave_if_interrupted
 from fastrlhf.runtime import distributed, signals
 from fastrlhf.runtime.resume_hint import how_to_go_on
 from fastrlhf.runtime.terminal import mute, plain_warnings, print_error, printable, unread
-from fastrlhf.settings.training import did_you_mean
+from fastrlhf.settings.option import did_you_mean
 
 HELPS = {name: command.help for name, command in COMMANDS.items()}
 HELP = """fastrlhf COMMAND [--config FILE.yaml] [--option VALUE ...]

@@ -9,10 +9,11 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 
+from fastrlhf.settings.option import REQUIRED, options_where
 from fastrlhf.settings.other_names import hint
 from fastrlhf.settings.ppo import PRESETS, PPOConfig
 from fastrlhf.settings.run import RUN_PRESETS, RunConfig
-from fastrlhf.settings.training import REQUIRED, LoopConfig
+from fastrlhf.settings.training import LoopConfig
 from fastrlhf.settings.values import expand, field_types
 from fastrlhf.settings.yaml_file import UsageError, read_yaml
 
@@ -38,7 +39,7 @@ def parse(config_class: type[T], arguments: Sequence[str]) -> T:
 
 
 def _planned(config_class: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run that is resumed had planned (`may_change` of its settings), which stays unless another is given."""
+    """What a run that is resumed had planned (resume="plan"), which stays unless another is given."""
     output, resume = given.get("output"), str(given.get("resume", "false")).lower() == "true"
     if not (output and resume):
         return {}
@@ -47,7 +48,7 @@ def _planned(config_class: type, given: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     try:
         saved = yaml.safe_load(settings.read_text(encoding="utf-8"))
-        return {name: saved[name] for name in getattr(config_class, "may_change", ()) if name in saved}
+        return {name: saved[name] for name in options_where(config_class, resume="plan") if name in saved}
     except (yaml.YAMLError, ValueError, TypeError, RecursionError):  # damaged: the run itself says more of it
         return {}
 

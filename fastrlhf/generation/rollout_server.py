@@ -52,7 +52,8 @@ class ServerBackend:
             raise UserError(f"ServerBackend: {expected}, got {logprobs_mode!r}")
         if max_requests < 1:
             raise UserError(f"ServerBackend: max_requests must be at least 1, got {max_requests}")
-        self.servers = [ModelServer("ServerBackend", url, model, timeout=timeout, key=api_key) for url in urls]
+        limit: dict[str, Any] = {"timeout": timeout, "timeout_option": "rollout_timeout"}
+        self.servers = [ModelServer("ServerBackend", url, model, key=api_key, **limit) for url in urls]
         self.model, self.vocab_size = model, vocab_size
         self.eos_token_ids = sorted(eos_token_ids)
         self.update_weights, self.logprobs_mode, self.max_requests = update_weights, logprobs_mode, max_requests

@@ -15,10 +15,12 @@ class ModelServer(Server):
     """A client of an OpenAI-compatible server.
 
     url: such as http://localhost:8000, with or without /v1 after it; model: one that it serves
-    caller, timeout, key: see `Server`"""
+    caller, timeout, timeout_option, key: see `Server`"""
 
-    def __init__(self, caller: str, url: str, model: str, *, timeout: float, key: str | None) -> None:
-        super().__init__(caller, url, timeout=timeout, key=key)
+    def __init__(
+        self, caller: str, url: str, model: str, *, timeout: float, key: str | None, timeout_option: str = ""
+    ) -> None:
+        super().__init__(caller, url, timeout=timeout, timeout_option=timeout_option, key=key)
         if "?" in url:
             raise UserError(f"{caller}: url must be that of a server, such as http://localhost:8000, got {url!r}")
         self.model, self.url = model, self.url.removesuffix("/v1").rstrip("/")

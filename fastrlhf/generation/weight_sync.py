@@ -1,7 +1,7 @@
 """Brings a policy's weights to vLLM servers before a rollout (docs/rollout.md): `lora` an adapter, `whole` all of them.
 
 Either writes a folder that the servers must see under the same path. For a setting they are named
-`weight_sync: fastrlhf.generation.weight_sync:lora`; in Python, `update_weights=lambda: lora(policy, urls, folder=...)`.
+`weight_sync: lora`; in Python, `update_weights=lambda: lora(policy, urls, folder=...)`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ A source holds none of , | ; and no parenthesis without its partner.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor
 
 from fastrlhf.errors import UserError
+
+QUERY = re.compile(r"https?://[^,|;()]*\?[^,|;()]*", re.IGNORECASE)  # of a URL
 
 
 def lower_bound(scores: Tensor, strength: float) -> Tensor:
@@ -101,6 +104,8 @@ def parse_reward(text: str) -> Combined:
     Raises: ValueError for a text that is none, naming the part."""
     if not text:
         raise UserError("reward: give a reward model folder, module:function or http(s)://URL")
+    if query := QUERY.search(text):
+        raise UserError(f"reward: {query[0]!r} has a ?, after which an = would be read as a weight; give a path alone")
     terms = [_weighted(term.strip()) for term in _split(text, ",")]
     return Combined("sum", tuple(value for value, _ in terms), tuple(weight for _, weight in terms))
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from fastrlhf.errors import UserError, UserTypeError
+from fastrlhf.errors import UserTypeError
 from fastrlhf.runtime.concurrency import concurrently
 from fastrlhf.runtime.http import Server, read_key, shown
 
@@ -34,10 +34,8 @@ class RewardServer:
     def __init__(
         self, url: str, *, columns: Collection[str], timeout: float | None, batch: int | None, key_file: str | None
     ) -> None:
-        if "?" in url:
-            raise UserError(f"reward: {url!r} has a ?, after which an = would be read as a weight; give a path alone")
         key = None if key_file is None else read_key(key_file, "reward_key_file")
-        self.server = Server("reward", url, timeout=timeout or FOREVER, key=key)
+        self.server = Server("reward", url, timeout=timeout or FOREVER, timeout_option="reward_timeout", key=key)
         self.batch = batch
         nothing: dict[str, Any] = {"prompts": [], "responses": [], "response_ids": [], "finished": []}
         nothing["columns"] = {name: [] for name in sorted(columns)}

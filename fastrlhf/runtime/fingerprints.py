@@ -15,7 +15,7 @@ import struct
 import sys
 import zlib
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ import huggingface_hub
 
 from fastrlhf.data.files import data_files
 from fastrlhf.errors import DataError
-from fastrlhf.settings.values import PATHS
+from fastrlhf.settings.option import options_where
 
-INPUTS = PATHS - {"config", "output", "file", "out", "ppo", "judge_key_file", "reward_key_file", "rollout_key_file"}
 Files = dict[str, str]  # what each file holds, by its name
 # of a model's folder: what changes what it computes
 MODEL = (
@@ -37,14 +36,11 @@ BLOCK, BLOCKS = 4096, 4096  # of a larger file: bytes of a block, and at most ho
 FUNCTION = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):\w+(?:\.\w+)*")
 
 
-def inputs_of(config: Any, *, leave_out: Collection[str]) -> dict[str, dict[str, Files]]:
+def inputs_of(config: Any) -> dict[str, dict[str, Files]]:
     """Returns the fingerprints of the files that the settings name: setting -> path -> file."""
     found = {}
-    for name in INPUTS - set(leave_out):
-        value = getattr(config, name, None)
-        if str(value).endswith((".yaml", ".yml")) and name == "reward":
-            continue  # settings of a loop that is part of a job, which compares them itself
-        pieces = {piece: files for piece in pieces_of(value) if (files := files_of(piece))}
+    for name in options_where(config, path="input"):
+        pieces = {piece: files for piece in pieces_of(getattr(config, name)) if (files := files_of(piece))}
         if pieces:
             found[name] = pieces
     return dict(sorted(found.items()))

@@ -51,7 +51,8 @@ class Server:
 
     caller: who asks, for errors; url: what paths are added to, such as http://localhost:8000
     timeout: seconds for a request: all its tries, the waits between them, and reading the answer
-    key: sent as the bearer token, see `read_key`; tries: of a request; max_bytes: of an answer
+    timeout_option: what raises that limit, for errors; key: sent as the bearer token, see `read_key`
+    tries: of a request; max_bytes: of an answer
 
     Raises: ValueError for a malformed url, and for a timeout that is not above 0."""
 
@@ -61,6 +62,7 @@ class Server:
         url: str,
         *,
         timeout: float,
+        timeout_option: str = "",
         key: str | None = None,
         tries: int = TRIES,
         max_bytes: int = MAX_BYTES,
@@ -68,7 +70,8 @@ class Server:
         if not timeout > 0:
             raise UserError(f"{caller}: timeout must be above 0, got {timeout}")
         self.caller, self.url, self.key = caller, checked_url(url, caller), key
-        self.timeout, self.tries, self.max_bytes = timeout, tries, max_bytes
+        self.timeout, self.timeout_option = timeout, timeout_option
+        self.tries, self.max_bytes = tries, max_bytes
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "fastrlhf"}
         if key is not None:
             self.headers["Authorization"] = f"Bearer {key}"
@@ -150,7 +153,8 @@ class Server:
     def _broken(self, cause: Any, path: str, repeat: bool) -> ServerError:
         """Returns the error for a connection that could not be made or that broke."""
         if isinstance(cause, TimeoutError):
-            return self.error("", f"gave no answer in {self.timeout:g} s")
+            advice = f"; raise {self.timeout_option} if it needs longer" if self.timeout_option else ""
+            return self.error("", f"gave no answer in {self.timeout:g} s{advice}")
         why = shown(f"{type(cause).__name__}: {cause}")
         if isinstance(cause, BROKEN) and not isinstance(cause, UNSENT):
             return self.error(path, f"gave no whole answer: {why}", wait=0 if repeat else None)

@@ -25,9 +25,10 @@ from fastrlhf.runtime.checkpoint import LINES, newest_whole, settings_of_checkpo
 from fastrlhf.runtime.fingerprints import base_of, inputs_of, pieces_of
 from fastrlhf.runtime.lock import LOCK, Lock, check_free_above, check_free_below
 from fastrlhf.runtime.products import PRODUCTS
-from fastrlhf.runtime.resume_check import CONFIG, INPUTS, MAY_DIFFER, check_same, read, settings_in
+from fastrlhf.runtime.resume_check import CONFIG, INPUTS, check_same, read, settings_in
 from fastrlhf.runtime.resume_hint import how_far
-from fastrlhf.settings.values import PATHS, dump
+from fastrlhf.settings.option import options_where
+from fastrlhf.settings.values import dump
 
 MARK = "# settings of a fastrlhf run\n"
 KIND = "# kind: "  # of the settings, on the second line
@@ -47,7 +48,7 @@ class OutputFolder:
     cheap: the stages among them that are done in no time, and count for no work
     hold: False in the other processes of a run, of which the first holds the folder
     is_resumed: whether an earlier run goes on; checkpoint: its newest one that is whole, None if there is none;
-    changes: what it changes of its plan (`may_change` of its settings), as lines to print
+    changes: what it changes of its plan (resume="plan" of an option), as lines to print
 
     Raises: FolderInUseError, naming the process that holds the folder; FileExistsError for a folder that is not empty
     without resume or overwrite, or that holds no run of ours; ValueError when a resumed run's settings, models, files
@@ -97,7 +98,7 @@ class OutputFolder:
                 self._delete()
         kind = type(self.config).__name__
         write_file(self.path / CONFIG, (f"{MARK}{KIND}{kind}\n" + dump(self.config)).encode())
-        write_json(self.path / INPUTS, self._inputs())
+        write_json(self.path / INPUTS, inputs_of(self.config))
 
     def check(self) -> None:
         """Raises RuntimeError when the folder is no longer held by this run."""
@@ -129,7 +130,7 @@ class OutputFolder:
             self._check_reads_nothing_deleted()
             return False
         saved = settings_in(text) or self._settings_of_checkpoint()
-        self.changes = check_same(config, saved, may_change=getattr(config, "may_change", ()))
+        self.changes = check_same(config, saved, may_change=options_where(config, resume="plan"))
         return True
 
     def _found(self, text: str | None, names: list[str]) -> str:
@@ -191,14 +192,11 @@ class OutputFolder:
             remove(self.path / name)
         (self.path / DELETING).unlink()
 
-    def _inputs(self) -> Any:
-        return inputs_of(self.config, leave_out=MAY_DIFFER)
-
 
 def check_reads_none_of(config: Any, deleted: Iterable[Path]) -> None:
     """Raises ValueError when the settings name one of these files and folders, or what is in them, to be read."""
     there = [path.resolve() for path in deleted if path.exists()]
-    for name in sorted(PATHS - {"output"}):
+    for name in sorted(options_where(config, path="input") | options_where(config, path="file")):
         pieces = [*pieces_of(getattr(config, name, None))]
         pieces += filter(None, map(base_of, pieces))
         for path in (path for piece in pieces for path in _places(piece)):

@@ -16,40 +16,10 @@ import yaml
 from fastrlhf.errors import UserError
 from fastrlhf.runtime.checkpoint import settings_of_checkpoints
 from fastrlhf.runtime.fingerprints import changed, inputs_of, is_function
+from fastrlhf.settings.option import options_where
 from fastrlhf.settings.values import dump
 
 CONFIG, INPUTS = "config.yaml", "inputs.json"
-# a resumed run may change how it runs, not what it computes
-MAY_DIFFER = {
-    "resume",
-    "overwrite",
-    "save_every",
-    "save_minutes",
-    "keep_checkpoints",
-    "samples_every",
-    "max_slots",
-    "kv_budget",
-    "cuda_graphs",
-    "max_rejected",
-    "judge_requests",
-    "judge_timeout",
-    "judge_key_file",
-    "reward_timeout",
-    "reward_batch",
-    "reward_key_file",
-    "rollout_url",
-    "rollout_timeout",
-    "rollout_key_file",
-    "weight_sync",
-    "tensorboard",
-    "device",
-    "output",
-    "max_tokens",
-    "gradient_checkpointing",
-    "share_prompts",
-    "parallel",
-    "offload",
-}
 
 
 def check_same(config: Any, saved: dict[str, Any], *, may_change: Collection[str] = ()) -> list[str]:
@@ -59,10 +29,11 @@ def check_same(config: Any, saved: dict[str, Any], *, may_change: Collection[str
     changes, differing = [], []
     now, output = yaml.safe_load(dump(config)), Path(config.output)
     defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
-    then_inputs, inputs = _saved_inputs(output), inputs_of(config, leave_out=MAY_DIFFER)
+    then_inputs, inputs = _saved_inputs(output), inputs_of(config)
+    free = options_where(config, resume="free")  # how it runs, not what it computes
     for name in {**now, **saved}:
         before, after = saved.get(name, defaults.get(name)), now.get(name)
-        same = name in MAY_DIFFER or before == after or (isinstance(before, tuple) and list(before) == after)
+        same = name in free or before == after or (isinstance(before, tuple) and list(before) == after)
         if not same and name in may_change:
             changes.append(f"{name} was {before} and is {after}")
         elif not same and not _moved(before, after, saved.get("output"), output):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from fastrlhf.settings.training import did_you_mean
+from fastrlhf.settings.option import did_you_mean
 
 # names there, and what to say: an option that is the same here, or else a sentence; of several the first whose options
 # the command has

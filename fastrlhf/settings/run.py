@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastrlhf.errors import UserError
-from fastrlhf.settings.training import did_you_mean, option
-from fastrlhf.settings.values import convert_all, field_types
+from fastrlhf.settings.base import Settings
+from fastrlhf.settings.option import did_you_mean, option, reads
 
 # cpu: a quarter of an hour on two cores; gpu: about as long on one
 RUN_PRESETS: dict[str, dict[str, Any]] = {
@@ -42,68 +42,60 @@ RUN_PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Settings):
     """SFT, pairs, reward model, PPO, evaluation, report."""
 
-    output: str = option("demo", "folder of the run; each stage has its own in it")
-    model: str = option("smollm2", "folder or hub id; smollm2: SmolLM2-135M-Instruct, fetched if need be")
-    gold: str = option("fastrlhf.rewards.gold:plain_answer", "module:function or URL: labels pairs and judges")
-    reward_timeout: float = option(3600.0, "seconds for one call of the gold reward")
-    prompts: str = option("shipped", "file with prompt and split (reward, ppo, heldout); shipped: 500 questions")
-    demonstrations: str = option("shipped", "file with prompt and completion; shipped: 100 short answers")
+    output: str = option("demo", "folder of the run; each stage has its own in it", path="output", resume="free")
+    model: str = reads("smollm2", "folder or hub id; smollm2: SmolLM2-135M-Instruct, fetched if need be")
+    gold: str = reads("fastrlhf.rewards.gold:plain_answer", "module:function or URL: labels pairs and judges")
+    reward_timeout: float = option(3600.0, "seconds for a call of the gold reward", above=0, at_most=1e9, resume="free")
+    prompts: str = reads("shipped", "file with prompt and split (reward, ppo, heldout); shipped: 500 questions")
+    demonstrations: str = reads("shipped", "file with prompt and completion; shipped: 100 short answers")
     system: str | None = option("", "system turn before each prompt; none: prompts as they are")
     preset: str = option("auto", "cpu, gpu, or auto (by device): defaults of the sizes")
-    sft_epochs: int = option(None, "passes over the demonstrations")
-    sft_learning_rate: float = option(2e-5, "peak learning rate of SFT")
-    num_pairs: int = option(None, "pairs that the reward model is trained on, before ties are dropped")
-    num_heldout_pairs: int = option(None, "pairs of other prompts on which its accuracy is measured")
-    pairs_per_prompt: int = option(None, "pairs sampled for a prompt")
-    reward_epochs: int = option(1, "passes over the pairs")
-    reward_learning_rate: float = option(2e-5, "peak learning rate of the reward model")
-    steps: int = option(None, "PPO steps")
-    batch_size: int = option(None, "responses a PPO step")
-    epochs: int = option(1, "passes over the responses of a PPO step")
-    minibatches: int = option(4, "optimizer steps a pass")
-    learning_rate: float = option(2e-5, "peak learning rate of the policy in PPO")
-    value_learning_rate: float = option(3e-5, "peak learning rate of the value model")
-    kl_coef: float = option(0.1, "weight of the KL penalty")
-    max_prompt_tokens: int = option(64, "longer prompts are rejected")
-    max_new_tokens: int = option(None, "length at which responses are cut off")
-    temperature: float = option(1.0, "of all sampling")
-    num_heldout_prompts: int = option(None, "held-out prompts to judge on, before and after PPO")
-    answers_per_prompt: int = option(2, "answers to each held-out prompt, before and after; their mean counts")
-    best_of: int = option(4, "responses that best-of-n chooses from, by the reward model")
-    num_best_of_prompts: int = option(None, "held-out prompts of best-of-n")
-    max_tokens: int = option(None, "tokens a micro-batch: memory and speed, not results")
-    seed: int = option(0, "seed of everything that is drawn")
-    device: str = option("auto", "auto, cpu or cuda")
-    resume: bool = option(False, "keep the stages that are complete and continue the one that is not")
-    overwrite: bool = option(False, "delete an earlier run in the output folder")
+    sft_epochs: int = option(None, "passes over the demonstrations", at_least=1)
+    sft_learning_rate: float = option(2e-5, "peak learning rate of SFT", above=0)
+    num_pairs: int = option(None, "pairs that the reward model is trained on, before ties are dropped", at_least=1)
+    num_heldout_pairs: int = option(None, "pairs of other prompts on which its accuracy is measured", at_least=1)
+    pairs_per_prompt: int = option(None, "pairs sampled for a prompt", at_least=1)
+    reward_epochs: int = option(1, "passes over the pairs", at_least=1)
+    reward_learning_rate: float = option(2e-5, "peak learning rate of the reward model", above=0)
+    steps: int = option(None, "PPO steps", at_least=1)
+    batch_size: int = option(None, "responses a PPO step", at_least=1)
+    epochs: int = option(1, "passes over the responses of a PPO step", at_least=1)
+    minibatches: int = option(4, "optimizer steps a pass", at_least=1)
+    learning_rate: float = option(2e-5, "peak learning rate of the policy in PPO", above=0)
+    value_learning_rate: float = option(3e-5, "peak learning rate of the value model", above=0)
+    kl_coef: float = option(0.1, "weight of the KL penalty", at_least=0)
+    max_prompt_tokens: int = option(64, "longer prompts are rejected", at_least=1)
+    max_new_tokens: int = option(None, "length at which responses are cut off", at_least=1)
+    temperature: float = option(1.0, "of all sampling", above=0)
+    num_heldout_prompts: int = option(None, "held-out prompts to judge on, before and after PPO", at_least=1)
+    answers_per_prompt: int = option(2, "answers to each held-out prompt, before and after: their mean", at_least=1)
+    best_of: int = option(4, "responses that best-of-n chooses from, by the reward model", at_least=2)
+    num_best_of_prompts: int = option(None, "held-out prompts of best-of-n", at_least=1)
+    max_tokens: int = option(None, "tokens a micro-batch: memory and speed, not results", at_least=1, resume="free")
+    seed: int = option(0, "seed of everything that is drawn", at_least=0, below=2**31)
+    device: str = option("auto", "{}", choices="auto cpu cuda", resume="free")
+    resume: bool = option(False, "keep the stages that are complete and continue the one that is not", resume="free")
+    overwrite: bool = option(False, "delete an earlier run in the output folder", resume="free")
 
-    def __post_init__(self) -> None:
+    def fill_in(self) -> None:
+        super().fill_in()
         if self.preset == "auto":
             gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
             object.__setattr__(self, "preset", "gpu" if gpu else "cpu")
         if self.preset not in RUN_PRESETS:
-            raise UserError(
-                f"preset must be auto, cpu or gpu, got {self.preset!r}{did_you_mean(self.preset, list(RUN_PRESETS))}"
-            )
+            hint = did_you_mean(self.preset, list(RUN_PRESETS))
+            raise UserError(f"preset must be auto, cpu or gpu, got {self.preset!r}{hint}")
         for name, value in RUN_PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        convert_all(self)
-        for name, kind in field_types(type(self)).items():
-            value = getattr(self, name)
-            if name != "seed" and kind is int and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
-            if kind is float and name != "kl_coef" and not 0 < value < math.inf:
-                raise UserError(f"{name} must be above 0, got {value}")
-        if self.best_of < 2:
-            raise UserError(f"best_of must be at least 2, got {self.best_of}")
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
         if self.num_best_of_prompts > self.num_heldout_prompts:
             sizes = (
                 f"num_best_of_prompts ({self.num_best_of_prompts}), num_heldout_prompts ({self.num_heldout_prompts})"
             )
-            raise UserError(f"best-of-n uses the first held-out prompts, but of {sizes} the first is larger")
-        if self.resume and self.overwrite:
-            raise UserError("resume and overwrite exclude each other")
+            yield f"best-of-n uses the first held-out prompts, but of {sizes} the first is larger"

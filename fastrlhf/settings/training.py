@@ -1,67 +1,35 @@
-"""Settings of each loop: a frozen dataclass whose fields are also the keys of its YAML file and its CLI options.
-
-Values are converted to the field's type and checked when the configuration is made, wherever they come from. What is
-given wins over the preset, and the preset over the defaults. options.py reads the command line and YAML.
-"""
+"""Settings of the loops: SFT, reward models, preferences, and what PPO has in common with them."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from fastrlhf.errors import UserError
-from fastrlhf.settings.values import convert_all
+from fastrlhf.settings.base import Settings
+from fastrlhf.settings.option import REQUIRED, option, rare, reads
 
+TEMPLATES, DTYPES = ("auto", "chat", "none"), ("auto", "float32", "bfloat16")
 SCHEDULES = ("constant", "linear", "cosine")
 OBJECTIVES = ("pairs", "plackett_luce", "all_pairs", "outcome", "ratings")  # of a reward model
-REQUIRED = dataclasses.MISSING
-
-
-def option(default: Any, help: str, *, rare: bool = False, positional: bool = False) -> Any:
-    """A field with a line of help; a REQUIRED one must be given. --help leaves out rare ones, --help-all does not.
-
-    positional: on a command line the value may stand without --key, in the order of these fields"""
-    return dataclasses.field(default=default, metadata={"help": help, "rare": rare, "positional": positional})
-
-
-rare = functools.partial(option, rare=True)
-
-
-def check_template_kwargs(config: Any) -> None:
-    """Raises ValueError for keywords of the chat template where there is none."""
-    if config.template_kwargs and config.template == "none":
-        raise UserError("template_kwargs are the chat template's, but template is none: leave them out")
+COMPARISONS = ("pairs", "plackett_luce", "all_pairs")  # those that compare responses
+LOSSES = ("sigmoid", "ipo", "hinge", "simpo", "orpo", "kto")  # of preferences
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobConfig:
+class JobConfig(Settings):
     """What every job needs that puts rows through a model."""
 
-    max_tokens: int = option(4096, "tokens a micro-batch: memory and speed, not results")
-    max_rejected: float = rare(0.01, "stop if a larger share of the rows is rejected")
-    template: str = option("auto", "chat template: auto (if the tokenizer has one), chat or none")
+    max_tokens: int = option(4096, "tokens a micro-batch: memory and speed, not results", at_least=1, resume="free")
+    max_rejected: float = rare(0.01, "stop if a larger share of the rows is rejected", between=(0, 1), resume="free")
+    template: str = option("auto", "chat template: auto (if the tokenizer has one), chat or none", choices=TEMPLATES)
     template_kwargs: Mapping[str, Any] | None = rare(None, "what the template gets: '{enable_thinking: false}'")
-    seed: int = option(0, "seed of everything that is drawn")
-    device: str = option("auto", "auto, cpu or cuda")
-    dtype: str = option("auto", "of the forward: auto (bfloat16 on cuda), float32 or bfloat16")
-
-    def __post_init__(self) -> None:
-        convert_all(self)
-        choose(self, "template", ("auto", "chat", "none"))
-        check_template_kwargs(self)
-        choose(self, "device", ("auto", "cpu", "cuda"))
-        choose(self, "dtype", ("auto", "float32", "bfloat16"))
-        at_least(self, 1, "max_tokens")
-        at_least(self, 0, "seed")
-        within(self, 0, 1, "max_rejected")
-        if self.seed >= 2**31:
-            raise UserError(f"seed must be below 2**31 = {2**31}, got {self.seed}")
+    seed: int = option(0, "seed of everything that is drawn", at_least=0, below=2**31)
+    device: str = option("auto", "{}", choices="auto cpu cuda", resume="free")
+    dtype: str = option("auto", "of the forward: auto (bfloat16 on cuda), float32 or bfloat16", choices=DTYPES)
 
     def resolve_device(self) -> torch.device:
         """The device of the run; raises ValueError for cuda without a GPU."""
@@ -78,56 +46,52 @@ class JobConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig(JobConfig):
-    """What every loop needs.
+    """What every loop needs."""
 
-    may_change: of a run that is resumed; what else decides what it computes must stay"""
-
-    may_change: ClassVar[tuple[str, ...]] = ("learning_rate", "schedule", "warmup_ratio")
-    model: str = option(REQUIRED, "folder or hub id of the model to start from")
-    data: str = option(REQUIRED, "JSONL, JSON or Parquet file, or a folder or glob of such (docs/data.md)")
-    output: str = option(REQUIRED, "folder for checkpoints, metrics and the final model")
-    batch_size: int = option(32, "sequences (reward: pairs; ppo: responses) a step")
-    learning_rate: float = option(1e-5, "peak learning rate of AdamW")
-    schedule: str = option("cosine", "of the learning rate: constant, linear or cosine (to 0)")
-    warmup_ratio: float = option(0.03, "share of the steps in which the learning rate rises from 0")
-    weight_decay: float = option(0.0, "decoupled weight decay of matrices")
-    optimizer: str = rare("adamw", "adamw, or adamw8bit: moments of a byte each (bitsandbytes)")
-    adam_eps: float = rare(1e-5, "epsilon of AdamW")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
-    limit: int | None = option(None, "use only so many rows of the data")
-    save_every: int = option(100, "steps between checkpoints; 0: none")
+    model: str = reads(REQUIRED, "folder or hub id of the model to start from")
+    data: str = reads(REQUIRED, "JSONL, JSON or Parquet file, or a folder or glob of such (docs/data.md)")
+    output: str = option(REQUIRED, "folder for checkpoints, metrics and the final model", path="output", resume="free")
+    batch_size: int = option(32, "sequences (reward: pairs; ppo: responses) a step", at_least=1)
+    learning_rate: float = option(1e-5, "peak learning rate of AdamW", above=0, resume="plan")
+    schedule: str = option("cosine", "of the learning rate: {} (to 0)", choices=SCHEDULES, resume="plan")
+    warmup_ratio: float = option(0.03, "share of steps in which the rate rises from 0", between=(0, 1), resume="plan")
+    weight_decay: float = option(0.0, "decoupled weight decay of matrices", at_least=0)
+    optimizer: str = rare("adamw", "{}: moments of a byte each (bitsandbytes)", choices="adamw adamw8bit")
+    adam_eps: float = rare(1e-5, "epsilon of AdamW", above=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
+    limit: int | None = option(None, "use only so many rows of the data", at_least=1)
+    save_every: int = option(100, "steps between checkpoints; 0: none", at_least=0, resume="free")
     save_minutes: float = rare(
-        None, "checkpoint at least every so many minutes; 0: off; default 15, or 0 if save_every is 0"
+        None,
+        "checkpoint at least every so many minutes; 0: off; default 15, or 0 if save_every is 0",
+        at_least=0,
+        resume="free",
     )
-    keep_checkpoints: int = option(2, "how many of them stay, the newest", rare=True)
-    parallel: str = option("ddp", "under torchrun: ddp (a copy of each model a process) or fsdp (shards)", rare=True)
-    gradient_checkpointing: bool = option(False, "recompute activations in backward to save memory")
-    lora_rank: int = option(0, "train a low-rank adapter of this rank, and the head; 0: all weights")
-    lora_alpha: float = rare(32.0, "what an adapter computes is multiplied by lora_alpha / lora_rank")
+    keep_checkpoints: int = rare(2, "how many of them stay, the newest", at_least=1, resume="free")
+    parallel: str = rare(
+        "ddp", "under torchrun: {} (a copy of each model a process, or shards)", choices="ddp fsdp", resume="free"
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations in backward to save memory", resume="free")
+    lora_rank: int = option(0, "train a low-rank adapter of this rank, and the head; 0: all weights", at_least=0)
+    lora_alpha: float = rare(32.0, "what an adapter computes is multiplied by lora_alpha / lora_rank", above=0)
     lora_targets: str = rare("all", "linear layers with an adapter, such as q_proj,v_proj; all: those of the body")
-    tensorboard: bool = option(False, "also write TensorBoard files")
-    resume: bool = option(False, "continue from the newest checkpoint in the output folder")
-    overwrite: bool = option(False, "delete an earlier run in the output folder")
+    tensorboard: bool = option(False, "also write TensorBoard files", resume="free")
+    resume: bool = option(False, "continue from the newest checkpoint in the output folder", resume="free")
+    overwrite: bool = option(False, "delete an earlier run in the output folder", resume="free")
 
-    def __post_init__(self) -> None:
+    def fill_in(self) -> None:
+        super().fill_in()
         if self.save_minutes is None:
             object.__setattr__(self, "save_minutes", 15.0 if str(self.save_every) != "0" else 0.0)
-        super().__post_init__()
-        choose(self, "schedule", SCHEDULES)
-        choose(self, "parallel", ("ddp", "fsdp"))
-        choose(self, "optimizer", ("adamw", "adamw8bit"))
-        above(self, 0, "learning_rate", "adam_eps", "max_grad_norm", "lora_alpha")
-        at_least(self, 1, "batch_size", "limit", "keep_checkpoints")
-        at_least(self, 0, "weight_decay", "save_every", "save_minutes", "lora_rank")
-        within(self, 0, 1, "warmup_ratio")
-        if self.resume and self.overwrite:
-            raise UserError("resume and overwrite exclude each other")
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
         if not self.has_adapters() and (self.lora_alpha, self.lora_targets) != (32.0, "all"):
-            raise UserError("lora_alpha and lora_targets are of adapters, and there is none: set lora_rank")
+            yield "lora_alpha and lora_targets are of adapters, and there is none: set lora_rank"
         if self.parallel == "fsdp" and self.optimizer == "adamw8bit":
-            raise UserError("parallel: fsdp cuts the moments of adamw only; adamw8bit takes ddp")
+            yield "parallel: fsdp cuts the moments of adamw only; adamw8bit takes ddp"
         if self.parallel == "fsdp" and self.has_adapters():
-            raise UserError("parallel: fsdp is for models that are trained whole; adapters (lora_rank) take ddp")
+            yield "parallel: fsdp is for models that are trained whole; adapters (lora_rank) take ddp"
 
     def has_adapters(self) -> bool:
         """Whether some model is trained as an adapter."""
@@ -142,24 +106,19 @@ class LoopConfig(JobConfig):
 class TuningConfig(LoopConfig):
     """What the loops on a file of rows need besides."""
 
-    may_change = ("epochs", *LoopConfig.may_change)
-    epochs: int = option(1, "passes over the data")
-    max_length: int = option(1024, "rows with a longer sequence are rejected")
-    eval_data: str | None = option(None, "held-out file; metrics on it are reported after each epoch")
-    eval_fraction: float = option(0.0, "without eval_data: hold out this share of the data, its last rows")
-    eval_limit: int | None = option(None, "use only so many held-out rows")
-    eval_every: int = option(0, "also evaluate after every so many steps; 0: after each epoch only")
+    epochs: int = option(1, "passes over the data", at_least=1, resume="plan")
+    max_length: int = option(1024, "rows with a longer sequence are rejected", at_least=2)
+    eval_data: str | None = reads(None, "held-out file; metrics on it are reported after each epoch")
+    eval_fraction: float = option(0.0, "without eval_data: hold out this last share of the data", between=(0, 0.9))
+    eval_limit: int | None = option(None, "use only so many held-out rows", at_least=1)
+    eval_every: int = option(0, "also evaluate after every so many steps; 0: after each epoch only", at_least=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 1, "epochs", "eval_limit")
-        at_least(self, 2, "max_length")
-        at_least(self, 0, "eval_every")
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
         if self.eval_every and self.eval_data is None and not self.eval_fraction:
-            raise UserError(f"eval_every ({self.eval_every}) needs held-out rows: set eval_data or eval_fraction")
-        within(self, 0, 0.9, "eval_fraction")
+            yield f"eval_every ({self.eval_every}) needs held-out rows: set eval_data or eval_fraction"
         if self.eval_data is not None and self.eval_fraction:
-            raise UserError(f"give eval_data ({self.eval_data}) or eval_fraction ({self.eval_fraction}), not both")
+            yield f"give eval_data ({self.eval_data}) or eval_fraction ({self.eval_fraction}), not both"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,111 +130,66 @@ class SFTConfig(TuningConfig):
 class RewardConfig(TuningConfig):
     """A reward model from responses that were judged."""
 
-    objective: str = option("auto", "pairs, plackett_luce, all_pairs, outcome, ratings; auto: by the columns")
-    share_prompts: bool = rare(True, "read a prompt once for all its responses, where the model allows it")
-    label_smoothing: float = option(0.0, "pairs: share of labels believed wrong")
-    center_coef: float = option(
-        0.0, "pairs: weight of the mean squared sum of a pair's scores (0.01 keeps them near 0)"
-    )
-    center_bias: bool = option(
-        True, "at the end, shift scores so that the best responses (of comparisons) score 0 on average"
-    )
-    center_data: str | None = option(None, "demonstrations that are to score 0 on average in place of those", rare=True)
-    ties: str = option("skip", "all_pairs: responses of equal rank: skip, or half (a pair with target 1/2)", rare=True)
-    head_init: str = option("normal", "weights of a new head: normal, N(0, 1 / (width + 1)), or zero", rare=True)
+    objective: str = option("auto", "{}; auto: by the columns", choices=("auto", *OBJECTIVES))
+    share_prompts: bool = rare(True, "read a prompt once for all its responses, where models allow it", resume="free")
+    label_smoothing: float = option(0.0, "pairs: share of labels believed wrong", between=(0, 0.5))
+    center_coef: float = option(0.0, "pairs: weight of the mean squared sum of a pair's scores (say 0.01)", at_least=0)
+    center_bias: bool = option(True, "at the end, shift scores: the best responses (of comparisons) score 0 on average")
+    center_data: str | None = reads(None, "demonstrations that are to score 0 on average in place of those", rare=True)
+    ties: str = rare("skip", "all_pairs: of equal rank: skip, or half (a pair with target 1/2)", choices="skip half")
+    head_init: str = rare("normal", "weights of a new head: N(0, 1 / (width + 1)), or zero", choices="normal zero")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choose(self, "objective", ("auto", *OBJECTIVES))
-        choose(self, "ties", ("skip", "half"))
-        choose(self, "head_init", ("normal", "zero"))
-        at_least(self, 0, "center_coef")
-        within(self, 0, 0.5, "label_smoothing")
-        if self.objective != "auto":
-            self.check_objective(self.objective)
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        if self.center_data is not None and not self.center_bias:
+            yield "center_data needs center_bias"
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        yield from super().unused()
+        why = f" has no effect on objective {self.objective}"
+        if self.objective not in ("auto", "pairs"):
+            yield "label_smoothing center_coef", why
+        if self.objective not in ("auto", "all_pairs"):
+            yield "ties", why
+        if self.objective not in ("auto", *COMPARISONS):
+            yield "center_data", why
 
     def check_objective(self, objective: str) -> None:
-        """Raises ValueError for an option that would have no effect."""
-        for name, default, objectives in (
-            ("label_smoothing", 0.0, ("pairs",)),
-            ("center_coef", 0.0, ("pairs",)),
-            ("ties", "skip", ("all_pairs",)),
-            ("center_data", None, ("pairs", "plackett_luce", "all_pairs")),
-        ):
-            if getattr(self, name) != default and objective not in objectives:
-                raise UserError(f"{name} has no effect on objective {objective}")
-        if self.center_data is not None and not self.center_bias:
-            raise UserError("center_data needs center_bias")
+        """Raises ValueError for an option that does nothing for the objective that auto has become."""
+        replace(self, objective=objective)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(TuningConfig):
     """A policy from preference pairs or labelled responses."""
 
-    learning_rate: float = option(1e-6, "peak learning rate of AdamW")
-    loss: str = option("sigmoid", "sigmoid (DPO), ipo, hinge, simpo, orpo; of labelled responses: kto")
-    beta: float = option(0.1, "tie to the reference (simpo: scale, often 2; orpo: weight of the odds)")
-    reference: str | None = option(None, "folder or hub id of the reference (default: model)")
-    reference_free: bool = option(False, "no reference (simpo, orpo: never one)", rare=True)
-    length_normalized: bool = option(False, "means over tokens in place of sums (simpo, orpo: always)", rare=True)
-    share_prompts: bool = rare(True, "read a prompt once for all its responses, where the model allows it")
-    label_smoothing: float = option(0.0, "share of labels believed wrong (sigmoid: conservative DPO)")
-    target_margin: float = option(0.0, "simpo: gamma, by how much the chosen response is to lead", rare=True)
-    desirable_weight: float = rare(1.0, "kto: weight of the responses that are wanted")
-    undesirable_weight: float = rare(1.0, "kto: weight of the others")
-    sft_coef: float = option(
-        0.0, "weight of the mean log-probability of chosen responses, added to the loss", rare=True
-    )
+    learning_rate: float = option(1e-6, "peak learning rate of AdamW", above=0, resume="plan")
+    loss: str = option("sigmoid", "sigmoid (DPO), ipo, hinge, simpo, orpo; of labelled responses: kto", choices=LOSSES)
+    beta: float = option(0.1, "tie to the reference (simpo: scale, often 2; orpo: weight of the odds)", above=0)
+    reference: str | None = reads(None, "folder or hub id of the reference (default: model)")
+    reference_free: bool = rare(False, "no reference (simpo, orpo: never one)")
+    length_normalized: bool = rare(False, "means over tokens in place of sums (simpo, orpo: always)")
+    share_prompts: bool = rare(True, "read a prompt once for all its responses, where models allow it", resume="free")
+    label_smoothing: float = option(0.0, "share of labels believed wrong (sigmoid: conservative DPO)", between=(0, 0.5))
+    target_margin: float = rare(0.0, "simpo: gamma, by how much the chosen response is to lead", at_least=0)
+    desirable_weight: float = rare(1.0, "kto: weight of the responses that are wanted", at_least=0)
+    undesirable_weight: float = rare(1.0, "kto: weight of the others", at_least=0)
+    sft_coef: float = rare(0.0, "weight of the mean log-probability of chosen responses, added to the loss", at_least=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choose(self, "loss", ("sigmoid", "ipo", "hinge", "simpo", "orpo", "kto"))
-        above(self, 0, "beta")
-        at_least(self, 0, "target_margin", "sft_coef", "desirable_weight", "undesirable_weight")
-        within(self, 0, 0.5, "label_smoothing")
-        for name, losses in {"label_smoothing": ("sigmoid",), "target_margin": ("simpo",)}.items():
-            if getattr(self, name) and self.loss not in losses:
-                raise UserError(f"{name} has no effect on loss {self.loss}")
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
         if self.loss == "kto" and (self.reference_free or self.length_normalized or self.sft_coef):
-            raise UserError("loss kto has none of reference_free, length_normalized and sft_coef")
+            yield "loss kto has none of reference_free, length_normalized and sft_coef"
         if self.loss != "kto" and (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
-            raise UserError(f"desirable_weight and undesirable_weight have no effect on loss {self.loss}")
+            yield f"desirable_weight and undesirable_weight have no effect on loss {self.loss}"
         if self.loss in ("simpo", "orpo") and (self.reference or self.reference_free or self.length_normalized):
-            raise UserError(f"loss {self.loss} has no reference and takes means over tokens, leave those options out")
+            yield f"loss {self.loss} has no reference and takes means over tokens, leave those options out"
         if self.reference and self.reference_free:
-            raise UserError(f"give reference ({self.reference}) or reference_free, not both")
+            yield f"give reference ({self.reference}) or reference_free, not both"
 
-
-def did_you_mean(name: str, known: list[str]) -> str:
-    """A hint at the nearest known name, or nothing."""
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
-
-
-def choose(config: Any, name: str, choices: Sequence[str]) -> None:
-    """Raises ValueError unless the option has one of these values; so do the next three outside their bounds."""
-    value = getattr(config, name)
-    if value is not None and value not in choices:
-        hint = did_you_mean(str(value), list(choices))
-        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
-
-
-def at_least(config: Any, low: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < low:
-            raise UserError(f"{name} must be at least {low}, got {value}")
-
-
-def above(config: Any, low: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value <= low:
-            raise UserError(f"{name} must be above {low}, got {value}")
-
-
-def within(config: Any, low: float, high: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"{name} must be between {low} and {high}, got {value}")
+    def unused(self) -> Iterator[tuple[str, str]]:
+        yield from super().unused()
+        if self.loss != "sigmoid":
+            yield "label_smoothing", f" has no effect on loss {self.loss}"
+        if self.loss != "simpo":
+            yield "target_margin", f" has no effect on loss {self.loss}"

@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fastrlhf.errors import UserError
+from fastrlhf.settings.option import REQUIRED, option, rare, reads
 from fastrlhf.settings.scoring import ScoringConfig
-from fastrlhf.settings.training import REQUIRED, at_least, option, rare
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRewardConfig(ScoringConfig):
     """How far a reward model can be trusted: accuracy, calibration, length, labels, probes, as a page and as JSON."""
 
-    model: str = option(REQUIRED, "reward model FOLDER[,FOLDER...], module:function or URL; several are an ensemble")
-    data: str = option(REQUIRED, "held-out preference pairs (layouts: docs/data.md)")
-    output: str = option(REQUIRED, "folder for report.html, summary.json and scores.jsonl")
+    model: str = reads(REQUIRED, "reward model FOLDER[,FOLDER...], module:function or URL; several are an ensemble")
+    data: str = reads(REQUIRED, "held-out preference pairs (layouts: docs/data.md)")
+    output: str = option(REQUIRED, "folder of report.html, summary.json, scores.jsonl", path="output", resume="free")
     by: str = option("split,rater,head", "columns of the data by which accuracy is told apart, those that it has")
-    benchmark: str | None = option(None, "pairs with a column subset and perhaps section, scored as RewardBench does")
-    sycophancy: str | None = option(None, "questions with and without the user's opinion (layout: docs/trust.md)")
-    reference_data: str | None = option(None, "file to compare the prompts with, say the training data")
-    tokenizer: str | None = option(None, "folder or hub id; default: that of the first model")
-    limit: int | None = option(None, "use only so many rows of each file")
-    max_length: int = option(1024, "pairs with a longer side are rejected")
+    benchmark: str | None = reads(None, "pairs with a column subset and perhaps section, scored as RewardBench does")
+    sycophancy: str | None = reads(None, "questions with and without the user's opinion (layout: docs/trust.md)")
+    reference_data: str | None = reads(None, "file to compare the prompts with, say the training data")
+    tokenizer: str | None = reads(None, "folder or hub id; default: that of the first model")
+    limit: int | None = option(None, "use only so many rows of each file", at_least=1)
+    max_length: int = option(1024, "pairs with a longer side are rejected", at_least=2)
     plots: bool = option(True, "plots on the page; they need matplotlib")
-    overwrite: bool = option(False, "replace an earlier report in the output folder")
+    overwrite: bool = option(False, "replace an earlier report in the output folder", resume="free")
     rater_column: str = rare("rater", "column of the data that names who labelled a pair")
     subset_column: str = rare("subset", "column of the benchmark that names a pair's subset")
     section_column: str = rare("section", "column of the benchmark that names the section of the subset")
-    num_bins: int = rare(10, "bins of the reliability curve; other bins are half as many")
+    num_bins: int = rare(10, "bins of the reliability curve; other bins are half as many", at_least=2)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 1, "limit")
-        at_least(self, 2, "max_length", "num_bins")
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
         if not all(self.models):
-            raise UserError(f"model: no model between two commas in {self.model!r}")
+            yield f"model: no model between two commas in {self.model!r}"
         if len(set(self.models)) < len(self.models):
-            raise UserError(f"model: {self.model!r} names a model twice")
+            yield f"model: {self.model!r} names a model twice"
 
     @property
     def models(self) -> list[str]:

@@ -16,23 +16,13 @@ import yaml
 
 from fastrlhf.errors import UserError, UserTypeError
 
-# the options that are folders, files, or what is made of several, wherever they are; a hub id or a URL has no ~
-PATHS = {
-    *("config", "model", "data", "output", "file", "out", "against", "tokenizer", "eval_data", "center_data"),
-    *("ptx_data", "reference", "reward", "eval_reward", "gold", "proxy", "policy", "judge", "judge_key_file"),
-    *("rollout_key_file", "reward_key_file"),
-    *("rubric", "principles", "comparisons", "prompts", "demonstrations", "benchmark", "sycophancy"),
-    *("reference_data", "first", "second", "ppo"),
-}
 HOME = re.compile(r"(?<![^,|(=\s])~[\w.-]*(?=[/,|)=#;]|$)")  # where a path begins, in a reward of several too
 
 
 def expand(name: str, value: Any) -> Any:
-    """Returns the value of an option; of a path with the home folder in place of ~, and a Path as text.
+    """Returns a path, or what is made of several, with the home folder in place of ~; a Path as text.
 
     Raises: ValueError for a path that is empty, which would be the current folder."""
-    if name not in PATHS:
-        return value
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if isinstance(value, str) and not value.strip():
         raise UserError(f"{name} is empty; give a path (an unset variable of a shell is empty), or leave it out")
@@ -106,12 +96,6 @@ def field_types(config_class: type) -> dict[str, Any]:
     """The type of each field, in order."""
     kinds = typing.get_type_hints(config_class)
     return {field.name: kinds[field.name] for field in dataclasses.fields(config_class)}
-
-
-def convert_all(config: Any) -> None:
-    """Gives every field of a configuration that is being made the type that it says. Raises: as `convert`."""
-    for name, kind in field_types(type(config)).items():
-        object.__setattr__(config, name, convert(name, expand(name, getattr(config, name)), kind))
 
 
 def dump(config: Any) -> str:

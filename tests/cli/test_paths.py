@@ -10,11 +10,12 @@ from fastrlhf.cli.commands import COMMANDS
 from fastrlhf.cli.options import parse
 from fastrlhf.data import read_rows
 from fastrlhf.settings.feedback import LabelConfig
+from fastrlhf.settings.option import REQUIRED
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.run import RunConfig
-from fastrlhf.settings.training import REQUIRED, SFTConfig
+from fastrlhf.settings.training import SFTConfig
 from fastrlhf.settings.trust import EvaluateRewardConfig
-from fastrlhf.settings.values import PATHS, expand, field_types
+from fastrlhf.settings.values import expand, field_types
 
 MODEL = ["--model", "m", "--data", "d"]
 
@@ -65,8 +66,9 @@ def test_every_option_that_is_a_path_by_its_help_is_known_as_one(command, home):
         for field in dataclasses.fields(config)
         if "str" in str(field_types(config)[field.name]) and named.search(field.metadata["help"])
     }
-    assert paths - {"rater"} <= PATHS and (
-        config is RunConfig or "output" in paths or command.startswith(("data", "info"))
+    known = {field.name for field in dataclasses.fields(config) if field.metadata["path"]}
+    assert paths - {"rater"} <= known and (
+        config is RunConfig or "output" in paths or command.startswith(("data", "info", "check"))
     )
     required = {f.name for f in dataclasses.fields(config) if f.default is REQUIRED}
     given = {name: f"~/{name}.jsonl" for name in required} | ({"format": "gsm8k"} if "format" in required else {})
@@ -76,7 +78,9 @@ def test_every_option_that_is_a_path_by_its_help_is_known_as_one(command, home):
 
 
 @pytest.mark.parametrize("empty", ["", "  "])
-@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize("name", ["model", "data", "output", "eval_data", "ptx_data", "reference", "rollout_key_file"])
 def test_an_empty_path_is_not_the_current_folder(name, empty):
     with pytest.raises(ValueError, match=f"^{name} is empty"):
-        expand(name, empty)
+        PPOConfig(**{"model": "m", "data": "d", "output": "o", "reward": "r", name: empty})
+    with pytest.raises(ValueError, match=r"^config is empty"):
+        parse(SFTConfig, ["--config", empty])

@@ -179,7 +179,7 @@ def test_a_policy_without_an_adapter_is_refused_in_one_line(model, tmp_path, cap
     data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Say {n}"} for n in range(16)])
     Path("rules_of_low.py").write_text("def low(prompts, responses, **_):\n    return [0.0] * len(prompts)\n")
     options = {"model": model, "data": data, "output": "out", "reward": "rules_of_low:low", "batch-size": 8}
-    options |= {"rollout-url": "http://127.0.0.1:9", "weight-sync": "fastrlhf.generation.weight_sync:lora"}
+    options |= {"rollout-url": "http://127.0.0.1:9", "weight-sync": "lora"}
     assert main(["ppo", *(f"--{name}={value}" for name, value in options.items())]) == 1
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "weight_sync" in line)
     assert "error: weight_sync: lora brings an adapter, and the policy has none: set lora_rank, or take whole" in line

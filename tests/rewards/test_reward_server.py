@@ -160,7 +160,7 @@ def test_a_busy_server_is_asked_again_and_a_slow_one_is_given_up():
         assert server(running)(*TEXTS, **GIVEN) == [0.25, 0.5, 0.25]
     go_on = threading.Event()
     with serving({"/score": lambda body: (body["responses"] and not go_on.wait(20)) or lengths(body)}) as running:
-        with pytest.raises(ServerError, match=r"gave no answer in 0\.3 s"):
+        with pytest.raises(ServerError, match=r"gave no answer in 0\.3 s; raise reward_timeout"):
             server(running, timeout=0.3)(*TEXTS, **GIVEN)
         go_on.set()
 
@@ -178,6 +178,7 @@ def test_a_server_that_is_none_stops_the_run_at_its_start():
     ("reward", "words"),
     [
         ("http://host/score?version=2", "has a ?, after which"),
+        ("mean(http://host/a?k=v|x)=2", "http://host/a?k=v' has a ?, after which"),
         ("ftp://host/score", "is no server; one is given as http"),
         ("localhost:8000/score", "a server is given as http://localhost:8000/score"),
         ("http://user:word@host/score", "no user and no password may stand in it"),

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 
 import pytest
 import yaml
@@ -20,6 +21,13 @@ def test_every_option_has_help_and_none_too_many(config_class):
     fields = dataclasses.fields(config_class)
     assert all(field.metadata["help"] for field in fields)
     assert len([field for field in fields if not field.metadata["rare"]]) <= 48  # --help fits a screen
+
+
+@pytest.mark.parametrize("name", ["lora", "whole"])
+def test_short_names_of_weight_sync_are_written_out(name):
+    config = PPOConfig(**GIVEN, reward="r", rollout_url="http://a", weight_sync=name)
+    module, _, function = yaml.safe_load(dump(config))["weight_sync"].partition(":")
+    assert getattr(importlib.import_module(module), function).__name__ == name
 
 
 def test_preset_sets_defaults_and_given_values_win():

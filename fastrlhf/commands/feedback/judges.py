@@ -167,7 +167,7 @@ class ServerJudge:
         timeout: float = 600.0,
         api_key: str | None = None,
     ) -> None:
-        self.server = ModelServer("judge", url, model, timeout=timeout, key=api_key)
+        self.server = ModelServer("judge", url, model, timeout=timeout, timeout_option="judge_timeout", key=api_key)
         self.answers, self.chat, self.top, self.max_requests = answers, chat, top, max_requests
         self.template_kwargs = dict(template_kwargs or {})
         self.path = "/v1/chat/completions" if chat else "/v1/completions"

@@ -1,0 +1,51 @@
+"""What the settings of all commands have in common: how they are filled in, converted and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from fastrlhf.errors import UserError
+from fastrlhf.settings.option import check
+from fastrlhf.settings.values import convert, expand, field_types
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A frozen dataclass whose fields are the command's options: keys of its YAML file, and --options.
+
+    Whatever a value comes from, it is converted to the field's type and checked when the object is made.
+
+    Raises: TypeError or ValueError naming the option."""
+
+    def __post_init__(self) -> None:
+        self.fill_in()
+        kinds = field_types(type(self))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            value = convert(
+                field.name, expand(field.name, value) if field.metadata["path"] else value, kinds[field.name]
+            )
+            object.__setattr__(self, field.name, value)
+            check(field, value)
+        for message in self.conflicts():
+            raise UserError(message)
+        defaults = {field.name: field.default for field in fields(self)}
+        for names, why in self.unused():
+            for name in names.split():
+                if getattr(self, name) != defaults[name]:
+                    raise UserError(f"{name}{why}")
+
+    def fill_in(self) -> None:
+        """Sets what is None and follows from a preset or from another option, before values are converted."""
+
+    def conflicts(self) -> Iterator[str]:
+        """What is wrong with a combination of options that are right each alone: a message for each fault."""
+        if getattr(self, "resume", False) and getattr(self, "overwrite", False):
+            yield "resume and overwrite exclude each other"
+        if getattr(self, "template", None) == "none" and getattr(self, "template_kwargs", None):
+            yield "template_kwargs are the chat template's, but template is none: leave them out"
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Options that do nothing beside the others, and why: an error for one that has not its default."""
+        yield from ()
