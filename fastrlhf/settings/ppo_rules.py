@@ -1,4 +1,4 @@
-"""What combinations of PPO's options are refused for, and which options do nothing beside others."""
+"""What combinations of PPO's options (c) are refused for, and which options do nothing beside others."""
 
 from __future__ import annotations
 
