@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -40,6 +40,14 @@ WIDTH = 9  # of a column, and two spaces
 PIPE_WIDTH = 110  # of the table where there is no terminal
 ROWS_A_HEADER = 30
 ROWS_A_TIMING = 10  # rows of the table between two lines on where the time goes
+Extreme = Literal["max", "min"]
+# how statistics of two micro-batches become one, and those of several minibatches; None: of sums
+JOINS: dict[Extreme | None, Callable[[Tensor, Tensor], Tensor]] = {
+    None: torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
+MEANS: dict[Extreme | None, Callable[[Tensor], Tensor]] = {None: torch.mean, "max": torch.amax, "min": torch.amin}
 
 
 class MetricsLog:
@@ -138,41 +146,39 @@ class MetricsLog:
 
 
 class Statistics:
-    """Statistics of a minibatch, from those of its micro-batches: sums over one denominator, or extremes by name."""
+    """Statistics of a minibatch, from those of its micro-batches: sums over one denominator, or extremes.
+
+    values: by name; extremes: max or min, by the name of each value that is no sum"""
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
+        self.extremes: dict[str, Extreme] = {}
 
-    def add(self, prefix: str, values: dict[str, Tensor]) -> None:
-        """Adds a micro-batch's share."""
+    def add(self, prefix: str, values: dict[str, Tensor], *, extremes: dict[str, Extreme] | None = None) -> None:
+        """Adds a micro-batch's share. extremes: which of the values are a maximum or a minimum."""
+        self.extremes |= {prefix + name: extreme for name, extreme in (extremes or {}).items()}
         for key, value in values.items():
             name, value = prefix + key, value.detach()
-            if name not in self.values:
-                self.values[name] = value
-            elif name.endswith("_max"):
-                self.values[name] = torch.maximum(self.values[name], value)
-            elif name.endswith("_min"):
-                self.values[name] = torch.minimum(self.values[name], value)
-            else:
-                self.values[name] = self.values[name] + value
+            join = JOINS[self.extremes.get(name)]
+            self.values[name] = join(self.values[name], value) if name in self.values else value
 
     def all_reduced(self) -> Statistics:
         """The statistics of the micro-batches of all processes."""
         if distributed.rank_and_world_size()[1] == 1:
             return self
-        whole = Statistics()
-        for values in distributed.all_gather({name: value.cpu() for name, value in self.values.items()}):
-            whole.add("", values)
+        own, whole = {name: value.cpu() for name, value in self.values.items()}, Statistics()
+        for values, extremes in distributed.all_gather((own, self.extremes)):
+            whole.add("", values, extremes=extremes)
         return whole
 
     @staticmethod
     def mean(several: Sequence[Statistics]) -> dict[str, Tensor]:
         """The mean of several minibatches' statistics, or their extremes, over the minibatches that have them."""
+        extremes = {name: extreme for each in several for name, extreme in each.extremes.items()}
         means = {}
         for name in dict.fromkeys(name for each in several for name in each.values):
             values = torch.stack([each.values[name] for each in several if name in each.values])
-            extreme = values.amax() if name.endswith("_max") else values.amin() if name.endswith("_min") else None
-            means[name] = values.mean() if extreme is None else extreme
+            means[name] = MEANS[extremes.get(name)](values)
         return means
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastrlhf.runtime.jsonl import cut_back, read_jsonl
-from fastrlhf.runtime.metrics import MetricsLog, forget_peak, peak_memory_gib, short
+from fastrlhf.runtime.metrics import MetricsLog, Statistics, forget_peak, peak_memory_gib, short
 
 
 def test_metrics_hold_what_was_given_and_timing_the_clock(tmp_path):
@@ -76,6 +76,23 @@ def test_a_metric_that_comes_later_gets_its_column(tmp_path, capsys):
         log.add(step, {"objective/kl": 1.0, **more, "num_tokens": 10})
     rows = [" ".join(line.split()[:-1]) for line in capsys.readouterr().out.splitlines()]
     assert rows == ["step kl", "1/9 1", "2/9 1", "step kl clipped", "3/9 1 0.5", "4/9 1 0.25"]
+
+
+def test_statistics_are_sums_but_for_those_that_are_said_to_be_extremes():
+    """Micro-batches add up, minibatches are averaged, whatever their names are (tokens_max is a sum)."""
+    shares = torch.tensor([[1.0, -4.0], [0.5, 3.0]])  # a minibatch a row, of two micro-batches
+    minibatches = []
+    for row in shares:
+        stats = Statistics()
+        for value in row:
+            values = dict.fromkeys(("loss", "tokens_max", "largest", "smallest"), value)
+            stats.add("ppo/", values, extremes={"largest": "max", "smallest": "min"})
+        minibatches.append(stats)
+    found = {name: value.item() for name, value in Statistics.mean(minibatches).items()}
+    mean = shares.sum(1).mean().item()
+    extremes = {"ppo/largest": shares.max().item(), "ppo/smallest": shares.min().item()}
+    assert found == {"ppo/loss": mean, "ppo/tokens_max": mean, **extremes}
+    assert Statistics.mean([Statistics(), minibatches[0]])["ppo/smallest"] == -4.0  # no policy update in the first
 
 
 @pytest.mark.parametrize("value", [0.0, 1, -1.23456789e-12, 123456789.0, -0.333333, float("nan"), float("inf")])

@@ -32,8 +32,9 @@ def test_the_metrics_of_a_step_by_hand():
     logprobs = -torch.arange(1.0, 14.0) / 10
     batch = batch.with_fields(logprobs=logprobs, sampled=logprobs, ref_logprobs=logprobs - 0.2)
     first, second = Statistics(), Statistics()
-    first.add("ppo/policy/", {"ratio_max": torch.tensor(1.0), "ratio_min": torch.tensor(0.99)})
-    second.add("ppo/policy/", {"ratio_max": torch.tensor(3.0), "ratio_min": torch.tensor(0.5)})
+    extremes = {"ratio_max": "max", "ratio_min": "min"}
+    first.add("ppo/policy/", {"ratio_max": torch.tensor(1.0), "ratio_min": torch.tensor(0.99)}, extremes=extremes)
+    second.add("ppo/policy/", {"ratio_max": torch.tensor(3.0), "ratio_min": torch.tensor(0.5)}, extremes=extremes)
     shaped = {name: torch.tensor(0.5) for name in ("rewards", "advantages", "advantages_std")}
     scores = torch.tensor([0.0, 1.0, 2.0, 3.0])
     found = describe(batch, SAMPLES, scores, {"rules": scores / 2, "model": scores / 4}, shaped, [first, second])

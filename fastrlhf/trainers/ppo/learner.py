@@ -21,12 +21,14 @@ from fastrlhf.ops import approx_kl, ppo_policy_loss, value_loss
 from fastrlhf.packing import Packed, pack
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.fingerprints import fingerprint
-from fastrlhf.runtime.metrics import Statistics
+from fastrlhf.runtime.metrics import Extreme, Statistics
 from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.trainers.checkpoint_clock import bytes_of
 from fastrlhf.trainers.oom import TokenBudget
 from fastrlhf.trainers.ppo.models import PPOModels
+
+EXTREMES: dict[str, Extreme] = {"logprob_change_max": "max", "ratio_max": "max", "ratio_min": "min"}  # of the policy
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,9 @@ class Learner:
             denominator=num_tokens,
         )
         change = (logprobs - part["logprobs"]).abs()
-        stats.add("ppo/policy/", {"logprob_change": change.sum() / num_tokens, "logprob_change_max": change.max()})
-        stats.add("ppo/policy/", {"loss": loss, "entropy": entropy.sum() / num_tokens, **loss_stats})
+        changes = {"logprob_change": change.sum() / num_tokens, "logprob_change_max": change.max()}
+        means = {**changes, "loss": loss, "entropy": entropy.sum() / num_tokens, **loss_stats}
+        stats.add("ppo/policy/", means, extremes=EXTREMES)
         if config.entropy_coef:
             loss = loss - config.entropy_coef * (part["weights"] * entropy).sum() / num_tokens
         if config.kl_in == "loss":
