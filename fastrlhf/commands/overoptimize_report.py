@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from dataclasses import asdict
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
+from markupsafe import Markup
 
 from fastrlhf.evaluation import plots
-from fastrlhf.evaluation.html import STYLE, reward_model_line, table
+from fastrlhf.evaluation.html import pairs_line, render, reward_model_line
+from fastrlhf.evaluation.tables import as_csv
 from fastrlhf.runtime.atomic_io import write_file, write_json
 from fastrlhf.runtime.jsonl import read_json, read_jsonl
 from fastrlhf.stats.falls import fall_after_best
@@ -29,8 +28,7 @@ FORMS = {"best_of_n": "d (a - b d)", "ppo": "d (a - b log d)"}
 def describe(stage: str, output: Path) -> str:
     """Returns a line on what a finished stage left in the output folder."""
     if stage == "pairs":
-        counts = read_json(output / "pairs/counts.json")
-        return "{kept} of {pairs} pairs kept; dropped: {ties} with equal gold reward, {empty} empty".format(**counts)
+        return pairs_line(output)
     if stage == "proxy":
         return reward_model_line(read_jsonl(output / "proxy/metrics.jsonl")[-1])
     if stage == "report":
@@ -126,35 +124,25 @@ def write_report(output: Path) -> None:
     """Writes points.csv, summary.json, report.html and, where matplotlib is installed, curves.svg."""
     rows = points_of(output)
     summary = summarise(rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    write_file(output / "points.csv", text.getvalue().encode())
+    write_file(output / "points.csv", as_csv(rows, COLUMNS).encode())
     write_json(output / "summary.json", summary)
-    picture = '<p class="note">matplotlib is not installed, so there is no plot: pip install matplotlib</p>'
+    picture = None
     if plots.available():
         image = svg(rows, summary)
         write_file(output / "curves.svg", image)
-        picture = image[image.index(b"<svg") :].decode()
-    settings = (output / "config.yaml").read_text(encoding="utf-8")
-    page = [
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>over-optimisation</title>',
-        f"<style>{STYLE}</style><h1>Over-optimisation of a proxy reward</h1>",
-        f'<p class="verdict">{escape(verdict(summary))}.</p>',
-        f"<p>The proxy: {escape(describe('proxy', output))}; {escape(describe('pairs', output))}.</p>",
-        picture,
-        '<p class="note">Rewards are in standard deviations of the responses before any optimisation, less their mean. '
-        "Bars are standard errors over prompts. The best of several points is ahead by chance, too, so either half of "
-        "the prompts measures the fall from the point that is best by the other, and its error is that of differences "
-        "on the same prompts. The KL of best-of-n is its upper bound log n - (n - 1) / n. Standard "
-        "errors of a fit take the points for independent; those of best-of-n are of the same responses.</p>",
-        table(["method", "form", "a", "b", "R^2", "peak of the fit: KL, gold"], fits_table(summary)),
-        table(list(COLUMNS), [[cell(row[name]) for name in COLUMNS] for row in rows]),
-        f"<details><summary>config.yaml</summary><pre>{escape(settings)}</pre></details></html>",
-    ]
-    write_file(output / "report.html", ("\n".join(page) + "\n").encode())
+        picture = Markup(image[image.index(b"<svg") :].decode())
+    page = render(
+        "commands/overoptimize_report.html.j2",
+        verdict=verdict(summary),
+        proxy=describe("proxy", output),
+        pairs=describe("pairs", output),
+        picture=picture,
+        fits=fits_table(summary),
+        columns=COLUMNS,
+        points=[[cell(row[name]) for name in COLUMNS] for row in rows],
+        settings=(output / "config.yaml").read_text(encoding="utf-8"),
+    )
+    write_file(output / "report.html", page.encode())
 
 
 def fits_table(summary: dict[str, Any]) -> list[list[str]]:
@@ -175,28 +163,19 @@ def cell(value: Any) -> str:
 
 
 def svg(rows: list[Row], summary: dict[str, Any]) -> bytes:
-    """Gold with its fit, and proxy, over sqrt(KL), a panel a method; the same bytes for the same numbers."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context({"svg.hashsalt": "fastrlhf", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(9, 3.4), layout="constrained")
-        for axis, (method, name) in zip(figure.subplots(1, 2), METHODS.items(), strict=True):
-            points = [row for row in rows if row["method"] == method]
-            x = [row["distance"] for row in points]
-            for what, color, style in (("proxy", plots.BEFORE, "--"), ("gold", plots.AFTER, "none")):
-                y, error = ([row[key] for row in points] for key in (what, f"{what}_error"))
-                axis.errorbar(x, y, error, color=color, linestyle=style, marker="o", markersize=3, label=what)
-            found = summary[method]["fit"]
-            if found:
-                form = Fit(**{key: value for key, value in found.items() if key != "peak"})
-                grid = [max(x) * (n + 1) / 100 for n in range(100)]
-                axis.plot(grid, [form(d * d) for d in grid], color=plots.AFTER, linewidth=1, label=FORMS[method])
-            axis.set_title(name, loc="left", fontsize=11)
-            axis.set_xlabel("sqrt(KL)")
-            axis.set_ylabel("standard deviations at the start")
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.legend(frameon=False, fontsize=8)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    """Gold with its fit, and proxy, over sqrt(KL), a panel a method."""
+    titles = list(METHODS.values())
+    figure, panels = plots.panels(titles, "sqrt(KL)", "standard deviations at the start", size=(9, 3.4))
+    for axis, method in zip(panels, METHODS, strict=True):
+        points = [row for row in rows if row["method"] == method]
+        x = [row["distance"] for row in points]
+        for what, color, style in (("proxy", plots.BEFORE, "--"), ("gold", plots.AFTER, "none")):
+            y, error = ([row[key] for row in points] for key in (what, f"{what}_error"))
+            axis.errorbar(x, y, error, color=color, linestyle=style, marker="o", markersize=3, label=what)
+        found = summary[method]["fit"]
+        if found:
+            form = Fit(**{key: value for key, value in found.items() if key != "peak"})
+            grid = [max(x) * (n + 1) / 100 for n in range(100)]
+            axis.plot(grid, [form(d * d) for d in grid], color=plots.AFTER, linewidth=1, label=FORMS[method])
+        axis.legend(frameon=False, fontsize=8)
+    return plots.svg(figure)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from fastrlhf.evaluation import plots
-from fastrlhf.evaluation.html import STYLE, capital, reward_model_line, table
+from fastrlhf.evaluation.html import mean, pairs_line, render, reward_model_line
 from fastrlhf.runtime.atomic_io import write_file
 from fastrlhf.runtime.jsonl import read_json, read_jsonl
 from fastrlhf.stats.means import in_words, with_error
@@ -22,8 +22,7 @@ def describe(stage: str, output: Path) -> str:
     if stage == "data":
         return ", ".join(f"{len(read_jsonl(path))} {path.stem}" for path in sorted((output / "data").iterdir()))
     if stage == "pairs":
-        counts = read_json(output / "pairs/counts.json")
-        return "{kept} of {pairs} pairs kept; dropped: {ties} with equal gold reward, {empty} empty".format(**counts)
+        return pairs_line(output)
     if stage == "evaluation":
         return verdict(read_json(output / "evaluation/summary.json"))
     if stage == "report":
@@ -47,11 +46,6 @@ def verdict(summary: dict[str, Any]) -> str:
     )
 
 
-def mean(value: dict[str, float]) -> str:
-    """A mean with its standard error."""
-    return with_error(value["mean"], value["error"])
-
-
 def results(summary: dict[str, Any]) -> list[list[str]]:
     """The rows of the table of results: what, before, after, difference."""
     rows = [
@@ -68,17 +62,6 @@ def results(summary: dict[str, Any]) -> list[list[str]]:
     return [*rows, ["KL to the SFT policy, nats a response", "0", mean(summary["kl"]), ""]]
 
 
-def yardstick(summary: dict[str, Any]) -> str:
-    """Best-of-n beside PPO."""
-    best = summary["best_of_n"]
-    return (
-        f"Yardstick: of {best['n']} responses of the SFT policy, the one that the reward model likes best has a gold "
-        f"reward of {mean(best['gold'])}, {mean(best['difference'])} above the mean of the {best['n']}, at a KL of at "
-        f"most {best['kl_bound']:.2f} nats; PPO gains {mean(best['policy_difference'])} on the same "
-        f"{best['gold']['num']} prompts."
-    )
-
-
 def write_report(output: Path) -> Path:
     """Writes `<output>/report.html`, a page that needs no other file; returns its path. Plots need matplotlib."""
     summary = read_json(output / "evaluation/summary.json")
@@ -89,41 +72,22 @@ def write_report(output: Path) -> Path:
     seconds: dict[str, float] = {}
     for row in read_jsonl(output / "timing.jsonl"):
         seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
-    settings = (output / "config.yaml").read_text(encoding="utf-8")
-    body = [
-        "<h1>fastrlhf: from a language model to a policy</h1>",
-        f'<p class="verdict">{escape(capital(verdict(summary)))}.</p>',
-        "<h2>Held-out prompts before and after PPO</h2>",
-        table(["", "before", "after", "difference"], results(summary)),
-        f"<p>{escape(yardstick(summary))}</p>",
-        '<p class="note">± is one standard error; differences are paired by prompt: both policies answer with the same '
-        "random numbers.</p>",
-        "<h2>Stages</h2>",
-        table(
-            ["stage", "result", "seconds"],
-            [[name, describe(name, output), f"{seconds.get(name, 0):.0f}"] for name in STAGES],
-        ),
-        "<h2>Plots</h2>",
-        *figures(metrics, answers, summary),
-        f"<h2>The first {min(NUM_SAMPLES, len(answers))} held-out prompts, not chosen</h2>",
-        samples(answers[:NUM_SAMPLES]),
-        f"<h2>Settings</h2><details><summary>config.yaml</summary><pre>{escape(settings)}</pre></details>",
-    ]
-    page = "\n".join(
-        [
-            '<!doctype html><html lang="en"><meta charset="utf-8"><title>fastrlhf run</title>',
-            f"<style>{STYLE}</style>",
-            *body,
-        ]
+    page = render(
+        "commands/pipeline_report.html.j2",
+        verdict=verdict(summary),
+        summary=summary,
+        results=results(summary),
+        stages=[[name, describe(name, output), f"{seconds.get(name, 0):.0f}"] for name in STAGES],
+        figures=figures(metrics, answers, summary) if plots.available() else [],
+        answers=answers[:NUM_SAMPLES],
+        settings=(output / "config.yaml").read_text(encoding="utf-8"),
     )
-    write_file(output / "report.html", (page + "\n</html>\n").encode())
+    write_file(output / "report.html", page.encode())
     return output / "report.html"
 
 
-def figures(metrics: dict[str, plots.Rows], answers: plots.Rows, summary: dict[str, Any]) -> list[str]:
-    """The plots, or a note that there are none."""
-    if not plots.available():
-        return ['<p class="note">matplotlib is not installed, so there are no plots: pip install matplotlib</p>']
+def figures(metrics: dict[str, plots.Rows], answers: plots.Rows, summary: dict[str, Any]) -> list[Markup]:
+    """The plots."""
     ppo = metrics["ppo"]
     return [
         plots.curve(ppo, "objective/scores", "PPO: reward model score", "mean score"),
@@ -139,12 +103,3 @@ def figures(metrics: dict[str, plots.Rows], answers: plots.Rows, summary: dict[s
         ),
         plots.curve(metrics["sft"], "loss", "SFT: loss", "nats a token", low=0),
     ]
-
-
-def samples(answers: Iterable[dict[str, Any]]) -> str:
-    """The answers side by side with their gold rewards."""
-    rows = [
-        [row["question"], row["before"], f"{row['gold_before']:.2f}", row["after"], f"{row['gold_after']:.2f}"]
-        for row in answers
-    ]
-    return table(["prompt", "before", "gold", "after", "gold"], rows, kind="samples")

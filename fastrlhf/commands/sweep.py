@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from fastrlhf.data.template import load_tokenizer
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation import plots
 from fastrlhf.evaluation.answers import answer, best_of_n, best_of_n_kl, kl_of_responses
+from fastrlhf.evaluation.tables import as_csv
 from fastrlhf.generation.engine import Sampling
 from fastrlhf.rewards.combine import parse_reward
 from fastrlhf.rewards.scorer import Scorer
@@ -64,7 +63,7 @@ def sweep(config: SweepConfig) -> Iterator[str]:
     points.insert(0, {"method": "start", "weight": None, "kl": 0.0, **judged(first.mean(1), second.mean(1))})
     summary = {"n": config.n, "rewards": dict(zip(NAMES, texts, strict=True)), "points": points}
     write_json(output / "sweep.json", summary)
-    write_file(output / "sweep.csv", as_csv(points).encode())
+    write_file(output / "sweep.csv", as_csv(points, COLUMNS).encode())
     if plots.available():
         write_file(output / "sweep.svg", svg(points))
     yield table(points)
@@ -142,16 +141,6 @@ def trained_point(config: SweepConfig, weight: float, reward: str, further: dict
     return row
 
 
-def as_csv(points: Sequence[Row]) -> str:
-    """The points as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for point in points:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in point.items()})
-    return text.getvalue()
-
-
 def table(points: Sequence[Row]) -> str:
     """The points as text."""
     lines = [f"{'method':>10}  {'weight':>6}  {'KL':>6}  {'first':>18}  {'second':>18}"]
@@ -165,21 +154,16 @@ def table(points: Sequence[Row]) -> str:
 
 
 def svg(points: Sequence[Row]) -> bytes:
-    """The second reward over the first, a point a weight; the same bytes for the same numbers."""
-    from matplotlib import rc_context
-
-    with rc_context({"svg.hashsalt": "fastrlhf", "svg.fonttype": "none"}):
-        figure, axis = plots.axes("What one reward costs in the other", "first", "second")
-        for method, color in (("start", plots.GREY), ("best_of_n", plots.BEFORE), ("ppo", plots.AFTER)):
-            own = [point for point in points if point["method"] == method]
-            x, y, dx, dy = ([p[name] for p in own] for name in ("first", "second", "first_error", "second_error"))
-            if own:
-                axis.errorbar(x, y, dy, dx, color=color, marker="o", markersize=3, linewidth=1, label=method)
-            for point in own:
-                if point["weight"] is not None:
-                    where = (point["first"], point["second"])
-                    axis.annotate(f"{point['weight']:g}", where, xytext=(3, 3), textcoords="offset points", fontsize=7)
-        axis.legend(frameon=False, fontsize=8)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    """The second reward over the first, a point a weight."""
+    figure, axis = plots.axes("What one reward costs in the other", "first", "second")
+    for method, color in (("start", plots.GREY), ("best_of_n", plots.BEFORE), ("ppo", plots.AFTER)):
+        own = [point for point in points if point["method"] == method]
+        x, y, dx, dy = ([p[name] for p in own] for name in ("first", "second", "first_error", "second_error"))
+        if own:
+            axis.errorbar(x, y, dy, dx, color=color, marker="o", markersize=3, linewidth=1, label=method)
+        for point in own:
+            if point["weight"] is not None:
+                where = (point["first"], point["second"])
+                axis.annotate(f"{point['weight']:g}", where, xytext=(3, 3), textcoords="offset points", fontsize=7)
+    axis.legend(frameon=False, fontsize=8)
+    return plots.svg(figure)

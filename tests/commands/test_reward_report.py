@@ -3,8 +3,10 @@
 import json
 from dataclasses import replace
 
+import jinja2
 import pytest
 import torch
+from html_page import Page
 from tiny import tiny_tokenizer
 
 from fastrlhf.commands.reward_report.findings import findings, verdict
@@ -137,6 +139,22 @@ def test_texts_of_the_data_are_no_html():
     text = page(told(pairs, -torch.ones(3))[0], with_plots=False)
     assert "<script" not in text and "<b>" not in text and "&lt;b&gt;" in text
     assert "&lt;script&gt;" in text
+
+
+def test_names_of_columns_stay_inside_the_texts_of_plots():
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    summary, _ = told(random_pairs(4), calibrated(4))
+    summary["groups"] = {'"><b>': {name: summary["overall"] for name in ("left", "right")}}
+    found = Page(page(summary, with_plots=True))
+    assert 'Accuracy by "><b>' in [attributes["alt"] for tag, attributes in found.tags if tag == "img"]
+    assert "b" not in {tag for tag, _ in found.tags}
+
+
+def test_a_figure_that_a_page_shows_and_nobody_computed_is_an_error():
+    summary, _ = told(random_pairs(4), calibrated(4))
+    del summary["length"]["mean_chosen"]
+    with pytest.raises(jinja2.UndefinedError, match="mean_chosen"):
+        page(summary, with_plots=False)
 
 
 def test_one_pair_is_reported_too():

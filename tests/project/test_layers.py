@@ -48,7 +48,7 @@ ROOMS = {
     "evaluation": (
         {"evaluation"},
         {"stats", "ops", "packing", "data", "runtime", "models", "generation"},
-        {"torch"},
+        {"torch", "jinja2", "markupsafe"},
     ),
     "trainers": (
         {"trainers"},
@@ -61,7 +61,7 @@ ROOMS = {
             *("stats", "ops", "packing", "settings", "data", "runtime", "models", "generation"),
             *("rewards", "evaluation", "trainers"),
         },
-        {"torch", "transformers", "huggingface_hub", "numpy", "yaml"},
+        {"torch", "transformers", "huggingface_hub", "numpy", "yaml", "markupsafe"},
     ),
     "cli": (
         {"cli", "__main__"},

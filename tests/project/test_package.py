@@ -138,5 +138,6 @@ def test_the_wheel_holds_fastrlhf_and_nothing_else(tmp_path):
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"fastrlhf"}
     assert "fastrlhf/kernels/approx_kl.py" in names and "fastrlhf/py.typed" in names
     assert any(n.startswith("fastrlhf/_cpu.") and n.endswith(".so") for n in names)
-    modules = {f"fastrlhf/{p.relative_to(ROOT / 'fastrlhf').as_posix()}" for p in (ROOT / "fastrlhf").rglob("*.py")}
-    assert modules <= set(names), f"the wheel lacks {sorted(modules - set(names))}"
+    sources = [path for ending in ("*.py", "*.j2") for path in (ROOT / "fastrlhf").rglob(ending)]
+    expected = {path.relative_to(ROOT).as_posix() for path in sources}
+    assert expected <= set(names), f"the wheel lacks {sorted(expected - set(names))}"

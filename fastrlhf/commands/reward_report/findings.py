@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from fastrlhf.evaluation.html import percent
+
 Summary = dict[str, Any]
 
 
@@ -159,11 +161,6 @@ def of_drift(summary: Summary) -> Iterator[str]:
 def with_interval(result: Summary, name: str = "accuracy") -> str:
     """A share with its interval."""
     return f"{percent(result[name])} (95 % interval {percent(result['low'])} to {percent(result['high'])})"
-
-
-def percent(share: float | None) -> str:
-    """A share as text."""
-    return "" if share is None else f"{share:.1%}".replace("%", " %")
 
 
 def count(num: int, what: str) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from fastrlhf.evaluation.plots import AFTER, BEFORE, GREY, axes, image
 from fastrlhf.stats.accuracy import wilson_interval
 
 
-def reliability(curves: dict[str, dict[str, list[float]]]) -> str:
+def reliability(curves: dict[str, dict[str, list[float]]]) -> Markup:
     """How often the label agrees by how sure the scores are, of each curve by its name, with 95 % intervals."""
     figure, axis = axes("Sureness and truth", "probability of the preferred response", "share where the label agrees")
     axis.plot([0.5, 1], [0.5, 1], color=GREY, linestyle="--", label="calibrated")
@@ -23,7 +25,7 @@ def reliability(curves: dict[str, dict[str, list[float]]]) -> str:
     return image(figure, "Reliability curve")
 
 
-def accuracies(title: str, names: Sequence[str], results: Sequence[dict[str, Any]]) -> str:
+def accuracies(title: str, names: Sequence[str], results: Sequence[dict[str, Any]]) -> Markup:
     """Accuracy of each of several sets of pairs with its interval, from top to bottom, and the line of guessing."""
     figure, axis = axes(title, "accuracy and its 95 % interval", "")
     figure.set_size_inches(4.6, max(2.0, 1.1 + 0.27 * len(names)))
@@ -38,7 +40,7 @@ def accuracies(title: str, names: Sequence[str], results: Sequence[dict[str, Any
     return image(figure, title)
 
 
-def margins_over_length(points: Sequence[Sequence[float]]) -> str:
+def margins_over_length(points: Sequence[Sequence[float]]) -> Markup:
     """Each pair by how much longer the better response is, and how much higher it scores."""
     figure, axis = axes("Score and length of chosen less rejected", "length difference, tokens", "score difference")
     axis.axhline(0, color=GREY, linewidth=1)
