@@ -9,12 +9,12 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 
-from fastrlhf.settings.option import REQUIRED, options_where
+from fastrlhf.settings.option import REQUIRED
 from fastrlhf.settings.other_names import hint
 from fastrlhf.settings.ppo import PRESETS, PPOConfig
 from fastrlhf.settings.run import RUN_PRESETS, RunConfig
 from fastrlhf.settings.training import LoopConfig
-from fastrlhf.settings.values import expand, field_types
+from fastrlhf.settings.values import expand, field_types, options_where
 from fastrlhf.settings.yaml_file import UsageError, read_yaml
 
 T = TypeVar("T")

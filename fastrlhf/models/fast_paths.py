@@ -1,4 +1,4 @@
-"""Which of our fast paths a model takes: what fused_layers.py, thin_layers.py, last_layer.py and shared_prompts.py do.
+"""Which of our fast paths a model takes: what fused_layers.py, last_layer.py and shared_prompts.py do.
 
 None of them changes a result, so one that is not taken shows in the time alone. What is said here was seen: a small
 pack goes through the model, and a layer counts as fused if our op was called in it.
@@ -16,11 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastrlhf.models import fused_layers
+from fastrlhf.models.fused_layers import ThinLinear
 from fastrlhf.models.last_layer import LastLayer
 from fastrlhf.models.loading import heads_in
 from fastrlhf.models.policy import Policy, RewardModel, Role, load_scalar
 from fastrlhf.models.shared_prompts import pack_responses
-from fastrlhf.models.thin_layers import ThinLinear
 
 # what is fused -> our op, by its name in fused_layers.py, and what the class of such a layer is named in transformers
 FUSED = {"norms": ("rms_norm", "Norm"), "MLPs": ("silu_mul", "MLP"), "rotations": ("rotary", "Attention")}

@@ -7,6 +7,8 @@ with small random parts, computes the same either way, gradients included; what 
 An attention layer keeps its forward, but for the function that it rotates queries and keys by. That is a name in its
 file, which other models share, so the layer gets a copy of its forward in which the name means our function. Decorators
 around a forward, such as those that rename an argument, stay around the copy. fast_paths.py says what was taken over.
+
+Linear layers take our product for few rows: those of a decode step, on the CPU and without gradients.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from torch import Tensor, nn
 from fastrlhf.ops.rms_norm import rms_norm
 from fastrlhf.ops.rotary import rotary
 from fastrlhf.ops.silu_mul import silu_mul
+from fastrlhf.ops.thin_linear import MOST_AT_ONCE, thin_linear
 
+FEWEST = 4  # rows; torch's products of a vector are as fast
+MOST_BYTES = 2**19  # of the rows, which are read once for every few outputs: they have to stay in the cache
 ROTATION = "apply_rotary_pos_emb"  # transformers' function, by which layers call it
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 EPSILONS = ("variance_epsilon", "eps")  # what transformers' norms call it
@@ -201,3 +206,27 @@ def _results(module: nn.Module, rows: Tensor) -> Sequence[Tensor]:
 def is_close(a: Tensor, b: Tensor) -> bool:
     """Whether two results differ by rounding alone."""
     return a.shape == b.shape and bool((a - b).abs().max() <= 1e-5 * b.abs().max())
+
+
+class ThinLinear(nn.Linear):
+    """nn.Linear in all but the time that it takes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        plain = type(input) is Tensor and type(weight) is nn.Parameter and input.is_cpu and weight.is_cpu
+        if not plain or torch.is_grad_enabled() or not (input.dtype is weight.dtype is torch.float32):
+            return super().forward(input)
+        num_rows, fits = input.numel() // self.in_features, 4 * input.numel() <= MOST_BYTES
+        if not (FEWEST <= num_rows <= MOST_AT_ONCE and fits) or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
+        out = thin_linear(input.reshape(num_rows, self.in_features), weight)
+        if self.bias is not None:
+            out += self.bias
+        return out.view(*input.shape[:-1], self.out_features)
+
+
+def thin_layers(model: nn.Module) -> None:
+    """Makes every plain linear layer of a model a ThinLinear, in place; parameters, names and hooks stay."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = ThinLinear

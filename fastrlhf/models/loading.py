@@ -19,11 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from fastrlhf.data.pretrained import read_pretrained
 from fastrlhf.errors import UserError
 from fastrlhf.models.attention import ATTENTION
-from fastrlhf.models.fused_layers import fuse_layers
+from fastrlhf.models.fused_layers import fuse_layers, thin_layers
 from fastrlhf.models.heads import head_logprobs, head_scores, hidden_states, offsets_of
 from fastrlhf.models.last_layer import trim_last_layer
 from fastrlhf.models.lora import recompute
-from fastrlhf.models.thin_layers import thin_layers
 from fastrlhf.packing import Packed, pack
 
 PROBE_LENGTHS = (5, 9)

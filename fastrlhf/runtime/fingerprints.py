@@ -23,7 +23,7 @@ import huggingface_hub
 
 from fastrlhf.data.files import data_files
 from fastrlhf.errors import DataError
-from fastrlhf.settings.option import options_where
+from fastrlhf.settings.values import options_where
 
 Files = dict[str, str]  # what each file holds, by its name
 # of a model's folder: what changes what it computes

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fastrlhf.errors import MissingPackageError, NonFiniteError
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.fsdp import gathered, scattered
-from fastrlhf.settings.training import LoopConfig
 
 
 def learning_rate_at(step: int, *, peak: float, num_steps: int, num_warmup_steps: int, schedule: str) -> float:
@@ -84,29 +83,6 @@ class Optimizer:
     def plan(self, num_steps: int) -> None:
         """Sets the steps of the whole run; the schedule goes on where it would be, had there always been so many."""
         self.schedule |= {"num_steps": num_steps, "num_warmup_steps": round(self.warmup_ratio * num_steps)}
-
-    @classmethod
-    def of(
-        cls,
-        config: LoopConfig,
-        model: nn.Module,
-        *,
-        num_steps: int,
-        learning_rate: float | None = None,
-        schedule: str | None = None,
-    ) -> Optimizer:
-        """The optimizer of a model with a loop's settings, but for a learning_rate or schedule of its own."""
-        return cls(
-            model,
-            learning_rate=config.learning_rate if learning_rate is None else learning_rate,
-            num_steps=num_steps,
-            schedule=schedule or config.schedule,
-            warmup_ratio=config.warmup_ratio,
-            weight_decay=config.weight_decay,
-            eps=config.adam_eps,
-            max_grad_norm=config.max_grad_norm,
-            kind=config.optimizer,
-        )
 
     @property
     def learning_rate(self) -> float:

@@ -13,22 +13,27 @@ from __future__ import annotations
 import glob
 import json
 import os
+import random
 import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from fastrlhf.errors import MissingFileError, OutputError, ProtectedError, UserError
+from fastrlhf.runtime import distributed
 from fastrlhf.runtime.atomic_io import REPLACED, discard, recover, remove, write_file, write_json
 from fastrlhf.runtime.checkpoint import LINES, newest_whole, settings_of_checkpoints
 from fastrlhf.runtime.fingerprints import base_of, inputs_of, pieces_of
 from fastrlhf.runtime.lock import LOCK, Lock, check_free_above, check_free_below
-from fastrlhf.runtime.products import PRODUCTS
+from fastrlhf.runtime.products import PRODUCTS, check_products
 from fastrlhf.runtime.resume_check import CONFIG, INPUTS, check_same, read, settings_in
 from fastrlhf.runtime.resume_hint import how_far
-from fastrlhf.settings.option import options_where
-from fastrlhf.settings.values import dump
+from fastrlhf.settings.training import LoopConfig
+from fastrlhf.settings.values import dump, options_where
 
 MARK = "# settings of a fastrlhf run\n"
 KIND = "# kind: "  # of the settings, on the second line
@@ -191,6 +196,30 @@ class OutputFolder:
         for name in names:
             remove(self.path / name)
         (self.path / DELETING).unlink()
+
+
+def start_run(config: LoopConfig) -> OutputFolder:
+    """Joins the other processes of the run, if there are any, and seeds torch, numpy and Python: what a new head and a
+    user's reward function draw from. Returns the output folder, which the first process holds.
+
+    Raises: as OutputFolder and check_products; UserError when the processes see different output folders."""
+    if distributed.start() == 1 and config.parallel == "fsdp":
+        raise UserError("parallel: fsdp needs several processes; torchrun starts them (docs/parallel.md)")
+    folder = OutputFolder(config) if distributed.is_main_process() else None
+    distributed.all_gather(None)
+    folder = folder or OutputFolder(config, hold=False)
+    found = distributed.all_gather(str(folder.checkpoint))  # none goes on, and writes there, before all have looked
+    if len(set(found)) > 1:
+        raise UserError(
+            f"output: all processes must see the same folder {config.output}, but their newest "
+            f"checkpoints are {', '.join(found)}"
+        )
+    if folder.is_resumed:
+        check_products(folder.path)
+    torch.manual_seed(config.seed)
+    np.random.seed(config.seed)
+    random.seed(config.seed)
+    return folder
 
 
 def check_reads_none_of(config: Any, deleted: Iterable[Path]) -> None:

@@ -16,8 +16,7 @@ import yaml
 from fastrlhf.errors import UserError
 from fastrlhf.runtime.checkpoint import settings_of_checkpoints
 from fastrlhf.runtime.fingerprints import changed, inputs_of, is_function
-from fastrlhf.settings.option import options_where
-from fastrlhf.settings.values import dump
+from fastrlhf.settings.values import dump, options_where
 
 CONFIG, INPUTS = "config.yaml", "inputs.json"
 

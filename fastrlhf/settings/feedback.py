@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from fastrlhf.settings.option import REQUIRED, option, rare, reads
-from fastrlhf.settings.scoring import ScoringConfig
-from fastrlhf.settings.training import TEMPLATES, JobConfig
+from fastrlhf.settings.training import TEMPLATES, JobConfig, ScoringConfig
 
 MAX_ROUNDS = 64
 

@@ -72,12 +72,6 @@ def check(field: dataclasses.Field[Any], value: Any) -> None:
         raise UserError(f"{name} must be between {rules['between'][0]} and {rules['between'][1]}, got {value}")
 
 
-def options_where(config: Any, **rules: Any) -> set[str]:
-    """The names of the options of a settings class, or of an object of one, that have these rules: path="input"."""
-    fields = dataclasses.fields(config)
-    return {field.name for field in fields if all(field.metadata[name] == value for name, value in rules.items())}
-
-
 def did_you_mean(name: str, known: list[str]) -> str:
     """A hint at the nearest known name, or nothing."""
     nearest = difflib.get_close_matches(name, known, n=1)

@@ -11,8 +11,7 @@ from typing import Any
 from fastrlhf.errors import UserError
 from fastrlhf.settings import ppo_rules
 from fastrlhf.settings.option import REQUIRED, check, option, rare, reads
-from fastrlhf.settings.scoring import ScoringConfig
-from fastrlhf.settings.training import SCHEDULES, LoopConfig
+from fastrlhf.settings.training import SCHEDULES, LoopConfig, ScoringConfig
 
 # summarize: Stiennon et al., as Huang et al. (arXiv 2403.17031) reproduce it; chat: Ouyang et al., as trainers do today
 PRESETS: dict[str, dict[str, Any]] = {

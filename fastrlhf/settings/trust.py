@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastrlhf.settings.option import REQUIRED, option, rare, reads
-from fastrlhf.settings.scoring import ScoringConfig
+from fastrlhf.settings.training import ScoringConfig
 
 
 @dataclass(frozen=True, kw_only=True)

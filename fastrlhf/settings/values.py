@@ -98,6 +98,12 @@ def field_types(config_class: type) -> dict[str, Any]:
     return {field.name: kinds[field.name] for field in dataclasses.fields(config_class)}
 
 
+def options_where(config: Any, **rules: Any) -> set[str]:
+    """The names of the options of a settings class, or of an object of one, that have these rules: path="input"."""
+    fields = dataclasses.fields(config)
+    return {field.name for field in fields if all(field.metadata[name] == value for name, value in rules.items())}
+
+
 def dump(config: Any) -> str:
     """The configuration as YAML; a function is written as module:function."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}

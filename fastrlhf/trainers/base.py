@@ -11,15 +11,14 @@ from typing import Any, Self
 
 from fastrlhf.data.template import load_tokenizer
 from fastrlhf.errors import NonFiniteError, UserError, UserFunctionError
+from fastrlhf.runtime import checkpoint as checkpoints
 from fastrlhf.runtime import distributed, signals
 from fastrlhf.runtime.atomic_io import remove
-from fastrlhf.runtime.checkpoint import has_checkpoint, load_state, newest_checkpoint, restore_lines, save_checkpoint
 from fastrlhf.runtime.fingerprints import fingerprint
 from fastrlhf.runtime.metrics import MetricsLog
+from fastrlhf.runtime.output_folder import start_run
 from fastrlhf.runtime.saved_models import forget_model, note_step, step_of, write_model
-from fastrlhf.runtime.start import start_run
 from fastrlhf.settings.training import LoopConfig
-from fastrlhf.trainers.checkpoint_clock import CheckpointClock
 from fastrlhf.trainers.memory_plan import Plan
 from fastrlhf.trainers.oom import TokenBudget
 
@@ -46,7 +45,7 @@ class Trainer(Iterator[dict[str, float]]):
     num_steps: int
     plan: Plan | None
     log: MetricsLog
-    clock: CheckpointClock
+    clock: checkpoints.CheckpointClock
     evaluates_start = True  # whether held-out data is scored before the first step, too
     updates_at_once = True  # whether a step changes what a checkpoint holds from its first line on
     is_closed = False
@@ -58,7 +57,8 @@ class Trainer(Iterator[dict[str, float]]):
         self.num_steps_done = 0
         self.output, self.folder = Path(config.output), start_run(config)
         self.checkpoint = self.folder.checkpoint  # that the run goes on from; None for a new run
-        self.device, self.tokenizer = config.resolve_device(), load_tokenizer(config.model)
+        self.placement, self.tokenizer = config.placement(), load_tokenizer(config.model)
+        self.device = self.placement["device"]
         self.budget = TokenBudget(config.max_tokens)
         self.set_up()
         self.restore()
@@ -122,16 +122,16 @@ class Trainer(Iterator[dict[str, float]]):
         if distributed.is_main_process():
             self.folder.open()
             if self.checkpoint is not None:
-                restore_lines(self.checkpoint)
+                checkpoints.restore_lines(self.checkpoint)
             note_step(self.output, "planned", self.num_steps)
         counts = {"num_steps": self.num_steps, "step": self.num_steps_done}
         self.log = MetricsLog(self.output, **counts, tensorboard=config.tensorboard)
-        self.clock = CheckpointClock(config.save_minutes)
+        self.clock = checkpoints.CheckpointClock(config.save_minutes)
         self._print_start()
         signals.running(self)
 
     def _load_checkpoint(self, checkpoint: Path) -> None:
-        state, changes = load_state(checkpoint), self.folder.changes
+        state, changes = checkpoints.load_state(checkpoint), self.folder.changes
         if state["data_fingerprint"] != self.data_fingerprint:
             what = f"rows of {self.config.data}, or of a file beside it,"
             raise UserError(f"resume: {what} are no longer those of {checkpoint}")
@@ -178,7 +178,7 @@ class Trainer(Iterator[dict[str, float]]):
         try:
             metrics = self._do_step()
         except NonFiniteError as error:
-            good = newest_checkpoint(self.output)
+            good = checkpoints.newest_checkpoint(self.output)
             advice = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
             raise NonFiniteError(f"{error}; {advice}") from error
         except StopIteration as error:  # of a function of the user's; it would end the loop as if it were done
@@ -188,7 +188,7 @@ class Trainer(Iterator[dict[str, float]]):
 
     def _check_can_go_on(self) -> None:
         """Raises unless the trainer is open, holds its output folder, and is between two steps."""
-        name, good = type(self).__name__, newest_checkpoint(self.output)
+        name, good = type(self).__name__, checkpoints.newest_checkpoint(self.output)
         if self.is_closed:
             raise UserError(f"{name} is closed: make it anew with resume=True to go on")
         self.folder.check()
@@ -220,7 +220,7 @@ class Trainer(Iterator[dict[str, float]]):
     def _keep_earlier_steps(self) -> None:
         """Leaves a checkpoint of the steps before one that failed before it changed anything, unless there is one.
         Several processes leave none: the others of them may not have failed."""
-        is_kept = has_checkpoint(self.output, self.num_steps_done)
+        is_kept = checkpoints.has_checkpoint(self.output, self.num_steps_done)
         if self.num_steps_done and not (self.is_in_step or is_kept or distributed.rank_and_world_size()[1] > 1):
             with suppress(OSError):  # the error that is under way matters more
                 self.save_checkpoint()
@@ -275,7 +275,7 @@ class Trainer(Iterator[dict[str, float]]):
         begun = time.monotonic()
         state = {"loop": self.state_dict(), "data_fingerprint": self.data_fingerprint}
         state["budget"] = self.budget.state_dict()
-        folder = save_checkpoint(
+        folder = checkpoints.save_checkpoint(
             self.config.output, self.num_steps_done, self.save_models, keep=self.config.keep_checkpoints, **state
         )
         self.clock.saved(time.monotonic() - begun)

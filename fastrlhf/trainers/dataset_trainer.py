@@ -15,13 +15,13 @@ from fastrlhf.data import Loaded, stream, verdict_of
 from fastrlhf.errors import UserError
 from fastrlhf.models.policy import Role
 from fastrlhf.runtime import distributed
+from fastrlhf.runtime.checkpoint import bytes_of
 from fastrlhf.runtime.fsdp import shard
 from fastrlhf.runtime.metrics import Statistics
-from fastrlhf.runtime.optim import Optimizer, check_finite
+from fastrlhf.runtime.optim import check_finite
 from fastrlhf.settings.training import TuningConfig
 from fastrlhf.trainers.base import Trainer
-from fastrlhf.trainers.checkpoint_clock import bytes_of
-from fastrlhf.trainers.loading import check_fits, load_with_held_out
+from fastrlhf.trainers.loading import check_fits, load_with_held_out, make_optimizer
 from fastrlhf.trainers.memory_plan import plan_training, print_memory_plan
 
 C = TypeVar("C", bound=TuningConfig)
@@ -51,7 +51,7 @@ class DatasetTrainer(Trainer, Generic[C, T, M]):
         self.longest_row = max(len(s) for row in (*self.rows, *self.held_out) for s in self.sequences(row))
         longest = sorted(map(self.num_tokens, self.rows), reverse=True)[: config.batch_size]
         plan = partial(plan_training, num_heads=self.num_heads, reference=self.transient_model())
-        self.plan = print_memory_plan(plan, config, num_tokens=sum(longest))
+        self.plan = print_memory_plan(plan, config, self.placement, num_tokens=sum(longest))
 
     def load_model(self) -> None:
         """Loads the model to train, and what its loss needs of the whole model."""
@@ -63,7 +63,7 @@ class DatasetTrainer(Trainer, Generic[C, T, M]):
 
     def make_optimizer(self) -> None:
         """Makes the optimizer, whose schedule ends with the last step."""
-        self.optimizer = Optimizer.of(self.config, self.model, num_steps=self.num_steps)
+        self.optimizer = make_optimizer(self.config, self.model, num_steps=self.num_steps)
 
     @abstractmethod
     def read(self, path: str | Path, tokenizer: Any, **options: Any) -> Loaded[T]:

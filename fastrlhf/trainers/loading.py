@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from fastrlhf.data import Loaded
 from fastrlhf.data.statistics import warnings
 from fastrlhf.errors import UserError
 from fastrlhf.models.policy import Role
 from fastrlhf.runtime import distributed
+from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.settings.training import LoopConfig, TuningConfig
 
 T = TypeVar("T")
@@ -22,14 +24,29 @@ R = TypeVar("R", bound=Role)
 def load_trained(role: type[R], config: LoopConfig, checkpoint: Path | None, **options: Any) -> R:
     """Returns the model that a loop trains, whole or as an adapter, in train mode: as `model` or as in the checkpoint.
 
-    options: of its from_pretrained"""
-    options |= {"device": config.resolve_device(), "autocast": config.autocast_dtype()}
+    options: of its from_pretrained, device and autocast among them"""
     options["gradient_checkpointing"] = config.gradient_checkpointing
     saved = checkpoint / "model" if checkpoint else None
     if not config.lora_rank:
         return role.from_pretrained(saved or config.model, **options).train()
     model = role.from_pretrained(config.model, freeze=True, dtype=options["autocast"] or torch.float32, **options)
     return model.adapt(saved, **config.adapter_options()).train()
+
+
+def make_optimizer(config: LoopConfig, model: nn.Module, *, num_steps: int, **own: Any) -> Optimizer:
+    """Returns the optimizer of a model. own: learning_rate and schedule where they are not those of the settings."""
+    options: dict[str, Any] = {"learning_rate": config.learning_rate, "schedule": config.schedule}
+    options |= {name: value for name, value in own.items() if value is not None}
+    return Optimizer(
+        model,
+        num_steps=num_steps,
+        warmup_ratio=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        eps=config.adam_eps,
+        max_grad_norm=config.max_grad_norm,
+        kind=config.optimizer,
+        **options,
+    )
 
 
 def load_with_held_out(load: Callable[..., Loaded[T]], config: TuningConfig, tokenizer: Any) -> tuple[list[T], list[T]]:

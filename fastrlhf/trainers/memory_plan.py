@@ -102,12 +102,15 @@ class Plan:
         return f"memory: {self.num_bytes / 2**30:.3f} GiB planned, {took:.3f} GiB taken at the peak"
 
 
-def plan_training(config: LoopConfig, *, num_tokens: int, num_heads: int = 0, reference: str | None = None) -> Plan:
+def plan_training(
+    config: LoopConfig, placement: dict[str, Any], *, num_tokens: int, num_heads: int = 0, reference: str | None = None
+) -> Plan:
     """The plan of a loop on a file of rows.
 
     num_tokens: of the longest step; num_heads: of scores, of a reward model; reference: what is loaded besides, and
     gone before the first step"""
-    model, plan = _Model(config.model, config), Plan(available=available_bytes(config.resolve_device()))
+    half = placement["autocast"]
+    model, plan = _Model(config.model, config, half), Plan(available=available_bytes(placement["device"]))
     number = model.num_scalar(num_heads) if num_heads else model.num_parameters
     if config.lora_rank:
         plan.models["model, frozen"] = (number * model.size,)
@@ -115,21 +118,22 @@ def plan_training(config: LoopConfig, *, num_tokens: int, num_heads: int = 0, re
     else:
         plan.models["model"] = _times(number, TRAINED[config.optimizer])
     if reference is not None:
-        plan.first["reference"] = 4 * _Model(reference, config).num_parameters
+        plan.first["reference"] = 4 * _Model(reference, config, half).num_parameters
     _add_passes(plan, config, model, num_tokens, has_logits=not num_heads)
     return plan
 
 
-def plan_ppo(config: PPOConfig, *, longest_prompt: int) -> Plan:
+def plan_ppo(config: PPOConfig, placement: dict[str, Any], *, longest_prompt: int) -> Plan:
     """The plan of PPO, whose roles share a frozen body where they are adapters."""
-    policy, plan = _Model(config.model, config), Plan(available=available_bytes(config.resolve_device()))
+    half = placement["autocast"]
+    policy, plan = _Model(config.model, config, half), Plan(available=available_bytes(placement["device"]))
     if config.has_adapters():
         plan.models["base, frozen"] = (policy.frozen if config.lora_rank else 4 * policy.num_parameters,)
     idle: list[str] = []
     own = policy.num_adapter(config.lora_rank) if config.lora_rank else policy.num_parameters
     plan.models["policy"] = _times(own, TRAINED[config.optimizer])
     if not (config.has_adapters() and config.reference in (None, config.model)):
-        plan.models["reference"] = _times(_Model(config.reference or config.model, config).num_parameters, FROZEN)
+        plan.models["reference"] = _times(_Model(config.reference or config.model, config, half).num_parameters, FROZEN)
         idle.append("reference")
     elif config.reference_every and config.lora_rank:
         plan.models["reference"] = _times(own, FROZEN)
@@ -138,16 +142,16 @@ def plan_ppo(config: PPOConfig, *, longest_prompt: int) -> Plan:
         adapter = Path(source) / ADAPTER / WEIGHTS_FILE
         on_base = config.has_adapters() and heads == [None] and adapter.is_file()
         name = named(f"reward {n}", source)
-        plan.models[name] = (adapter.stat().st_size if on_base else _Model(source, config).scoring(heads),)
+        plan.models[name] = (adapter.stat().st_size if on_base else _Model(source, config, half).scoring(heads),)
         idle += [] if on_base else [name]
     for n, (source, heads) in enumerate(reward_folders(config.eval_reward).items(), 1):
         name = named(f"judge {n}", source)
-        plan.models[name] = (_Model(source, config).scoring(heads),)
+        plan.models[name] = (_Model(source, config, half).scoring(heads),)
         idle.append(name)
     plan.idle = idle if config.offload == "idle" else None
     if config.estimator == "gae":
         alike = len(rewards) == 1 and len(next(iter(rewards.values()))) == 1
-        start = _Model(next(iter(rewards)), config) if alike else policy
+        start = _Model(next(iter(rewards)), config, half) if alike else policy
         rank = config.value_rank()
         plan.models["value model"] = _times(
             policy.num_adapter(rank) if rank else start.num_scalar(1), TRAINED[config.optimizer]
@@ -164,11 +168,11 @@ def plan_ppo(config: PPOConfig, *, longest_prompt: int) -> Plan:
     return plan
 
 
-def print_memory_plan(make: Callable[..., Plan], config: Any, **lengths: int) -> Plan | None:
+def print_memory_plan(make: Callable[..., Plan], config: Any, placement: dict[str, Any], **lengths: int) -> Plan | None:
     """Prints a plan and returns it; None where the configurations cannot be read, which loading will then explain."""
     try:
         with torch.random.fork_rng(devices=[]):  # models without memory draw their weights too
-            plan = make(config, **lengths)
+            plan = make(config, placement, **lengths)
         if config.parallel == "fsdp":
             plan.cut(distributed.rank_and_world_size()[1])
     except Exception as error:  # each architecture has its own
@@ -202,8 +206,8 @@ def available_bytes(device: torch.device) -> float:
 class _Model:
     """Sizes of a model, from its configuration."""
 
-    def __init__(self, path: str, config: LoopConfig) -> None:
-        self.config, self.half = read_pretrained(AutoConfig, path), config.autocast_dtype()
+    def __init__(self, path: str, config: LoopConfig, half: torch.dtype | None) -> None:
+        self.config, self.half = read_pretrained(AutoConfig, path), half
         self.targets, text = config.lora_targets, self.config.get_text_config()
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)

@@ -21,7 +21,7 @@ class PreferenceTrainer(DatasetTrainer[DPOConfig, T, Policy]):
 
     def make_model(self) -> Policy:
         self.reference_logprobs: dict[str, Tensor] = {}
-        return load_trained(Policy, self.config, self.checkpoint)
+        return load_trained(Policy, self.config, self.checkpoint, **self.placement)
 
     def needs_reference(self) -> bool:
         """Whether the loss has a reference."""
@@ -34,13 +34,12 @@ class PreferenceTrainer(DatasetTrainer[DPOConfig, T, Policy]):
 
     def load_reference(self) -> Policy:
         """The policy without its adapter if it has one, unless another reference is asked for."""
-        config, autocast = self.config, self.config.autocast_dtype()
-        source = self.transient_model()
+        config, source = self.config, self.transient_model()
         if source is None:
-            return Policy(self.model.model, autocast=autocast)
+            return Policy(self.model.model, autocast=self.model.autocast)
         if config.reference:
             check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
-        reference = Policy.from_pretrained(source, freeze=True, device=self.device, autocast=autocast)
+        reference = Policy.from_pretrained(source, freeze=True, **self.placement)
         check_fits(reference.model, self.tokenizer, longest_row=self.longest_row)
         return reference
 

@@ -54,8 +54,8 @@ class RewardTrainer(DatasetTrainer[RewardConfig, Judged, RewardModel]):
         return max(len(self.objective.heads), 1)
 
     def make_model(self) -> RewardModel:
-        heads, init = self.objective.heads, self.config.head_init
-        model = load_trained(RewardModel, self.config, self.checkpoint, new_head=True, heads=heads, head_init=init)
+        options = {"new_head": True, "heads": self.objective.heads, "head_init": self.config.head_init}
+        model = load_trained(RewardModel, self.config, self.checkpoint, **options, **self.placement)
         if isinstance(self.objective, Ratings) and not any(model.biases):
             model.biases = self.objective.means.tolist()
         return model

@@ -34,7 +34,7 @@ class SFT(DatasetTrainer[SFTConfig, Demonstration, Policy]):
         return [row.tokens]
 
     def make_model(self) -> Policy:
-        return load_trained(Policy, self.config, self.checkpoint)
+        return load_trained(Policy, self.config, self.checkpoint, **self.placement)
 
     def add_gradients(self, rows: list[int], done: Callable[[int], object], max_tokens: int) -> Statistics:
         batch, stats = self.pack([self.rows[row] for row in rows]), Statistics()

@@ -19,6 +19,7 @@ from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.trainers.memory_plan import plan_ppo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+PLACED = {"device": torch.device("cpu"), "autocast": None}
 DEVICE = torch.device("cpu")
 
 
@@ -166,8 +167,8 @@ def test_on_the_cpu_and_with_shards_it_is_refused(folder, tmp_path):
 
 
 def test_the_plan_counts_one_of_what_rests(folder, tmp_path):
-    whole = plan_ppo(config(folder, tmp_path), longest_prompt=5)
-    less = plan_ppo(config(folder, tmp_path, offload="idle"), longest_prompt=5)
+    whole = plan_ppo(config(folder, tmp_path), PLACED, longest_prompt=5)
+    less = plan_ppo(config(folder, tmp_path, offload="idle"), PLACED, longest_prompt=5)
     moments = sum(parts[2] for parts in whole.models.values() if len(parts) > 2)
     frozen = [parts[0] for name, parts in whole.models.items() if name.startswith(("reference", "reward", "judge"))]
     assert len(frozen) == 3 and max(frozen) < moments

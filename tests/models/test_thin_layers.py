@@ -9,9 +9,9 @@ from tiny import tiny_model
 from torch import nn
 
 from fastrlhf.generation.engine import Engine, Sampling
-from fastrlhf.models import thin_layers
+from fastrlhf.models import fused_layers as thin_layers
+from fastrlhf.models.fused_layers import ThinLinear
 from fastrlhf.models.loading import load_causal_lm
-from fastrlhf.models.thin_layers import ThinLinear
 
 
 @pytest.fixture

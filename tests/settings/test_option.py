@@ -6,9 +6,9 @@ import math
 import pytest
 
 from fastrlhf.cli.main import COMMANDS
-from fastrlhf.settings.option import REQUIRED, option, options_where
+from fastrlhf.settings.option import REQUIRED, option
 from fastrlhf.settings.training import LoopConfig
-from fastrlhf.settings.values import field_types
+from fastrlhf.settings.values import field_types, options_where
 
 CONFIGS = list(dict.fromkeys(command.config for command in COMMANDS.values()))
 # wherever an option of this name is a number, the least and the most that it takes; () around what is just outside

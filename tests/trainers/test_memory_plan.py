@@ -14,6 +14,7 @@ from fastrlhf.trainers.kto import preference_loop
 from fastrlhf.trainers.memory_plan import Plan, plan_ppo, plan_training, print_memory_plan
 from fastrlhf.trainers.ppo import trainer as ppo
 
+PLACED = {"device": torch.device("cpu"), "autocast": None}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -88,7 +89,7 @@ def test_a_micro_batch_keeps_for_its_backward_what_was_planned(tmp_path, arch, d
     depth = {"n_layer": 5} if arch == "gpt2" else {"num_hidden_layers": 5}
     folder = model_folder(tmp_path / "model", arch=arch, **depth)
     settings = SFTConfig(model=folder, data="d", output="o", dtype=dtype, max_tokens=100)
-    planned = plan_training(settings, num_tokens=1000).rest["activations of 100 tokens"]
+    planned = plan_training(settings, settings.placement(), num_tokens=1000).rest["activations of 100 tokens"]
     policy = Policy.from_pretrained(folder, autocast=settings.autocast_dtype())
     own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
 
@@ -111,7 +112,7 @@ def test_a_micro_batch_keeps_for_its_backward_what_was_planned(tmp_path, arch, d
 def test_recomputation_plans_a_fraction(tmp_path):
     folder = model_folder(tmp_path / "model", num_hidden_layers=6)
     plans = [
-        plan_training(SFTConfig(model=folder, data="d", output="o", gradient_checkpointing=on), num_tokens=500)
+        plan_training(SFTConfig(model=folder, data="d", output="o", gradient_checkpointing=on), PLACED, num_tokens=500)
         for on in (False, True)
     ]
     kept = [plan.rest["activations of 500 tokens"] for plan in plans]
@@ -123,7 +124,7 @@ def test_the_cache_is_that_of_the_engine(folder):
     longest = max(len(prompt.tokens) for prompt in trainer.prompts)
     expected = 5 * (longest + 8) * trainer.rollout.engine.bytes_per_token()
     assert trainer.plan.rest[f"KV cache, 5 x {longest + 8} tokens"] == expected
-    small = plan_ppo(config(folder, max_slots=5, kv_budget=1e-5), longest_prompt=longest)
+    small = plan_ppo(config(folder, max_slots=5, kv_budget=1e-5), PLACED, longest_prompt=longest)
     assert small.rest[f"KV cache, 5 x {longest + 8} tokens"] == 1e-5 * 2**30
 
 
@@ -160,9 +161,9 @@ def test_sft_and_reward_training_have_a_plan_too(folder):
 
 
 def test_a_process_of_two_plans_half_of_each_model_and_one_whole(folder, monkeypatch):
-    whole = print_memory_plan(plan_ppo, config(folder), longest_prompt=8)
+    whole = print_memory_plan(plan_ppo, config(folder), PLACED, longest_prompt=8)
     monkeypatch.setattr(distributed, "rank_and_world_size", lambda: (0, 2))
-    half = print_memory_plan(plan_ppo, config(folder, parallel="fsdp"), longest_prompt=8)
+    half = print_memory_plan(plan_ppo, config(folder, parallel="fsdp"), PLACED, longest_prompt=8)
     weights = nbytes(Policy(load_causal_lm(folder / "model")).parameters())
     expected = sum(map(sum, whole.models.values())) / 2 + sum(whole.rest.values()) + weights
     assert half.num_bytes == pytest.approx(expected)
@@ -186,7 +187,7 @@ def test_what_cannot_be_planned_is_left_to_loading(folder, monkeypatch, capsys):
 
 def test_random_numbers_are_left_alone(folder):
     before = torch.get_rng_state()
-    assert print_memory_plan(plan_ppo, config(folder, lora_rank=4), longest_prompt=9) is not None
+    assert print_memory_plan(plan_ppo, config(folder, lora_rank=4), PLACED, longest_prompt=9) is not None
     assert torch.equal(before, torch.get_rng_state())
 
 

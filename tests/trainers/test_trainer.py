@@ -15,14 +15,14 @@ from test_ppo import config as ppo_config
 from test_ppo import make_folder, share_of_low_tokens
 
 from fastrlhf import PPO
+from fastrlhf.runtime import checkpoint as checkpoint_module
 from fastrlhf.runtime import saved_models
-from fastrlhf.runtime.checkpoint import newest_checkpoint
+from fastrlhf.runtime.checkpoint import CheckpointClock, newest_checkpoint
 from fastrlhf.runtime.jsonl import read_jsonl
 from fastrlhf.runtime.optim import learning_rate_at
 from fastrlhf.runtime.signals import Interrupted
 from fastrlhf.settings.training import SFTConfig
-from fastrlhf.trainers import base, checkpoint_clock
-from fastrlhf.trainers.checkpoint_clock import CheckpointClock
+from fastrlhf.trainers import base
 from fastrlhf.trainers.sft import SFT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,7 +61,7 @@ def test_checkpoints_by_the_clock_come_in_time_and_take_at_most_5_percent(
     monkeypatch, seconds_of_step, seconds_of_checkpoint
 ):
     time = FakeTime()
-    monkeypatch.setattr(checkpoint_clock, "time", time)
+    monkeypatch.setattr(checkpoint_module, "time", time)
     clock, at, spent, saved = CheckpointClock(15), [], 0.0, 0.0
     for _ in range(3000):
         time.now += seconds_of_step
@@ -85,7 +85,7 @@ def test_checkpoints_are_every_15_minutes_unless_there_are_to_be_none(sft):
 def test_checkpoints_by_the_clock_change_nothing_else(sft, tmp_path, monkeypatch):
     sft(output=str(tmp_path / "whole")).run()
     time = FakeTime()
-    monkeypatch.setattr(checkpoint_clock, "time", time)
+    monkeypatch.setattr(checkpoint_module, "time", time)
     monkeypatch.setattr(base, "time", time)
     steps = []
     with sft(save_every=0, save_minutes=1, keep_checkpoints=9) as loop:

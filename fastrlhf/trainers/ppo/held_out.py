@@ -9,7 +9,6 @@ from typing import Any
 from fastrlhf.data import Prompt
 from fastrlhf.errors import UserError
 from fastrlhf.generation.sampling import Sample
-from fastrlhf.models.policy import Policy
 from fastrlhf.packing import Packed
 from fastrlhf.rewards.scorer import Scorer
 from fastrlhf.runtime.fingerprints import fingerprint
@@ -21,11 +20,10 @@ FIRST = 2**31  # number of the first held-out answer, above that of any answer t
 
 
 def load_scorers(
-    config: PPOConfig, tokenizer: Any, prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt], base: Policy | None
+    config: PPOConfig, tokenizer: Any, prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt], **options: Any
 ) -> tuple[Scorer, Scorer]:
     """Returns the scorer of the responses that are trained on, and that of the answers to held-out prompts, which is
-    the same without eval_reward. base: what reward models that are adapters may share"""
-    options: dict[str, Any] = {"device": config.resolve_device(), "autocast": config.autocast_dtype(), "base": base}
+    the same without eval_reward. options: device, autocast and base of the reward models"""
     options |= {"max_tokens": config.max_tokens, **config.reward_options()}
     columns, eval_columns = ({name for row in rows for name in row.columns} for rows in (prompts, eval_prompts))
     scorer = Scorer(config.reward, tokenizer, columns=columns, **options)

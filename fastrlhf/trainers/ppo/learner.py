@@ -20,11 +20,11 @@ from fastrlhf.models.policy import ValueModel
 from fastrlhf.ops import approx_kl, ppo_policy_loss, value_loss
 from fastrlhf.packing import Packed, pack
 from fastrlhf.runtime import distributed
+from fastrlhf.runtime.checkpoint import bytes_of
 from fastrlhf.runtime.fingerprints import fingerprint
 from fastrlhf.runtime.metrics import Extreme, Statistics
-from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.settings.ppo import PPOConfig
-from fastrlhf.trainers.checkpoint_clock import bytes_of
+from fastrlhf.trainers.loading import make_optimizer
 from fastrlhf.trainers.oom import TokenBudget
 from fastrlhf.trainers.ppo.models import PPOModels
 
@@ -57,12 +57,12 @@ class Learner:
         self.orders = {"minibatches": MINIBATCHES, "ptx": PTX}  # what shuffles them is for
         updates = config.epochs * config.minibatches
         # the policy's schedule begins where its training does
-        self.policy_optimizer = Optimizer.of(
+        self.policy_optimizer = make_optimizer(
             config, self.policy, num_steps=updates * (config.steps - self.num_value_warmup_steps)
         )
         self.optimizers = [self.policy_optimizer]
         if self.value_model is not None:
-            self.value_optimizer = Optimizer.of(
+            self.value_optimizer = make_optimizer(
                 config,
                 self.value_model,
                 num_steps=updates * config.steps,

@@ -17,18 +17,17 @@ from fastrlhf.runtime.fsdp import shard
 from fastrlhf.settings.ppo import PPOConfig
 
 
-def load_base(config: PPOConfig) -> Policy | None:
+def load_base(config: PPOConfig, *, device: torch.device, autocast: torch.dtype | None) -> Policy | None:
     """The frozen model that the adapters of a run share; None for a run without adapters."""
     if not config.has_adapters():
         return None
-    half = config.autocast_dtype()
     return Policy.from_pretrained(
         config.model,
         freeze=True,
         # of a policy that is trained whole it is the reference, whose head rounds as the policy's does
-        dtype=half if half is not None and config.lora_rank else torch.float32,
-        autocast=half,
-        device=config.resolve_device(),
+        dtype=autocast if autocast is not None and config.lora_rank else torch.float32,
+        autocast=autocast,
+        device=device,
         gradient_checkpointing=config.gradient_checkpointing,
     )
 
@@ -36,7 +35,7 @@ def load_base(config: PPOConfig) -> Policy | None:
 class PPOModels:
     """Loads the models of a run from its settings, or from its checkpoint.
 
-    base: of load_base; what has an adapter stands on it
+    base: of load_base; what has an adapter stands on it; placement: device and autocast
 
     policy: starts as `model`
     reference: `reference` or `model`; with reference_every the policy of some steps ago
@@ -50,10 +49,10 @@ class PPOModels:
         reward_models: Sequence[RewardModel],
         checkpoint: Path | None,
         base: Policy | None = None,
+        **placement: Any,
     ) -> None:
         self.config, self.checkpoint, self.base = config, checkpoint, base
-        self.common: dict[str, Any] = {"autocast": config.autocast_dtype(), "device": config.resolve_device()}
-        self.trained = {**self.common, "gradient_checkpointing": config.gradient_checkpointing}
+        self.common, self.trained = placement, {**placement, "gradient_checkpointing": config.gradient_checkpointing}
         self.policy = self._policy()
         self.reference = self._reference()
         self.average = self._average()
@@ -116,7 +115,7 @@ class PPOModels:
             return ValueModel.from_pretrained(saved, **self.trained)
         options = {"gradient_checkpointing": config.gradient_checkpointing}
         if copied is not None:
-            return ValueModel.from_reward_model(copied, autocast=config.autocast_dtype(), **options)
+            return ValueModel.from_reward_model(copied, autocast=self.common["autocast"], **options)
         return ValueModel.from_policy(self.policy, **options)
 
     def _saved(self, role: str) -> Path | None:

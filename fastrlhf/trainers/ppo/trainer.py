@@ -72,22 +72,24 @@ class PPO(Trainer):
         check_offload(config.offload, self.device)
         loaded = load_prompts(config.data, self.tokenizer, limit=config.limit, **config.prompt_options())
         self.prompts, self.report = loaded.rows, loaded.report
-        self.plan = print_memory_plan(plan_ppo, config, longest_prompt=max(len(row.tokens) for row in self.prompts))
+        longest = max(len(row.tokens) for row in self.prompts)
+        self.plan = print_memory_plan(plan_ppo, config, self.placement, longest_prompt=longest)
         self.eval_prompts = load_eval_prompts(config, self.tokenizer, self.prompts)
         self.ptx = load_ptx(config, self.tokenizer)
 
     def load_models(self) -> None:
         """Loads what scores responses, then the policy, its reference and its value model."""
         config = self.config
-        base = load_base(config)
-        self.scorer, eval_scorer = load_scorers(config, self.tokenizer, self.prompts, self.eval_prompts, base)
+        base = load_base(config, **self.placement)
+        rows = self.prompts, self.eval_prompts
+        self.scorer, eval_scorer = load_scorers(config, self.tokenizer, *rows, base=base, **self.placement)
         self.held_out = HeldOut(config, self.eval_prompts, trained=self.scorer, scorer=eval_scorer)
         self.best = self.held_out.best
         if config.reference:
             check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
         reward_models = [model for model, _ in self.scorer.models]
         scoring = [*reward_models, *(model for model, _ in eval_scorer.models)]
-        self.models = PPOModels(config, reward_models, self.checkpoint, base)
+        self.models = PPOModels(config, reward_models, self.checkpoint, base, **self.placement)
         self.policy, self.reference = self.models.policy, self.models.reference
         self.value_model = self.models.value_model
         everything = [self.policy, self.reference, *scoring, *filter(None, [self.value_model])]
