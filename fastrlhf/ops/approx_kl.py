@@ -8,13 +8,10 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import alike, dense, dtype_name, widen
+from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 
-try:
-    from fastrlhf.kernels import approx_kl as triton_kernel
-except ImportError:  # without Triton the reference serves CUDA
-    triton_kernel = None  # type: ignore[assignment]
-
+triton_kernel = triton("approx_kl")
 FLOATS = (torch.float32, torch.float64)
 ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 
@@ -111,12 +108,11 @@ _forward = leaf(
     ref=approx_kl_ref,
     fake=_fake,
     cpu=_cpu_forward,
-    cuda=None if triton_kernel is None else _cuda_forward,
+    cuda=_cuda_forward if triton_kernel else None,
     check=_check,
 )
 _op = op(
     _forward,
-    reference=approx_kl_ref,
     samples=samples,
     grads=("logprobs", "ref_logprobs"),
     setup_context=_setup_context,

@@ -83,7 +83,6 @@ _op = op(
         cuda=if_built(_cuda_forward),
         check=_check,
     ),
-    reference=discounted_returns_ref,
     samples=samples,
 )
 

@@ -129,7 +129,7 @@ _forward = leaf(
     cuda=if_built(_cuda_forward),
     check=_check,
 )
-_op = op(_forward, reference=gae_ref, samples=samples)
+_op = op(_forward, samples=samples)
 
 
 def gae(

@@ -95,7 +95,6 @@ _op = op(
         cuda=if_built(_cuda_forward),
         check=_check,
     ),
-    reference=group_advantages_ref,
     samples=samples,
 )
 

@@ -125,7 +125,6 @@ _moments = op(
         cpu=_cpu_moments,
         cuda=if_built(_cuda_moments),
     ),
-    reference=masked_moments_ref,
     samples=samples_moments,
 )
 _whiten = op(
@@ -137,7 +136,6 @@ _whiten = op(
         cpu=_cpu_whiten,
         cuda=if_built(_cuda_whiten),
     ),
-    reference=masked_whiten_ref,
     samples=samples_whiten,
 )
 

@@ -185,7 +185,6 @@ _gradient = leaf(
 )
 _op = op(
     _forward,
-    reference=packed_attention_ref,
     samples=samples,
     grads=("query", "key", "value"),
     setup_context=_setup_context,

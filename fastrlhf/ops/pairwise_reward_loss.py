@@ -173,7 +173,6 @@ _forward = leaf(
 )
 _op = op(
     _forward,
-    reference=pairwise_reward_loss_ref,
     samples=samples,
     grads=("chosen", "rejected"),
     setup_context=keep_gradients,

@@ -8,16 +8,14 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import address, denominator_of, dtype_name, widen
+from fastrlhf.ops._launch import triton
 from fastrlhf.ops._loss import keep_gradients, named, scale_gradients
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops._surrogate import STATS, check, clip_bounds, fake, largest, surrogate
 from fastrlhf.ops.approx_kl import exp_minus_linear
 from fastrlhf.ops.ppo_sequence_loss import sequence_loss
 
-try:
-    from fastrlhf.kernels import ppo_policy_loss as triton_kernel
-except ImportError:  # without Triton the reference serves CUDA
-    triton_kernel = None  # type: ignore[assignment]
+triton_kernel = triton("ppo_policy_loss")
 
 
 def ppo_policy_loss_ref(
@@ -106,7 +104,6 @@ _forward = leaf(
 )
 _op = op(
     _forward,
-    reference=ppo_policy_loss_ref,
     samples=samples,
     grads=("logprobs",),
     setup_context=keep_gradients,

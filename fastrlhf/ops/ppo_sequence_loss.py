@@ -8,15 +8,13 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import address, cu_seqlens_of, dtype_name, has_shape, same_device
+from fastrlhf.ops._launch import triton
 from fastrlhf.ops._loss import keep_gradients, scale_gradients
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops._surrogate import check, fake, largest, surrogate
 from fastrlhf.ops.approx_kl import exp_minus_linear
 
-try:
-    from fastrlhf.kernels import ppo_sequence_loss as triton_kernel
-except ImportError:  # without Triton the reference serves CUDA
-    triton_kernel = None  # type: ignore[assignment]
+triton_kernel = triton("ppo_sequence_loss")
 
 
 def ppo_sequence_loss_ref(
@@ -127,7 +125,6 @@ _op = op(
         cuda=_cuda_forward if triton_kernel else None,
         check=_check,
     ),
-    reference=ppo_sequence_loss_ref,
     samples=samples,
     grads=("logprobs",),
     setup_context=keep_gradients,

@@ -167,7 +167,6 @@ _forward = leaf(
 )
 _op = op(
     _forward,
-    reference=ranking_loss_ref,
     samples=samples,
     grads=("scores",),
     setup_context=keep_gradients,

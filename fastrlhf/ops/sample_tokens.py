@@ -8,14 +8,11 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import dtype_in, dtype_name, has_shape, readable, same_device
+from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops.token_logprobs import rows_of
 
-try:
-    from fastrlhf.kernels import sample_tokens as triton_kernel
-except ImportError:  # without Triton the reference serves CUDA
-    triton_kernel = None  # type: ignore[assignment]
-
+triton_kernel = triton("sample_tokens")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as an int64
 FIXED_POINT = 2.0**40
@@ -140,7 +137,7 @@ _forward = leaf(
     cuda=_cuda_forward if triton_kernel else None,
     check=_check,
 )
-_op = op(_forward, reference=sample_tokens_ref, samples=samples)
+_op = op(_forward, samples=samples)
 
 
 def sample_tokens(

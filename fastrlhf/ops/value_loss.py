@@ -15,14 +15,11 @@ from fastrlhf.ops._check import (
     dtype_name,
     widen,
 )
+from fastrlhf.ops._launch import triton
 from fastrlhf.ops._loss import keep_gradients, named, scale_gradients
 from fastrlhf.ops._registry import leaf, op
 
-try:
-    from fastrlhf.kernels import value_loss as triton_kernel
-except ImportError:  # without Triton the reference serves CUDA
-    triton_kernel = None  # type: ignore[assignment]
-
+triton_kernel = triton("value_loss")
 FLOATS = (torch.float32, torch.float64)
 STATS = ("clip_fraction", "error")
 
@@ -115,7 +112,6 @@ _forward = leaf(
 )
 _op = op(
     _forward,
-    reference=value_loss_ref,
     samples=samples,
     grads=("values",),
     setup_context=keep_gradients,
