@@ -1,1 +1,1 @@
-"""Formulas with a paper, chosen by settings: scores to rewards to advantages, KL control, losses of preferences."""
+"""Formulas of papers, on tensors and numbers: advantages, control of the KL, losses of preferences."""

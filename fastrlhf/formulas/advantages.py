@@ -1,6 +1,17 @@
-"""From what is paid for responses to the advantage of every response token: with a value model, or without one.
+"""From the scores of responses to the advantage of every response token: with a value model, or without one.
 
-kl (R,) below is the penalised KL of each token: 0 everywhere where the penalty is in the loss.
+N responses have R tokens; response n is tokens cu_responses[n] to cu_responses[n + 1]. In all functions here:
+
+scores: (N,) float32|float64, shaped score of each response; the responses to one prompt are neighbours
+kl: (R,) like scores, estimated KL to the reference at each token, nats; zeros where the penalty is in the loss
+cu_responses: (N + 1,) int32; no response is empty
+kl_coef: weight of the KL penalty; gamma, lam: discount and trace decay, in [0, 1]
+whiten: give the advantages mean 0 and variance 1 over all tokens
+whiten_rewards: give the rewards variance 1 over all tokens, but leave their mean
+
+Statistics are means over tokens, before whitening: advantages, advantages_std, and with a value model values, returns
+and explained_variance, 1 - var(returns - values) / var(returns). rewards is summed over a response, and its mean over
+responses. equal_groups is the share of prompts whose responses all have the same score.
 """
 
 from __future__ import annotations
@@ -8,92 +19,124 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import approx_kl, discounted_returns, gae, group_advantages, masked_whiten, ppo_advantages
+from fastrlhf.ops import discounted_returns, gae, group_advantages, masked_whiten, ppo_advantages
 from fastrlhf.ops.group_advantages import is_level
-from fastrlhf.packing import Packed
-from fastrlhf.settings.ppo import GROUPED, PPOConfig
 
-GROUP_KINDS = {"rloo": "rloo", "dr_grpo": "dr_grpo", "reinforce++_baseline": "dr_grpo"}
+Stats = dict[str, Tensor]
 
 
-def estimate_advantages(
-    batch: Packed, scores: Tensor, config: PPOConfig, *, kl_coef: float, baseline: Tensor | None = None
-) -> tuple[Packed, dict[str, Tensor]]:
-    """Returns the batch with `advantages` (R,), with a value model `returns` (R,) too, and statistics.
+def token_rewards(scores: Tensor, kl: Tensor, cu_responses: Tensor, *, kl_coef: float) -> Tensor:
+    """Returns r_t = -kl_coef kl_t, plus the score at the last token of its response; (R,).
 
-    gae: r_t = -kl_coef kl_t, plus the score at the last token; generalised advantage estimation, whitened.
-    reinforce++: the discounted sum of r from each token on, whitened.
-    remax: the discounted sum of r from each token on, less the score of the greedy response.
-    rloo, dr_grpo: S = score - kl_coef sum of kl, against the other responses to the prompt (`group_advantages`).
-    grpo: the score against those, less kl_coef sum of kl less its mean: the KL is not divided by the deviation of the
-    scores, which would blow it up where scores hardly differ.
-    reinforce++_baseline: S less its mean over the responses to the prompt, whitened over all tokens.
+    Source: Ziegler et al., arXiv 1909.08593, equation 2."""
+    return (-kl_coef * kl).index_add(0, cu_responses[1:].long() - 1, scores)
 
-    batch: fields logprobs, ref_logprobs and, for gae, values; the responses to one prompt are neighbours
-    scores: (N,) what is paid for each response; baseline: (N,) that of the greedy response to its prompt, for remax
 
-    The statistics are those of `ppo_advantages` as far as the estimator has them, and of groups `equal_groups`, the
-    share of prompts whose responses all have the same score.
-    Source: Schulman et al., arXiv 1506.02438 (gae); Hu et al., arXiv 2501.03262 (reinforce++); Li et al., arXiv
-    2310.10505, equation 3 (remax); those of `group_advantages`."""
-    kl = approx_kl(batch["logprobs"], batch["ref_logprobs"], estimator=config.kl_estimator)
-    if config.kl_in == "loss":
-        kl = torch.zeros_like(kl)
-    if config.estimator == "gae" and not config.whiten_rewards:
-        # the estimate that is taken off is k1 of (kl, 0), whatever the estimator
-        _, advantages, returns, stats = ppo_advantages(
-            scores,
-            kl,
-            torch.zeros_like(kl),
-            batch["values"],
-            batch.cu_responses,
-            kl_coef=kl_coef,
-            gamma=config.gamma,
-            lam=config.lam,
-            whiten=config.whiten,
-        )
-        return batch.with_fields(advantages=advantages, returns=returns), stats
-    rewards = (-kl_coef * kl).index_add(0, batch.cu_responses[1:].long() - 1, scores)
-    stats = {"rewards": rewards.sum() / batch.num_sequences}
-    if config.whiten_rewards:
-        rewards = masked_whiten(rewards, center=False)
-    if config.estimator == "gae":
-        advantages, returns = gae(rewards, batch["values"], batch.cu_responses, gamma=config.gamma, lam=config.lam)
-        spread = returns.var(correction=0)
-        missed = torch.where(spread == 0, 1, (returns - batch["values"]).var(correction=0) / spread)
-        stats |= {"values": batch["values"].mean(), "returns": returns.mean(), "explained_variance": 1 - missed}
-        batch = batch.with_fields(returns=returns)
-    elif config.estimator in GROUPED:
-        advantages, stats["equal_groups"] = grouped(batch, scores, -kl_coef * kl, config)
+def gae_advantages(
+    scores: Tensor,
+    kl: Tensor,
+    cu_responses: Tensor,
+    *,
+    values: Tensor,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
+    whiten: bool,
+    whiten_rewards: bool,
+) -> tuple[Tensor, Tensor, Stats]:
+    """Returns advantages (R,), returns (R,) and statistics of generalised advantage estimation on `token_rewards`.
+
+    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  returns = A + V, not whitened.
+
+    values: (R,) like scores, value V_t of the state before each token
+
+    Source: Schulman et al., arXiv 1506.02438, equation 16."""
+    if not whiten_rewards:  # one op; its penalty is the difference of two tensors, here kl and 0
+        tokens = kl, torch.zeros_like(kl), values, cu_responses
+        return ppo_advantages(scores, *tokens, kl_coef=kl_coef, gamma=gamma, lam=lam, whiten=whiten)[1:]
+    rewards = token_rewards(scores, kl, cu_responses, kl_coef=kl_coef)
+    whitened = masked_whiten(rewards, center=False)
+    advantages, returns = gae(whitened, values, cu_responses, gamma=gamma, lam=lam)
+    variance = returns.var(correction=0)
+    unexplained = torch.where(variance == 0, 1, (returns - values).var(correction=0) / variance)
+    stats = {"values": values.mean(), "returns": returns.mean(), "explained_variance": 1 - unexplained}
+    stats |= statistics(rewards, advantages, len(scores))
+    return masked_whiten(advantages) if whiten else advantages, returns, stats
+
+
+def discounted_advantages(
+    scores: Tensor,
+    kl: Tensor,
+    cu_responses: Tensor,
+    *,
+    kl_coef: float,
+    gamma: float,
+    whiten: bool,
+    whiten_rewards: bool,
+    baseline: Tensor | None = None,
+) -> tuple[Tensor, Stats]:
+    """Returns advantages (R,), the sum of gamma^k r_{t+k} over the rest of the response, and statistics.
+
+    baseline: (N,) like scores, taken off: for ReMax the score of the greedy response to the same prompt
+
+    Source: Hu et al., arXiv 2501.03262 (REINFORCE++); Li et al., arXiv 2310.10505, equation 3 (ReMax)."""
+    rewards = token_rewards(scores, kl, cu_responses, kl_coef=kl_coef)
+    whitened = masked_whiten(rewards, center=False) if whiten_rewards else rewards
+    advantages = discounted_returns(whitened, cu_responses, gamma=gamma)
+    if baseline is not None:
+        advantages = advantages - per_token(baseline, cu_responses, len(kl))
+    stats = statistics(rewards, advantages, len(scores))
+    return masked_whiten(advantages) if whiten else advantages, stats
+
+
+def grouped_advantages(
+    scores: Tensor,
+    kl: Tensor,
+    cu_responses: Tensor,
+    *,
+    estimator: str,
+    samples_per_prompt: int,
+    kl_coef: float,
+    whiten: bool,
+) -> tuple[Tensor, Stats]:
+    """Returns advantages (R,), the same at each token of a response, over the other responses to its prompt; and
+    statistics.
+
+    With the penalty p = -kl_coef sum_t kl_t of a response, its total S = score + p, and means over its group:
+    rloo: S - mean of the S of the others. dr_grpo, reinforce++_baseline: S - mean S.
+    grpo: (score - mean score) / std score + p - mean p: the KL is not divided by the deviation of the scores, which
+    would blow it up where scores hardly differ.
+
+    samples_per_prompt: so many neighbours are a group; scores in it that differ by rounding alone count as equal
+
+    Raises: ValueError for another estimator.
+    Source: Hu et al., arXiv 2501.03262 (reinforce++_baseline); for the others see `group_advantages`."""
+    rewards = token_rewards(scores, kl, cu_responses, kl_coef=kl_coef)
+    scores, equal = equalize(scores, samples_per_prompt)
+    lengths, kind = cu_responses.diff().long(), "dr_grpo" if estimator == "reinforce++_baseline" else estimator
+    penalty = torch.segment_reduce((-kl_coef * kl).double(), "sum", lengths=lengths, unsafe=True)
+    groups = torch.arange(0, len(scores) + 1, samples_per_prompt, dtype=torch.int32).to(scores.device)
+    if kind == "grpo":
+        advantages = group_advantages(scores, groups, kind="grpo")
+        advantages = advantages + group_advantages(penalty.to(scores.dtype), groups, kind="dr_grpo")
     else:
-        advantages = discounted_returns(rewards, batch.cu_responses, gamma=config.gamma)
-        if baseline is not None:
-            advantages = advantages - per_token(batch, baseline)
-    stats |= {"advantages": advantages.mean(), "advantages_std": advantages.std(correction=0)}
-    if config.whiten and config.estimator in ("gae", "reinforce++", "reinforce++_baseline"):
-        advantages = masked_whiten(advantages)
-    return batch.with_fields(advantages=advantages), stats
+        advantages = group_advantages((scores.double() + penalty).to(scores.dtype), groups, kind=kind)
+    advantages = per_token(advantages, cu_responses, len(kl))
+    stats = {"equal_groups": equal.double().mean(), **statistics(rewards, advantages, len(scores))}
+    return masked_whiten(advantages) if whiten else advantages, stats
 
 
-def grouped(batch: Packed, scores: Tensor, penalties: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
-    """The advantages (R,) of whole responses over the others to their prompt, given their scores (N,) and the rewards
-    (R,) of their tokens for the KL; and the share of groups whose scores are equal."""
-    scores, equal = level(scores, config.samples_per_prompt)
-    lengths = batch.cu_responses.diff().long()
-    penalty = torch.segment_reduce(penalties.double(), "sum", lengths=lengths, unsafe=True)
-    bounds = torch.arange(0, batch.num_sequences + 1, config.samples_per_prompt, dtype=torch.int32).to(scores.device)
-    if config.estimator == "grpo":
-        advantages = group_advantages(scores, bounds, kind="grpo")
-        advantages = advantages + group_advantages(penalty.to(scores.dtype), bounds, kind="dr_grpo")
-    else:
-        totals = (scores.double() + penalty).to(scores.dtype)
-        advantages = group_advantages(totals, bounds, kind=GROUP_KINDS[config.estimator])
-    return per_token(batch, advantages), equal.double().mean()
+def statistics(rewards: Tensor, advantages: Tensor, num_responses: int) -> Stats:
+    return {
+        "rewards": rewards.sum() / num_responses,
+        "advantages": advantages.mean(),
+        "advantages_std": advantages.std(correction=0),
+    }
 
 
-def level(scores: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor]:
-    """Returns scores (N,) that are equal where those of a group differ by rounding alone, which a deviation would
-    blow up to advantages; and whether they are equal in each group (G,)."""
+def equalize(scores: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor]:
+    """Returns scores (N,) that are exactly equal where those of a group differ by rounding alone, which division by
+    their deviation would blow up; and whether they are equal in each group (G,)."""
     groups = scores.view(-1, samples_per_prompt)
     wide = groups.double()
     deviations = wide.var(1, correction=min(samples_per_prompt - 1, 1)).sqrt()
@@ -101,29 +144,35 @@ def level(scores: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor]:
     return torch.where(equal[:, None], groups[:, :1], groups).reshape(-1), equal
 
 
-def per_token(batch: Packed, values: Tensor) -> Tensor:
-    """A number a response (N,) at each of its tokens (R,)."""
-    return values.repeat_interleave(batch.cu_responses.diff().long(), output_size=batch.num_responses)
+def per_token(values: Tensor, cu_responses: Tensor, num_tokens: int) -> Tensor:
+    """Returns a number of each response (N,) at each of its tokens (R,); num_tokens: R, known without a wait for a
+    GPU."""
+    return values.repeat_interleave(cu_responses.diff().long(), output_size=num_tokens)
 
 
-def token_weights(batch: Packed, prompts: Tensor, config: PPOConfig) -> Tensor:
-    """Returns weights (R,) that make a mean over the tokens of a minibatch the mean that `loss_mean` asks for.
+def token_weights(
+    cu_responses: Tensor, prompts: Tensor, *, loss_mean: str, max_new_tokens: int | None = None
+) -> Tensor:
+    """Returns weights (R,) float32 that make a mean over the tokens of a minibatch the mean that `loss_mean` asks for.
 
     token: all 1. sequence: the mean over sequences of their tokens' mean. prompt: the mean over prompts of the mean
     over all tokens of their responses. max_length: the sum over tokens / (sequences x max_new_tokens).
 
-    prompts: (R,) int64, a number for the prompt of each token
+    prompts: (R,) int64, a number for the prompt of each token; max_new_tokens: for max_length
 
+    Raises: ValueError for another loss_mean, and for max_length without max_new_tokens.
     Source: Schulman et al., arXiv 1707.06347 (token); Shao et al., arXiv 2402.03300 (sequence); Liu et al., arXiv
     2503.20783 (max_length)."""
-    if config.loss_mean == "token":
+    num_tokens, num_parts = len(prompts), len(cu_responses) - 1
+    if loss_mean == "token":
         return torch.ones_like(prompts, dtype=torch.float32)
-    if config.loss_mean == "prompt":
+    if loss_mean == "prompt":
         _, place, counts = prompts.unique(return_inverse=True, return_counts=True)
-        parts, sizes = len(counts), counts[place]
+        num_parts, sizes = len(counts), counts[place]
+    elif loss_mean == "sequence":
+        sizes = per_token(cu_responses.diff().long(), cu_responses, num_tokens)
+    elif loss_mean == "max_length" and max_new_tokens is not None:
+        sizes = torch.full_like(prompts, max_new_tokens)
     else:
-        parts = batch.num_sequences
-        sizes = per_token(batch, batch.cu_responses.diff().long())
-        if config.loss_mean == "max_length":
-            sizes = torch.full_like(sizes, config.max_new_tokens)
-    return batch.num_responses / (parts * sizes.float())
+        raise ValueError(f"token_weights: no mean {loss_mean!r}, or its max_new_tokens are missing")
+    return num_tokens / (num_parts * sizes.float())

@@ -6,6 +6,7 @@ device; kernels clamp their indices there) unless FASTRLHF_DEBUG=1.
 
 import math
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,6 +167,11 @@ def temperature_of(function: str, temperature: float | Tensor, like: Tensor) -> 
 def widen(tensor: Tensor) -> Tensor:
     """The tensor, in float32 if it was in half precision."""
     return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def contiguous(*tensors: Tensor | None) -> list[Any]:
+    """The tensors as kernels take them: contiguous; None stays."""
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def address(tensor: Tensor | None) -> int:

@@ -33,6 +33,7 @@ if BACKEND not in ("native", "ref"):
 OPS: dict[str, "Op"] = {}
 BACKENDS: dict[str, dict[str, str]] = {}  # leaf -> device -> what serves it there, for `fastrlhf info`
 SERVING: dict[str, dict[str, Callable[..., Any]]] = {}  # leaf -> device -> the function that does
+REFERENCES: dict[str, Callable[..., Any]] = {}  # leaf -> the function that serves the devices without a kernel
 
 
 def leaf(
@@ -50,6 +51,7 @@ def leaf(
     name = schema.split("(")[0]
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, _after(check, ref), "CompositeExplicitAutograd")
+    REFERENCES[name] = ref
     BACKENDS[name] = {"cpu": "reference", "cuda": "reference"}
     SERVING[name] = dict.fromkeys(("cpu", "cuda"), _after(check, ref))
     SERVING[name]["meta"] = _after(check, fake)  # the dispatcher would call the fake alone
@@ -136,16 +138,17 @@ class Op:
 def op(
     forward: Callable[..., Any],
     *,
-    reference: Callable[..., Any],
     samples: Callable[[str, torch.dtype], Iterator[tuple[Any, ...]]],
+    reference: Callable[..., Any] | None = None,
     grads: tuple[str, ...] = (),
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Op:
     """Attaches the gradient to a leaf and files it in OPS.
 
-    grads names the arguments that get a gradient; a caller who wants one of another argument is told to detach it.
-    setup_context(ctx, inputs, output) and backward(ctx, *grads) are those of torch.library.register_autograd."""
+    reference: plain torch, where that of the leaf is not
+    grads: names of the arguments that get a gradient; a caller who wants one of another argument is told to detach it
+    setup_context(ctx, inputs, output), backward(ctx, *grads): those of torch.library.register_autograd"""
     name = forward._schema.name.split("::")[1]  # type: ignore[attr-defined]
     parameters = [a.name for a in forward._schema.arguments]  # type: ignore[attr-defined]
     constant = [i for i, a in enumerate(forward._schema.arguments) if a.name not in grads and "Tensor" in str(a.type)]  # type: ignore[attr-defined]
@@ -185,5 +188,5 @@ def op(
             return forward(*args)
         return function_apply(*args) if wanted else straight(*args)
 
-    OPS[name] = Op(name, forward, reference, samples, grads, apply)
+    OPS[name] = Op(name, forward, reference or REFERENCES[name], samples, grads, apply)
     return OPS[name]

@@ -7,14 +7,11 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import alike, dense, dtype_name, widen
+from fastrlhf.ops._check import address, alike, dense, dtype_name, widen
+from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 
-try:
-    from fastrlhf.kernels import approx_kl as triton_kernel
-except ImportError:  # without Triton the reference serves CUDA
-    triton_kernel = None  # type: ignore[assignment]
-
+triton_kernel = triton("approx_kl")
 FLOATS = (torch.float32, torch.float64)
 ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 
@@ -65,15 +62,8 @@ def _fake(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
 def _cpu_forward(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
     logprobs, ref_logprobs = logprobs.contiguous(), ref_logprobs.contiguous()
     out = torch.empty_like(logprobs)
-    kernel = getattr(_cpu, f"approx_kl_{dtype_name(logprobs)}")
-    kernel(
-        logprobs.data_ptr(),
-        ref_logprobs.data_ptr(),
-        out.data_ptr(),
-        out.numel(),
-        estimator,
-        torch.get_num_threads(),
-    )
+    options = out.numel(), estimator, torch.get_num_threads()
+    getattr(_cpu, f"approx_kl_{dtype_name(logprobs)}")(*map(address, (logprobs, ref_logprobs, out)), *options)
     return out
 
 
@@ -111,12 +101,11 @@ _forward = leaf(
     ref=approx_kl_ref,
     fake=_fake,
     cpu=_cpu_forward,
-    cuda=None if triton_kernel is None else _cuda_forward,
+    cuda=_cuda_forward if triton_kernel else None,
     check=_check,
 )
 _op = op(
     _forward,
-    reference=approx_kl_ref,
     samples=samples,
     grads=("logprobs", "ref_logprobs"),
     setup_context=_setup_context,

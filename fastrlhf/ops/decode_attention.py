@@ -9,13 +9,10 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import dtype_in, dtype_name, has_shape, indices_below, same_device, same_shape
+from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 
-try:
-    from fastrlhf.kernels import decode_attention as triton_kernel
-except ImportError:  # without Triton the reference serves CUDA
-    triton_kernel = None  # type: ignore[assignment]
-
+triton_kernel = triton("decode_attention")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -128,7 +125,7 @@ _forward = leaf(
     cuda=_cuda_forward if triton_kernel else None,
     check=_check,
 )
-_op = op(_forward, reference=decode_attention_ref, samples=samples)
+_op = op(_forward, samples=samples)
 
 
 def decode_attention(

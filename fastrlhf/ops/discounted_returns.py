@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import cu_seqlens_of, dtype_in, dtype_name, has_shape, same_device, widen
+from fastrlhf.ops._check import address, cu_seqlens_of, dtype_in, dtype_name, has_shape, same_device, widen
 from fastrlhf.ops._launch import if_built, launch
 from fastrlhf.ops._registry import leaf, op
 
@@ -37,31 +37,16 @@ def _fake(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
 def _cpu_forward(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
     rewards, cu_seqlens = rewards.contiguous(), cu_seqlens.contiguous()
     returns = torch.empty_like(rewards)
-    kernel = getattr(_cpu, f"discounted_returns_{dtype_name(rewards)}")
-    kernel(
-        rewards.data_ptr(),
-        cu_seqlens.data_ptr(),
-        returns.data_ptr(),
-        cu_seqlens.shape[0] - 1,
-        gamma,
-        torch.get_num_threads(),
-    )
+    options = cu_seqlens.shape[0] - 1, gamma, torch.get_num_threads()
+    getattr(_cpu, f"discounted_returns_{dtype_name(rewards)}")(*map(address, (rewards, cu_seqlens, returns)), *options)
     return returns
 
 
 def _cuda_forward(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
     rewards, cu_seqlens = rewards.contiguous(), cu_seqlens.contiguous()
     returns = torch.empty_like(rewards)
-    launch(
-        f"discounted_returns_{dtype_name(rewards)}",
-        rewards,
-        rewards.data_ptr(),
-        cu_seqlens.data_ptr(),
-        returns.data_ptr(),
-        rewards.shape[0],
-        cu_seqlens.shape[0] - 1,
-        gamma,
-    )
+    addresses = map(address, (rewards, cu_seqlens, returns))
+    launch(f"discounted_returns_{dtype_name(rewards)}", rewards, *addresses, len(rewards), len(cu_seqlens) - 1, gamma)
     return returns
 
 
@@ -83,7 +68,6 @@ _op = op(
         cuda=if_built(_cuda_forward),
         check=_check,
     ),
-    reference=discounted_returns_ref,
     samples=samples,
 )
 

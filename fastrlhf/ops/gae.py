@@ -9,6 +9,7 @@ from torch import Tensor
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
     address,
+    contiguous,
     cu_seqlens_of,
     dtype_in,
     dtype_name,
@@ -75,18 +76,13 @@ def _fake(rewards: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 def _prepared(*given: Tensor | None) -> tuple[tuple[Tensor, Tensor], list[Tensor | None]]:
     """(the outputs, what a kernel takes the addresses of: the inputs, contiguous, and the outputs)."""
-    inputs = [None if t is None else t.contiguous() for t in given]
-    outputs = _fake(inputs[0])  # type: ignore[arg-type]
+    inputs = contiguous(*given)
+    outputs = _fake(inputs[0])
     return outputs, [*inputs, *outputs]
 
 
 def _cpu_forward(
-    rewards: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor,
-    mask: Tensor | None,
-    bootstrap: Tensor | None,
-    *options: Any,
+    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, mask: Tensor | None, bootstrap: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     outputs, tensors = _prepared(rewards, values, cu_seqlens, mask, bootstrap)
     kernel = getattr(_cpu, f"gae_{dtype_name(rewards)}")
@@ -95,12 +91,7 @@ def _cpu_forward(
 
 
 def _cuda_forward(
-    rewards: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor,
-    mask: Tensor | None,
-    bootstrap: Tensor | None,
-    *options: Any,
+    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, mask: Tensor | None, bootstrap: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     outputs, tensors = _prepared(rewards, values, cu_seqlens, mask, bootstrap)
     counts = rewards.shape[0], cu_seqlens.shape[0] - 1
@@ -129,7 +120,7 @@ _forward = leaf(
     cuda=if_built(_cuda_forward),
     check=_check,
 )
-_op = op(_forward, reference=gae_ref, samples=samples)
+_op = op(_forward, samples=samples)
 
 
 def gae(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import cu_seqlens_of, dtype_in, dtype_name, has_shape, same_device, widen
+from fastrlhf.ops._check import address, cu_seqlens_of, dtype_in, dtype_name, has_shape, same_device, widen
 from fastrlhf.ops._launch import if_built, launch
 from fastrlhf.ops._registry import leaf, op
 
@@ -53,26 +53,16 @@ def _fake(scores: Tensor, *_: Any) -> Tensor:
 def _cpu_forward(scores: Tensor, cu_groups: Tensor, kind: int, eps: float) -> Tensor:
     scores, cu_groups = scores.contiguous(), cu_groups.contiguous()
     advantages = torch.empty_like(scores)
-    kernel = getattr(_cpu, f"group_advantages_{dtype_name(scores)}")
-    addresses = scores.data_ptr(), cu_groups.data_ptr(), advantages.data_ptr()
-    kernel(*addresses, cu_groups.shape[0] - 1, kind, eps, torch.get_num_threads())
+    addresses, options = map(address, (scores, cu_groups, advantages)), (kind, eps, torch.get_num_threads())
+    getattr(_cpu, f"group_advantages_{dtype_name(scores)}")(*addresses, cu_groups.shape[0] - 1, *options)
     return advantages
 
 
 def _cuda_forward(scores: Tensor, cu_groups: Tensor, kind: int, eps: float) -> Tensor:
     scores, cu_groups = scores.contiguous(), cu_groups.contiguous()
     advantages = torch.empty_like(scores)
-    launch(
-        f"group_advantages_{dtype_name(scores)}",
-        scores,
-        scores.data_ptr(),
-        cu_groups.data_ptr(),
-        advantages.data_ptr(),
-        scores.shape[0],
-        cu_groups.shape[0] - 1,
-        kind,
-        eps,
-    )
+    addresses, sizes = map(address, (scores, cu_groups, advantages)), (scores.shape[0], cu_groups.shape[0] - 1)
+    launch(f"group_advantages_{dtype_name(scores)}", scores, *addresses, *sizes, kind, eps)
     return advantages
 
 
@@ -95,7 +85,6 @@ _op = op(
         cuda=if_built(_cuda_forward),
         check=_check,
     ),
-    reference=group_advantages_ref,
     samples=samples,
 )
 

@@ -9,14 +9,11 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import address, computed_in, dtype_in, dtype_name, has_shape, same_device, same_shape
+from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops.token_logprobs import FLOATS, rows_of
 
-try:
-    from fastrlhf.kernels import kl_divergence as triton_kernel
-except ImportError:  # without Triton the reference serves CUDA
-    triton_kernel = None  # type: ignore[assignment]
-
+triton_kernel = triton("kl_divergence")
 KINDS = ("forward", "reverse", "js")
 
 
@@ -228,7 +225,6 @@ _gradient_in_place = leaf(
 )
 _op = op(
     _forward,
-    reference=kl_divergence_ref,
     samples=samples,
     grads=("logits_p", "logits_q"),
     setup_context=_setup_context,

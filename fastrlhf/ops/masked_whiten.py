@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, alike, dtype_in, dtype_name, has_shape, same_device, widen
+from fastrlhf.ops._check import address, alike, contiguous, dtype_in, dtype_name, has_shape, same_device, widen
 from fastrlhf.ops._launch import if_built, launch
 from fastrlhf.ops._registry import leaf, op
 
@@ -38,16 +38,12 @@ def _check(x: Tensor, mask: Tensor | None, moments: Tensor | None = None, *_: An
         has_shape("masked_whiten", "moments", moments, (3,), "(3,)")
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Any]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 def _fake_moments(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.new_empty(3, dtype=torch.float64)
 
 
 def _cpu_moments(x: Tensor, mask: Tensor | None) -> Tensor:
-    x, mask = _contiguous(x, mask)
+    x, mask = contiguous(x, mask)
     moments = _fake_moments(x, mask)
     kernel = getattr(_cpu, f"masked_moments_{dtype_name(x)}")
     kernel(x.data_ptr(), address(mask), moments.data_ptr(), x.numel(), torch.get_num_threads())
@@ -55,7 +51,7 @@ def _cpu_moments(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _cuda_moments(x: Tensor, mask: Tensor | None) -> Tensor:
-    x, mask = _contiguous(x, mask)
+    x, mask = contiguous(x, mask)
     moments, parts = _fake_moments(x, mask), x.new_empty(NUM_PARTS, 3, dtype=torch.float64)
     kernel = f"masked_moments_{dtype_name(x)}"
     launch(kernel, x, x.data_ptr(), address(mask), parts.data_ptr(), moments.data_ptr(), x.numel())
@@ -67,37 +63,18 @@ def _fake_whiten(x: Tensor, *_: Any) -> Tensor:
 
 
 def _cpu_whiten(x: Tensor, mask: Tensor | None, moments: Tensor | None, center: bool, eps: float) -> Tensor:
-    x, mask, moments = _contiguous(x, mask, moments)
+    x, mask, moments = contiguous(x, mask, moments)
     out = torch.empty_like(x)
-    kernel = getattr(_cpu, f"masked_whiten_{dtype_name(x)}")
-    kernel(
-        x.data_ptr(),
-        address(mask),
-        address(moments),
-        out.data_ptr(),
-        x.numel(),
-        center,
-        eps,
-        torch.get_num_threads(),
-    )
+    options = x.numel(), center, eps, torch.get_num_threads()
+    getattr(_cpu, f"masked_whiten_{dtype_name(x)}")(*map(address, (x, mask, moments, out)), *options)
     return out
 
 
 def _cuda_whiten(x: Tensor, mask: Tensor | None, moments: Tensor | None, center: bool, eps: float) -> Tensor:
-    x, mask, moments = _contiguous(x, mask, moments)
+    x, mask, moments = contiguous(x, mask, moments)
     out, parts = torch.empty_like(x), x.new_empty(NUM_PARTS, 3, dtype=torch.float64)
-    launch(
-        f"masked_whiten_{dtype_name(x)}",
-        x,
-        x.data_ptr(),
-        address(mask),
-        address(moments),
-        parts.data_ptr(),
-        out.data_ptr(),
-        x.numel(),
-        center,
-        eps,
-    )
+    addresses = map(address, (x, mask, moments, parts, out))
+    launch(f"masked_whiten_{dtype_name(x)}", x, *addresses, x.numel(), center, eps)
     return out
 
 
@@ -125,7 +102,6 @@ _moments = op(
         cpu=_cpu_moments,
         cuda=if_built(_cuda_moments),
     ),
-    reference=masked_moments_ref,
     samples=samples_moments,
 )
 _whiten = op(
@@ -137,7 +113,6 @@ _whiten = op(
         cpu=_cpu_whiten,
         cuda=if_built(_cuda_whiten),
     ),
-    reference=masked_whiten_ref,
     samples=samples_whiten,
 )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
     address,
+    contiguous,
     cu_seqlens_of,
     dtype_in,
     dtype_name,
@@ -114,14 +115,10 @@ def _sizes(query: Tensor, key: Tensor, cu_seqlens: Tensor, prefixes: Tensor | No
     return len(lengths), query.shape[1], key.shape[1], query.shape[2], int(keys.max()) if len(keys) else 0
 
 
-def _dense(*tensors: Any) -> list[Any]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 def _cpu_forward(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, prefixes: Tensor | None, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    inputs, outputs = _dense(query, key, value, cu_seqlens, prefixes), _fake(query)
+    inputs, outputs = contiguous(query, key, value, cu_seqlens, prefixes), _fake(query)
     sizes = _sizes(query, key, cu_seqlens, prefixes)
     getattr(_cpu, f"packed_attention_{dtype_name(query)}")(
         *map(address, (*inputs, *outputs)), *sizes, window, scale, torch.get_num_threads()
@@ -131,7 +128,7 @@ def _cpu_forward(
 
 def _cpu_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     cu_seqlens, prefixes, out, log_sums, scale, window = rest
-    inputs = _dense(grad, query, key, value, cu_seqlens, prefixes, out, log_sums)
+    inputs = contiguous(grad, query, key, value, cu_seqlens, prefixes, out, log_sums)
     grads = _fake_backward(grad, query, key, value)
     sizes = _sizes(query, key, cu_seqlens, prefixes)
     getattr(_cpu, f"packed_attention_backward_{dtype_name(query)}")(
@@ -185,7 +182,6 @@ _gradient = leaf(
 )
 _op = op(
     _forward,
-    reference=packed_attention_ref,
     samples=samples,
     grads=("query", "key", "value"),
     setup_context=_setup_context,

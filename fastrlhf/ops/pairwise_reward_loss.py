@@ -11,6 +11,7 @@ from fastrlhf import _cpu
 from fastrlhf.ops._check import (
     address,
     alike,
+    contiguous,
     denominator_of,
     dtype_in,
     dtype_name,
@@ -116,34 +117,19 @@ def _num_pairs(chosen: Tensor, chosen_rows: Tensor | None) -> int:
 
 def _cpu_forward(*args: Any) -> Outputs:
     *tensors, label_smoothing, center_coef, denominator = args
-    inputs = [None if x is None else x.contiguous() for x in tensors]
-    outputs = _fake(*tensors)
-    getattr(_cpu, f"pairwise_reward_loss_{dtype_name(outputs[0])}")(
-        *(address(x) for x in (*inputs, *outputs)),
-        _num_pairs(tensors[0], tensors[2]),
-        label_smoothing,
-        center_coef,
-        denominator or 0.0,
-        torch.get_num_threads(),
-    )
+    inputs, outputs = contiguous(*tensors), _fake(*tensors)
+    options = label_smoothing, center_coef, denominator or 0.0, torch.get_num_threads()
+    addresses, num_pairs = map(address, (*inputs, *outputs)), _num_pairs(tensors[0], tensors[2])
+    getattr(_cpu, f"pairwise_reward_loss_{dtype_name(outputs[0])}")(*addresses, num_pairs, *options)
     return outputs
 
 
 def _cuda_forward(*args: Any) -> Outputs:
     *tensors, label_smoothing, center_coef, denominator = args
-    inputs = [None if x is None else x.contiguous() for x in tensors]
-    outputs = _fake(*tensors)
-    launch(
-        f"pairwise_reward_loss_{dtype_name(outputs[0])}",
-        outputs[0],
-        *(address(x) for x in (*inputs, *outputs)),
-        tensors[0].shape[0],
-        tensors[1].shape[0],
-        _num_pairs(tensors[0], tensors[2]),
-        label_smoothing,
-        center_coef,
-        denominator or 0.0,
-    )
+    inputs, outputs = contiguous(*tensors), _fake(*tensors)
+    sizes = tensors[0].shape[0], tensors[1].shape[0], _num_pairs(tensors[0], tensors[2])
+    options = *map(address, (*inputs, *outputs)), *sizes, label_smoothing, center_coef, denominator or 0.0
+    launch(f"pairwise_reward_loss_{dtype_name(outputs[0])}", outputs[0], *options)
     return outputs
 
 
@@ -173,7 +159,6 @@ _forward = leaf(
 )
 _op = op(
     _forward,
-    reference=pairwise_reward_loss_ref,
     samples=samples,
     grads=("chosen", "rejected"),
     setup_context=keep_gradients,

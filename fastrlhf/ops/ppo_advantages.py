@@ -133,7 +133,6 @@ _op = op(
         cuda=if_built(_cuda_forward),
         check=_check,
     ),
-    reference=ppo_advantages_ref,
     samples=samples,
 )
 

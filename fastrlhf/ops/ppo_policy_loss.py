@@ -7,17 +7,15 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, denominator_of, dtype_name, widen
+from fastrlhf.ops._check import address, contiguous, denominator_of, dtype_name, widen
+from fastrlhf.ops._launch import triton
 from fastrlhf.ops._loss import keep_gradients, named, scale_gradients
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops._surrogate import STATS, check, clip_bounds, fake, largest, surrogate
 from fastrlhf.ops.approx_kl import exp_minus_linear
 from fastrlhf.ops.ppo_sequence_loss import sequence_loss
 
-try:
-    from fastrlhf.kernels import ppo_policy_loss as triton_kernel
-except ImportError:  # without Triton the reference serves CUDA
-    triton_kernel = None  # type: ignore[assignment]
+triton_kernel = triton("ppo_policy_loss")
 
 
 def ppo_policy_loss_ref(
@@ -54,33 +52,17 @@ def _cpu_forward(
     dual_clip: float | None,
     denominator: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logprobs, old_logprobs, advantages = logprobs.contiguous(), old_logprobs.contiguous(), advantages.contiguous()
-    mask = None if mask is None else mask.contiguous()
-    loss, stats, grad = fake(logprobs)
-    kernel = getattr(_cpu, f"ppo_policy_loss_{dtype_name(logprobs)}")
-    kernel(
-        logprobs.data_ptr(),
-        old_logprobs.data_ptr(),
-        advantages.data_ptr(),
-        address(mask),
-        loss.data_ptr(),
-        stats.data_ptr(),
-        grad.data_ptr(),
-        logprobs.numel(),
-        clip_low,
-        clip_high,
-        torch.inf if dual_clip is None else dual_clip,
-        denominator or 0.0,
-        torch.get_num_threads(),
-    )
-    return loss, stats, grad
+    outputs, tensors = fake(logprobs), contiguous(logprobs, old_logprobs, advantages, mask)
+    bounds = clip_low, clip_high, torch.inf if dual_clip is None else dual_clip
+    options = logprobs.numel(), *bounds, denominator or 0.0, torch.get_num_threads()
+    getattr(_cpu, f"ppo_policy_loss_{dtype_name(logprobs)}")(*map(address, (*tensors, *outputs)), *options)
+    return outputs
 
 
 def _cuda_forward(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tensors: list[Any] = [None if t is None else t.contiguous() for t in (logprobs, old_logprobs, advantages, mask)]
-    return triton_kernel.ppo_policy_loss(*tensors, *options)
+    return triton_kernel.ppo_policy_loss(*contiguous(logprobs, old_logprobs, advantages, mask), *options)
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -106,7 +88,6 @@ _forward = leaf(
 )
 _op = op(
     _forward,
-    reference=ppo_policy_loss_ref,
     samples=samples,
     grads=("logprobs",),
     setup_context=keep_gradients,

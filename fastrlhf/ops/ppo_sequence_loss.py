@@ -7,16 +7,14 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, cu_seqlens_of, dtype_name, has_shape, same_device
+from fastrlhf.ops._check import address, contiguous, cu_seqlens_of, dtype_name, has_shape, same_device
+from fastrlhf.ops._launch import triton
 from fastrlhf.ops._loss import keep_gradients, scale_gradients
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops._surrogate import check, fake, largest, surrogate
 from fastrlhf.ops.approx_kl import exp_minus_linear
 
-try:
-    from fastrlhf.kernels import ppo_sequence_loss as triton_kernel
-except ImportError:  # without Triton the reference serves CUDA
-    triton_kernel = None  # type: ignore[assignment]
+triton_kernel = triton("ppo_sequence_loss")
 
 
 def ppo_sequence_loss_ref(
@@ -74,34 +72,17 @@ def _cpu_forward(
     dual_clip: float | None,
     denominator: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logprobs, old_logprobs, advantages = logprobs.contiguous(), old_logprobs.contiguous(), advantages.contiguous()
-    cu_seqlens, mask = cu_seqlens.contiguous(), None if mask is None else mask.contiguous()
-    loss, stats, grad = fake(logprobs)
-    getattr(_cpu, f"ppo_sequence_loss_{dtype_name(logprobs)}")(
-        logprobs.data_ptr(),
-        old_logprobs.data_ptr(),
-        advantages.data_ptr(),
-        cu_seqlens.data_ptr(),
-        address(mask),
-        loss.data_ptr(),
-        stats.data_ptr(),
-        grad.data_ptr(),
-        cu_seqlens.shape[0] - 1,
-        clip_low,
-        clip_high,
-        torch.inf if dual_clip is None else dual_clip,
-        denominator or 0.0,
-        torch.get_num_threads(),
-    )
-    return loss, stats, grad
+    outputs, tensors = fake(logprobs), contiguous(logprobs, old_logprobs, advantages, cu_seqlens, mask)
+    bounds = clip_low, clip_high, torch.inf if dual_clip is None else dual_clip
+    options = cu_seqlens.shape[0] - 1, *bounds, denominator or 0.0, torch.get_num_threads()
+    getattr(_cpu, f"ppo_sequence_loss_{dtype_name(logprobs)}")(*map(address, (*tensors, *outputs)), *options)
+    return outputs
 
 
 def _cuda_forward(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor, mask: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    given = (logprobs, old_logprobs, advantages, cu_seqlens, mask)
-    tensors: list[Any] = [None if t is None else t.contiguous() for t in given]
-    return triton_kernel.ppo_sequence_loss(*tensors, *options)
+    return triton_kernel.ppo_sequence_loss(*contiguous(logprobs, old_logprobs, advantages, cu_seqlens, mask), *options)
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -127,7 +108,6 @@ _op = op(
         cuda=_cuda_forward if triton_kernel else None,
         check=_check,
     ),
-    reference=ppo_sequence_loss_ref,
     samples=samples,
     grads=("logprobs",),
     setup_context=keep_gradients,

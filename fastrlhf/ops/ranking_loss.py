@@ -11,6 +11,7 @@ from torch import Tensor
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
     address,
+    contiguous,
     cu_seqlens_of,
     denominator_of,
     dtype_in,
@@ -106,7 +107,7 @@ def _fake(scores: Tensor, cu_groups: Tensor, rows: Tensor | None, *_: Any) -> Ou
 
 def _addresses(scores: Tensor, *others: Tensor | None) -> tuple[list[int], Outputs, list[Any]]:
     """The addresses that a kernel takes, its outputs, and what must stay alive until it is started."""
-    inputs = [None if x is None else x.contiguous() for x in (scores, *others)]
+    inputs = contiguous(scores, *others)
     outputs = _fake(scores, *others)  # type: ignore[arg-type]
     scratch = scores.new_empty(2 * _num_responses(scores, others[1]), dtype=torch.float64)
     kept = [*inputs, *outputs, scratch]
@@ -167,7 +168,6 @@ _forward = leaf(
 )
 _op = op(
     _forward,
-    reference=ranking_loss_ref,
     samples=samples,
     grads=("scores",),
     setup_context=keep_gradients,

@@ -9,13 +9,10 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import address, dtype_in, dtype_name, has_shape, same_device, same_shape
+from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 
-try:
-    from fastrlhf.kernels import rms_norm as triton_kernel
-except ImportError:  # without Triton the reference serves CUDA
-    triton_kernel = None  # type: ignore[assignment]
-
+triton_kernel = triton("rms_norm")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHUNKS, CHUNK_ROWS = 64, 16  # the weight's gradient is summed by chunks of rows: at most so many, none smaller
 
@@ -141,7 +138,6 @@ _gradient = leaf(
 )
 _op = op(
     _forward,
-    reference=rms_norm_ref,
     samples=samples,
     grads=("hidden", "weight"),
     setup_context=_setup_context,

@@ -8,13 +8,10 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import address, dtype_in, dtype_name, has_shape, same_device, same_shape
+from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 
-try:
-    from fastrlhf.kernels import rotary as triton_kernel
-except ImportError:  # without Triton the reference serves CUDA
-    triton_kernel = None  # type: ignore[assignment]
-
+triton_kernel = triton("rotary")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -86,7 +83,6 @@ _forward = leaf(
 )
 _op = op(
     _forward,
-    reference=rotary_ref,
     samples=samples,
     grads=("states",),
     setup_context=_setup_context,

@@ -7,15 +7,12 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import dtype_in, dtype_name, has_shape, readable, same_device
+from fastrlhf.ops._check import address, dtype_in, dtype_name, has_shape, readable, same_device
+from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops.token_logprobs import rows_of
 
-try:
-    from fastrlhf.kernels import sample_tokens as triton_kernel
-except ImportError:  # without Triton the reference serves CUDA
-    triton_kernel = None  # type: ignore[assignment]
-
+triton_kernel = triton("sample_tokens")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as an int64
 FIXED_POINT = 2.0**40
@@ -94,23 +91,12 @@ def _check(logits: Tensor, seeds: Tensor, positions: Tensor, *_: Any) -> None:
 def _cpu_forward(
     logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, logprobs, sampler_logprobs = _fake(logits)
-    logits, seeds, positions = logits.to(logprobs.dtype).contiguous(), seeds.contiguous(), positions.contiguous()
-    getattr(_cpu, f"sample_tokens_{dtype_name(logits)}")(
-        logits.data_ptr(),
-        seeds.data_ptr(),
-        positions.data_ptr(),
-        tokens.data_ptr(),
-        logprobs.data_ptr(),
-        sampler_logprobs.data_ptr(),
-        *logits.shape,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        torch.get_num_threads(),
-    )
-    return tokens, logprobs, sampler_logprobs
+    outputs = _fake(logits)
+    logits, seeds, positions = logits.to(outputs[1].dtype).contiguous(), seeds.contiguous(), positions.contiguous()
+    options = *logits.shape, temperature, top_k, top_p, min_p, torch.get_num_threads()
+    addresses = map(address, (logits, seeds, positions, *outputs))
+    getattr(_cpu, f"sample_tokens_{dtype_name(logits)}")(*addresses, *options)
+    return outputs
 
 
 def _cuda_forward(
@@ -140,7 +126,7 @@ _forward = leaf(
     cuda=_cuda_forward if triton_kernel else None,
     check=_check,
 )
-_op = op(_forward, reference=sample_tokens_ref, samples=samples)
+_op = op(_forward, samples=samples)
 
 
 def sample_tokens(

@@ -9,13 +9,10 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import address, alike, dtype_name
+from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 
-try:
-    from fastrlhf.kernels import silu_mul as triton_kernel
-except ImportError:  # without Triton the reference serves CUDA
-    triton_kernel = None  # type: ignore[assignment]
-
+triton_kernel = triton("silu_mul")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -105,7 +102,6 @@ _gradient = leaf(
 )
 _op = op(
     _forward,
-    reference=silu_mul_ref,
     samples=samples,
     grads=("gate", "up"),
     setup_context=_setup_context,

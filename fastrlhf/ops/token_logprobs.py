@@ -19,13 +19,10 @@ from fastrlhf.ops._check import (
     same_device,
     temperature_of,
 )
+from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, once, op
 
-try:
-    from fastrlhf.kernels import token_logprobs as triton_kernel
-except ImportError:  # without Triton the reference serves CUDA
-    triton_kernel = None  # type: ignore[assignment]
-
+triton_kernel = triton("token_logprobs")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LOWEST = -1e4  # stands for log 0, so that 0 log 0 is 0
 
@@ -242,7 +239,6 @@ _gradient_in_place = leaf(
 )
 _op = op(
     _forward,
-    reference=token_logprobs_ref,
     samples=samples,
     grads=("logits",),
     setup_context=_setup_context,

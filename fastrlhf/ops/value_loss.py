@@ -8,21 +8,12 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import (
-    address,
-    alike,
-    denominator_of,
-    dtype_name,
-    widen,
-)
+from fastrlhf.ops._check import address, alike, contiguous, denominator_of, dtype_name, widen
+from fastrlhf.ops._launch import triton
 from fastrlhf.ops._loss import keep_gradients, named, scale_gradients
 from fastrlhf.ops._registry import leaf, op
 
-try:
-    from fastrlhf.kernels import value_loss as triton_kernel
-except ImportError:  # without Triton the reference serves CUDA
-    triton_kernel = None  # type: ignore[assignment]
-
+triton_kernel = triton("value_loss")
 FLOATS = (torch.float32, torch.float64)
 STATS = ("clip_fraction", "error")
 
@@ -65,31 +56,17 @@ def _cpu_forward(
     clip_range: float | None,
     denominator: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    values, old_values, returns = values.contiguous(), old_values.contiguous(), returns.contiguous()
-    mask = None if mask is None else mask.contiguous()
-    loss, stats, grad = _fake(values)
-    kernel = getattr(_cpu, f"value_loss_{dtype_name(values)}")
-    kernel(
-        values.data_ptr(),
-        old_values.data_ptr(),
-        returns.data_ptr(),
-        address(mask),
-        loss.data_ptr(),
-        stats.data_ptr(),
-        grad.data_ptr(),
-        values.numel(),
-        math.inf if clip_range is None else clip_range,
-        denominator or 0.0,
-        torch.get_num_threads(),
-    )
-    return loss, stats, grad
+    outputs, tensors = _fake(values), contiguous(values, old_values, returns, mask)
+    clip_range = math.inf if clip_range is None else clip_range
+    options = values.numel(), clip_range, denominator or 0.0, torch.get_num_threads()
+    getattr(_cpu, f"value_loss_{dtype_name(values)}")(*map(address, (*tensors, *outputs)), *options)
+    return outputs
 
 
 def _cuda_forward(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tensors: list[Any] = [None if t is None else t.contiguous() for t in (values, old_values, returns, mask)]
-    return triton_kernel.value_loss(*tensors, *options)
+    return triton_kernel.value_loss(*contiguous(values, old_values, returns, mask), *options)
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -115,7 +92,6 @@ _forward = leaf(
 )
 _op = op(
     _forward,
-    reference=value_loss_ref,
     samples=samples,
     grads=("values",),
     setup_context=keep_gradients,

@@ -1,4 +1,4 @@
-"""From the scores of responses to what is paid for them: normalised, clipped, less for what is cut off or too long."""
+"""Score shaping: scores are normalised and clipped; responses that are cut off or too long get less."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from fastrlhf.settings.ppo import PPOConfig, parse_missing_eos
 
 
 @dataclass
@@ -35,41 +33,58 @@ class RunningMoments:
 
 
 def shape_scores(
-    scores: Tensor, lengths: Tensor, finished: Tensor, config: PPOConfig, moments: RunningMoments
+    scores: Tensor,
+    lengths: Tensor,
+    finished: Tensor,
+    *,
+    moments: RunningMoments,
+    score_norm: str = "none",
+    score_clip: float | None = None,
+    missing_eos: tuple[str, float] = ("none", 0.0),
+    min_response_tokens: int = 0,
+    length_penalty: float = 0.0,
+    overlong_tokens: int = 0,
+    overlong_penalty: float = 1.0,
+    max_new_tokens: int,
 ) -> Tensor:
-    """Returns what is paid for the responses, (N,) float32: the rules of `config`, in this order.
+    """Returns the shaped scores (N,) float32. In this order:
 
-    score_norm (by `moments`, which have taken up the scores), score_clip, missing_eos for responses that are
-    unfinished or shorter than min_response_tokens, length_penalty, and the soft limit of overlong_tokens:
-    a penalty that grows linearly from 0, overlong_tokens before max_new_tokens, to overlong_penalty there.
+    score_norm: "scale" divides by the deviation of `moments`, which have taken up the scores; "whiten" takes their mean
+        off first
+    score_clip c: min(max(score, -c), c)
+    missing_eos: `apply_missing_eos` to responses that are unfinished or shorter than min_response_tokens
+    length_penalty: taken off a response token
+    overlong_tokens m: overlong_penalty clip((length - (max_new_tokens - m)) / m, 0, 1) is taken off
 
-    scores: (N,) float32; lengths: (N,) int64 response tokens; finished: (N,) bool, ended by itself
+    scores: (N,) float32; lengths: (N,) int, response tokens; finished: (N,) bool, False where cut off
 
+    Raises: ValueError for another score_norm or rule of missing_eos.
     Source: Yu et al., arXiv 2503.14476, equation 13 (overlong)."""
-    if config.score_norm != "none":
-        scores = (scores - moments.mean if config.score_norm == "whiten" else scores) / moments.deviation
-    if config.score_clip is not None:
-        scores = scores.clamp(-config.score_clip, config.score_clip)
-    scores = apply_missing_eos(scores, finished & (lengths >= config.min_response_tokens), config.missing_eos)
-    scores = scores - config.length_penalty * lengths
-    if config.overlong_tokens:
-        excess = lengths - (config.max_new_tokens - config.overlong_tokens)
-        scores = scores - config.overlong_penalty * (excess / config.overlong_tokens).clamp(0, 1)
+    if score_norm not in ("none", "scale", "whiten"):
+        raise ValueError(f"shape_scores: score_norm must be none, scale or whiten, got {score_norm!r}")
+    if score_norm == "whiten":
+        scores = scores - moments.mean
+    if score_norm != "none":
+        scores = scores / moments.deviation
+    if score_clip is not None:
+        scores = scores.clamp(-score_clip, score_clip)
+    scores = apply_missing_eos(scores, finished & (lengths >= min_response_tokens), *missing_eos)
+    scores = scores - length_penalty * lengths
+    if overlong_tokens:
+        excess = lengths - (max_new_tokens - overlong_tokens)
+        scores = scores - overlong_penalty * (excess / overlong_tokens).clamp(0, 1)
     return scores
 
 
-def apply_missing_eos(scores: Tensor, finished: Tensor, rule: str) -> Tensor:
+def apply_missing_eos(scores: Tensor, finished: Tensor, rule: str, value: float = 0.0) -> Tensor:
     """Returns the scores (N,) after the rule for responses that were cut off before they ended.
 
-    scores: (N,) float32
-    finished: (N,) bool, True where the response ended by itself
-    rule: "none"; "subtract:V" takes V off the score; "replace:V" makes it V
+    scores: (N,) float32; finished: (N,) bool, True where the response ended by itself
+    rule: "subtract" takes value off their scores; "replace" makes value of them; "none" changes nothing
 
     Raises: ValueError for another rule.
     Source: subtract is that of TRL, replace that of Stiennon et al., arXiv 2009.01325."""
-    kind, value = parse_missing_eos(rule)
-    if kind == "subtract":
-        return torch.where(finished, scores, scores - value)
-    if kind == "replace":
-        return torch.where(finished, scores, torch.full_like(scores, value))
-    return scores
+    changed = {"none": scores, "subtract": scores - value, "replace": torch.full_like(scores, value)}
+    if rule not in changed:
+        raise ValueError(f"apply_missing_eos: rule must be none, subtract or replace, got {rule!r}")
+    return torch.where(finished, scores, changed[rule])

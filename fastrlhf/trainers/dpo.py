@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,17 @@ class DPO(PreferenceTrainer[Pair]):
         divisors = torch.tensor(lengths, device=self.device).clamp(min=1)
         if config.length_normalized or config.loss in ("simpo", "orpo"):
             rewards = rewards / divisors
-        losses = pair_losses(config, rewards[0::2], rewards[1::2]) - config.sft_coef * (sums / divisors)[0::2]
+        loss_of = partial(
+            pair_losses,
+            loss=config.loss,
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+            target_margin=config.target_margin,
+        )
+        losses = loss_of(rewards[0::2], rewards[1::2]) - config.sft_coef * (sums / divisors)[0::2]
         weights, p = rewards.new_tensor([(pair.weight, pair.preference) for pair in pairs]).view(-1, 2).t()
         if any(pair.preference != 1 for pair in pairs):
-            swapped = pair_losses(config, rewards[1::2], rewards[0::2]) - config.sft_coef * (sums / divisors)[1::2]
+            swapped = loss_of(rewards[1::2], rewards[0::2]) - config.sft_coef * (sums / divisors)[1::2]
             losses = p * losses + (1 - p) * swapped
         chosen, rejected = (config.beta * rewards[n::2].detach() for n in (0, 1))
         of_pairs = {

@@ -87,7 +87,14 @@ class KTO(PreferenceTrainer[Labelled]):
         sums = response_sums(self.model(part), part)[: len(rows)]
         ratios = sums - self.reference_logprobs[name][list(rows)].to(sums)
         labels, weights = sums.new_tensor([(row.label, row.weight) for row in given]).view(-1, 2).t()
-        losses = weights * labelled_losses(self.config, ratios, labels, kl)
+        losses = weights * labelled_losses(
+            ratios,
+            labels,
+            kl,
+            beta=self.config.beta,
+            desirable_weight=self.config.desirable_weight,
+            undesirable_weight=self.config.undesirable_weight,
+        )
         reward = self.config.beta * ratios
         stats = {"wanted": reward * (labels > 0.5), "unwanted": reward * (labels < 0.5), "logprobs": sums}
         ahead = (ratios - kl) * (labels - 0.5)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fastrlhf import PPOConfig
-from fastrlhf.formulas.advantages import estimate_advantages, token_weights
+from fastrlhf.formulas.advantages import token_weights
 from fastrlhf.packing import pack
 from fastrlhf.settings.ppo import ESTIMATORS, GROUPED
+from fastrlhf.trainers.ppo.advantages import with_advantages
 
 LENGTHS = (3, 1, 7, 4, 2, 5)  # of the responses; three to a prompt
 KL = {"k1": lambda r: -r, "k2": lambda r: r * r / 2, "k3": lambda r: math.exp(r) - 1 - r}
@@ -101,7 +102,7 @@ def expected_advantages(batch, settings):
 def test_advantages_are_those_of_the_papers(batch, estimator, kl_estimator, kl_in, whiten):
     settings = config(estimator=estimator, kl_estimator=kl_estimator, kl_in=kl_in, whiten=whiten)
     baseline = GREEDY if estimator == "remax" else None
-    found, stats = estimate_advantages(batch, SCORES, settings, kl_coef=0.3, baseline=baseline)
+    found, stats = with_advantages(settings, batch, SCORES, kl_coef=0.3, baseline=baseline)
     expected = torch.tensor(expected_advantages(batch, settings))
     torch.testing.assert_close(found["advantages"], expected, rtol=1e-5, atol=1e-5)
     rewards = mean(sum(response.rewards) for response in responses(batch, settings))
@@ -111,7 +112,7 @@ def test_advantages_are_those_of_the_papers(batch, estimator, kl_estimator, kl_i
 @pytest.mark.parametrize("estimator", ["gae", "reinforce++"])
 def test_whitened_rewards_keep_their_mean(batch, estimator):
     settings = config(estimator=estimator, whiten_rewards=True)
-    found, _ = estimate_advantages(batch, SCORES, settings, kl_coef=0.3)
+    found, _ = with_advantages(settings, batch, SCORES, kl_coef=0.3)
     torch.testing.assert_close(
         found["advantages"], torch.tensor(expected_advantages(batch, settings)), rtol=1e-5, atol=1e-5
     )
@@ -120,7 +121,7 @@ def test_whitened_rewards_keep_their_mean(batch, estimator):
 @pytest.mark.parametrize("whiten_rewards", [False, True])
 def test_statistics_of_gae_are_those_before_whitening(batch, whiten_rewards):
     settings = config(whiten_rewards=whiten_rewards, whiten=True)
-    _, stats = estimate_advantages(batch, SCORES, settings, kl_coef=0.3)
+    _, stats = with_advantages(settings, batch, SCORES, kl_coef=0.3)
     advantages = expected_advantages(batch, config(whiten_rewards=whiten_rewards))
     returns = [a + v for a, v in zip(advantages, batch["values"].tolist(), strict=True)]
     expected = {
@@ -140,13 +141,13 @@ def test_equal_scores_give_no_advantage_by_default(batch, estimator, ulps):
     scores = torch.full((6,), 4.0)
     scores[1] += ulps * (torch.nextafter(scores[1], scores.new_tensor(9.0)) - scores[1])
     settings = config(estimator=estimator, whiten=True)
-    found, stats = estimate_advantages(batch, scores, settings, kl_coef=0.3)
+    found, stats = with_advantages(settings, batch, scores, kl_coef=0.3)
     assert found["advantages"].abs().max() == 0 and stats["equal_groups"] == 1
 
 
 def test_the_share_of_groups_with_equal_scores_is_told(batch):
     scores = torch.tensor([1.0, 1.0, 1.0, 0.0, 1e-3, 0.0])
-    _, stats = estimate_advantages(batch, scores, config(estimator="grpo"), kl_coef=0.3)
+    _, stats = with_advantages(config(estimator="grpo"), batch, scores, kl_coef=0.3)
     assert stats["equal_groups"] == 0.5
 
 
@@ -154,8 +155,8 @@ def test_the_share_of_groups_with_equal_scores_is_told(batch):
 @pytest.mark.parametrize("scale", [9e-7, 1e-20])
 def test_a_reward_on_a_small_scale_trains_as_one_on_a_large_scale_does(batch, estimator, scale):
     settings, scores = config(estimator=estimator), torch.tensor([1.0, 0.0, 0.5, 0.0, 0.0, 0.0])
-    large, _ = estimate_advantages(batch, scores, settings, kl_coef=0.0)
-    small, stats = estimate_advantages(batch, scale * scores, settings, kl_coef=0.0)
+    large, _ = with_advantages(settings, batch, scores, kl_coef=0.0)
+    small, stats = with_advantages(settings, batch, scale * scores, kl_coef=0.0)
     torch.testing.assert_close(small["advantages"] / scale, large["advantages"])
     assert large["advantages"].abs().max() > 0 and stats["equal_groups"] == 0.5
 
@@ -163,7 +164,7 @@ def test_a_reward_on_a_small_scale_trains_as_one_on_a_large_scale_does(batch, es
 @pytest.mark.parametrize("estimator", ["grpo", "dr_grpo"])
 def test_a_kl_in_the_reward_of_equal_scores_is_not_divided_by_its_deviation(batch, estimator):
     settings = config(estimator=estimator, kl_in="reward")
-    found, _ = estimate_advantages(batch, torch.ones(6), settings, kl_coef=1e-3)
+    found, _ = with_advantages(settings, batch, torch.ones(6), kl_coef=1e-3)
     kl = [x.sum().item() for x in (batch["logprobs"] - batch["ref_logprobs"]).double().split(LENGTHS)]
     means = [mean(kl[:3])] * 3 + [mean(kl[3:])] * 3
     expected = [-1e-3 * (k - m) for k, m, length in zip(kl, means, LENGTHS, strict=True) for _ in range(length)]
@@ -181,12 +182,19 @@ def test_rloo_at_equal_scores_has_kl_coef_times_the_gradient_of_the_kl():
         drawn = logprobs[list(pair)]
         packed = pack([[5, token] for token in pair], prompt_lengths=[1, 1])
         fields = {"logprobs": drawn.detach(), "ref_logprobs": ref_logprobs[list(pair)]}
-        found, _ = estimate_advantages(packed.with_fields(**fields), torch.ones(2).double(), settings, kl_coef=0.3)
+        packed = packed.with_fields(**fields)
+        found, _ = with_advantages(settings, packed, torch.ones(2).double(), kl_coef=0.3)
         probability = drawn.detach().sum().exp()
         loss = loss - probability * (found["advantages"] * drawn).mean()
     (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (of_kl,) = torch.autograd.grad((logprobs.exp() * (logprobs - ref_logprobs)).sum(), logits)
     torch.testing.assert_close(gradient, 0.3 * of_kl)
+
+
+@pytest.mark.parametrize("loss_mean", ["tokens", "max_length"])
+def test_an_unknown_mean_and_one_without_its_length_are_refused(batch, loss_mean):
+    with pytest.raises(ValueError, match="no mean"):
+        token_weights(batch.cu_responses, batch["prompts"], loss_mean=loss_mean)
 
 
 def test_weights_turn_the_mean_over_tokens_into_the_mean_asked_for(batch):
@@ -199,5 +207,5 @@ def test_weights_turn_the_mean_over_tokens_into_the_mean_asked_for(batch):
         "max_length": losses.sum() / (6 * 16),
     }
     for name, value in expected.items():
-        weights = token_weights(batch, batch["prompts"], config(loss_mean=name, max_new_tokens=16))
+        weights = token_weights(batch.cu_responses, batch["prompts"], loss_mean=name, max_new_tokens=16)
         assert (weights * losses).mean().item() == pytest.approx(value.item(), rel=1e-6), name

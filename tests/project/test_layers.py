@@ -23,7 +23,7 @@ ROOMS = {
     "stats": ({"stats"}, set(), {"torch"}),
     "packing": ({"packing"}, set(), {"torch"}),
     "settings": ({"settings"}, set(), {"torch", "yaml"}),
-    "formulas": ({"formulas"}, {"ops", "packing", "settings"}, {"torch"}),
+    "formulas": ({"formulas"}, {"ops"}, {"torch"}),
     "data": ({"data"}, {"settings"}, {"torch", "transformers", "jinja2", "numpy", "huggingface_hub"}),
     "runtime": (
         {"runtime"},
@@ -42,7 +42,7 @@ ROOMS = {
     ),
     "rewards": (
         {"rewards"},
-        {"packing", "settings", "data", "runtime", "models", "generation"},
+        {"packing", "data", "runtime", "models", "generation"},
         {"torch", "transformers"},
     ),
     "evaluation": (

@@ -7,9 +7,9 @@ from test_ppo import config, make_folder
 from transformers import AutoModelForCausalLM
 
 from fastrlhf import PPO
-from fastrlhf.formulas.advantages import estimate_advantages
 from fastrlhf.generation.engine import Engine
 from fastrlhf.models.policy import Policy, RewardModel
+from fastrlhf.trainers.ppo.advantages import with_advantages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,7 +57,7 @@ def test_the_responses_to_a_prompt_are_neighbours_and_differ(folder):
 def gradients(trainer, prompts, samples, minibatch, max_tokens):
     """Of the policy and the value model, and what the step's pack says, without and with the prompts' copies."""
     batch, scores, _ = trainer.score(prompts, samples)
-    batch, _ = estimate_advantages(batch, trainer.shaped_scores(samples, batch, scores), trainer.config, kl_coef=0.1)
+    batch, _ = with_advantages(trainer.config, batch, trainer.shaped_scores(samples, batch, scores), kl_coef=0.1)
     trainer.learner.add_gradients(batch.select(minibatch), True, lambda _: None, max_tokens)
     models = [model for model in (trainer.policy, trainer.value_model) if model is not None]
     grads = [p.grad.clone() for model in models for p in model.parameters() if p.grad is not None]

@@ -143,7 +143,10 @@ class Learner:
     ) -> Statistics:
         """Leaves the gradients of an update; returns its statistics. max_tokens: of a micro-batch."""
         num_tokens, stats = minibatch.num_responses, Statistics()
-        weights = token_weights(minibatch, minibatch["prompts"], self.config)
+        loss_mean, longest = self.config.loss_mean, self.config.max_new_tokens
+        weights = token_weights(
+            minibatch.cu_responses, minibatch["prompts"], loss_mean=loss_mean, max_new_tokens=longest
+        )
         minibatch = minibatch.with_fields(weights=weights, advantages=weights * minibatch["advantages"])
         self.policy.train()
         for part in minibatch.microbatches(max_tokens, share=distributed.rank_and_world_size()):

@@ -19,19 +19,19 @@ from torch import Tensor
 
 from fastrlhf.data import Prompt, batch_rows, load_prompts
 from fastrlhf.data.template import check_same_vocabulary, load_tokenizer
-from fastrlhf.formulas.advantages import estimate_advantages, per_token
-from fastrlhf.formulas.kl import next_kl_coef
+from fastrlhf.formulas.advantages import per_token
 from fastrlhf.generation.sampling import RolloutBackend, Sample
 from fastrlhf.models.offload import check_offload, onloaded
 from fastrlhf.models.policy import Policy
 from fastrlhf.models.shared_prompts import can_share_prompts, pack_responses
 from fastrlhf.packing import Packed
-from fastrlhf.rewards.shaping import RunningMoments, shape_scores
+from fastrlhf.rewards.shaping import RunningMoments
 from fastrlhf.rewards.sources import check_reward
 from fastrlhf.runtime import distributed
 from fastrlhf.settings.ppo import STALE, PPOConfig
 from fastrlhf.trainers.base import Trainer
 from fastrlhf.trainers.memory_plan import plan_ppo, print_memory_plan
+from fastrlhf.trainers.ppo.advantages import next_kl_coef, shaped_scores, with_advantages
 from fastrlhf.trainers.ppo.data import check_lengths, load_eval_prompts, load_ptx
 from fastrlhf.trainers.ppo.diagnostics import HealthChecks, describe, sample_rows
 from fastrlhf.trainers.ppo.held_out import HeldOut, load_scorers
@@ -136,10 +136,10 @@ class PPO(Trainer):
             self.check_first_step(batch, samples)
         self.is_in_step = True  # an error before this line leaves a checkpoint of the steps before
         self.moments.add(scores)
-        batch, shaped = estimate_advantages(
+        batch, shaped = with_advantages(
+            config,
             batch,
             self.shaped_scores(samples, batch, scores),
-            config,
             kl_coef=self.kl_coef,
             baseline=self.greedy_scores(prompts) if config.estimator == "remax" else None,
         )
@@ -185,7 +185,7 @@ class PPO(Trainer):
             if by_sampler
             else logprobs,
             ref_logprobs=self.logprobs(self.reference, batch),
-            prompts=per_token(batch, number),
+            prompts=per_token(number, batch.cu_responses, batch.num_responses),
         )
         if self.value_model is not None:
             batch = batch.with_fields(values=self.in_shares(batch, self.value_model))
@@ -195,7 +195,7 @@ class PPO(Trainer):
 
     @torch.no_grad()
     def greedy_scores(self, prompts: list[Prompt]) -> Tensor:
-        """What would be paid (N,) for the likeliest response to each prompt."""
+        """The shaped score (N,) of the greedy response to each prompt."""
         each = self.config.samples_per_prompt
         asked = prompts[::each]
         with self.log.timer("generate"):
@@ -207,9 +207,9 @@ class PPO(Trainer):
         return self.shaped_scores(samples, batch, scores).repeat_interleave(each)
 
     def shaped_scores(self, samples: list[Sample], batch: Packed, scores: Tensor) -> Tensor:
-        """What is paid for the responses (N,), whose scores are (N,)."""
+        """The shaped scores (N,) of the responses."""
         finished = torch.tensor([sample.finished for sample in samples], device=self.device)
-        return shape_scores(scores, batch.cu_responses.diff(), finished, self.config, self.moments)
+        return shaped_scores(self.config, scores, batch.cu_responses.diff(), finished, self.moments)
 
     def pack(self, samples: list[Sample]) -> Packed:
         """The pack of prompts and responses; a prompt is in it once for neighbours that answer it."""
