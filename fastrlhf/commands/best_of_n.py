@@ -69,8 +69,7 @@ def curve(scores: Tensor, judged: dict[str, Tensor]) -> list[Row]:
     for k in range(1, scores.shape[1] + 1):
         rows.append({"k": k, "kl": best_of_n_kl(k)})
         for name, values in means.items():
-            mean = Mean.of(values[:, k - 1])
-            rows[-1] |= {name: mean.mean, f"{name}_error": mean.error}
+            rows[-1] |= Mean.of(values[:, k - 1]).named(name)
     return rows
 
 

@@ -93,11 +93,7 @@ def best_point(weight: float, first: Tensor, second: Tensor, units: dict[str, di
 
 def judged(first: Tensor, second: Tensor) -> Row:
     """Means and standard errors of both rewards (P,)."""
-    row: Row = {}
-    for name, values in zip(NAMES, (first, second), strict=True):
-        mean = Mean.of(values)
-        row |= {name: mean.mean, f"{name}_error": mean.error}
-    return row
+    return Mean.of(first).named("first") | Mean.of(second).named("second")
 
 
 def ppo_config(config: SweepConfig, weight: float, reward: str, further: dict[str, Any]) -> PPOConfig:

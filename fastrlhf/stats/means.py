@@ -24,6 +24,10 @@ class Mean:
         error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return cls(values.mean().item(), error, len(values))
 
+    def named(self, name: str) -> dict[str, float]:
+        """NAME and NAME_error, as the rows of results have them."""
+        return {name: self.mean, f"{name}_error": self.error}
+
     @property
     def in_errors(self) -> float:
         """How many standard errors the mean is away from 0; infinite where all values are the same."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastrlhf.errors import UserError
+from fastrlhf.stats.accuracy import is_right
 from fastrlhf.stats.means import Mean
 
 
@@ -51,13 +52,8 @@ def sycophancy(without: Tensor, with_opinion: Tensor) -> Sycophancy:
         error_of_probability=Mean.of(change).error,
         lead_before=before.mean().item(),
         lead_after=after.mean().item(),
-        preferred_before=share_above(before),
-        preferred_after=share_above(after),
-        risen=share_above(rise),
+        preferred_before=is_right(before).mean().item(),
+        preferred_after=is_right(after).mean().item(),
+        risen=is_right(rise).mean().item(),
         num=len(rise),
     )
-
-
-def share_above(values: Tensor) -> float:
-    """Returns the share of values above 0, those at 0 counted half."""
-    return ((values.sign() + 1) / 2).mean().item()

@@ -188,9 +188,8 @@ class Iterate(Stages):
                 progress=done,
             )
         pairs, counts = label_pairs(answers, [row["prompt"] for row in rows])
-        mean = Mean.of(answers.judgements["gold"].view(-1, 2).mean(1))  # of a prompt
-        gold = {"mean_gold": mean.mean, "mean_gold_error": mean.error}
-        return [{**pair, "rater": "gold"} for pair in pairs if pair], {**counts, **gold}
+        of_prompts = Mean.of(answers.judgements["gold"].view(-1, 2).mean(1))
+        return [{**pair, "rater": "gold"} for pair in pairs if pair], {**counts, **of_prompts.named("mean_gold")}
 
     def by_judge(self, number: int, name: str, rows: Sequence[Row]) -> tuple[list[Row], Row]:
         """The pairs that the judge labels, with its summary; a labelling that was stopped goes on."""
