@@ -16,6 +16,7 @@ from fastrlhf.runtime.atomic_io import remove
 from fastrlhf.runtime.checkpoint import has_checkpoint, load_state, newest_checkpoint, restore_lines, save_checkpoint
 from fastrlhf.runtime.fingerprints import fingerprint
 from fastrlhf.runtime.metrics import MetricsLog
+from fastrlhf.runtime.resume_hint import extending
 from fastrlhf.runtime.saved_models import forget_model, note_step, step_of, write_model
 from fastrlhf.runtime.start import start_run
 from fastrlhf.settings.training import LoopConfig
@@ -151,7 +152,8 @@ class Trainer(Iterator[dict[str, float]]):
                 self.log.say(f"no checkpoint in {self.output} to resume from: starting from the first step")
             return
         done, changes = self.num_steps_done == self.num_steps, self.folder.changes
-        self.log.say(f"resuming from {self.checkpoint}" + (f": all {self.num_steps} steps are done" if done else ""))
+        extend = f": all {self.num_steps} steps are done; {extending(self.config)} extends the run"
+        self.log.say(f"resuming from {self.checkpoint}{extend if done else ''}")
         for change in changes:
             self.log.say(f"resume: {change}")
         best = self.output / "best"
