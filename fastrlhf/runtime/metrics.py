@@ -40,6 +40,7 @@ WIDTH = 9  # of a column, and two spaces
 PIPE_WIDTH = 110  # of the table where there is no terminal
 ROWS_A_HEADER = 30
 ROWS_A_TIMING = 10  # rows of the table between two lines on where the time goes
+COUNTS = {"num_pairs": "pairs", "num_labels": "labels", "num_ratings": "ratings", "ties": "ties"}  # of held-out rows
 Extreme = Literal["max", "min"]
 # how statistics of two micro-batches become one, and those of several minibatches; None: of sums
 JOINS: dict[Extreme | None, Callable[[Tensor, Tensor], Tensor]] = {
@@ -119,9 +120,9 @@ class MetricsLog:
         self._show_held_out("  held out: ", metrics)
 
     def _show_held_out(self, what: str, metrics: dict[str, float]) -> None:
-        held_out = [f"{name[5:]} {short(value)}" for name, value in metrics.items() if name.startswith("eval/")]
+        held_out = {name.removeprefix("eval/"): x for name, x in metrics.items() if name.startswith("eval/")}
         if held_out:
-            self.say(what + ", ".join(held_out))
+            self.say(what + held_out_text(held_out))
 
     @staticmethod
     @contextmanager
@@ -218,6 +219,21 @@ class Timer:
                 times[f"{name}_tokens_per_second"] = self.tokens[name] / seconds
         self.start, self.phases, self.tokens = now, {}, {}
         return times
+
+
+def held_out_text(metrics: dict[str, float]) -> str:
+    """Metrics of held-out data in words: counts with what they count, the ends of an interval with what it is of, and
+    those of each head, HEAD/NAME, apart."""
+    heads: dict[str, list[str]] = {"": []}
+    ends = {f"{name}_{end}" for name in metrics for end in ("low", "high")}
+    for name, value in metrics.items():
+        head, _, kind = name.rpartition("/")
+        text = f"{value:.0f} {COUNTS[kind]}" if kind in COUNTS else f"{kind} {short(value)}"
+        if f"{name}_low" in metrics:
+            text += f" (95 % interval {short(metrics[f'{name}_low'])} to {short(metrics[f'{name}_high'])})"
+        if name not in ends:
+            heads.setdefault(head, []).append(text)
+    return "; ".join((f"{head}: " if head else "") + ", ".join(texts) for head, texts in heads.items())
 
 
 def phase_texts(timing: dict[str, float]) -> list[str]:

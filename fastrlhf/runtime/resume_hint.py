@@ -23,22 +23,33 @@ def command_of(kind: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind.removesuffix("Config")).lower()
 
 
+def extending(config: Any) -> str:
+    """What extends a trainer's finished run."""
+    return "a larger --steps" if hasattr(config, "steps") else "a larger --epochs"
+
+
+def is_finished(folder: Path, kind: str) -> bool:
+    """Whether the run in an output folder is."""
+    command = command_of(kind)
+    if command not in LOOPS:
+        return (folder / LAST.get(command, "summary.json")).exists()
+    noted = next(_objects([_bytes_of(folder / "steps.json")]), {})
+    return (folder / "model").exists() and noted.get("model") == max(_steps(folder), default=0)
+
+
 def how_far(folder: Path, kind: str) -> str:
     """What run an output folder holds, and whether it is finished. kind: the class of its settings."""
     command = command_of(kind)
-    what = f"a run of fastrlhf {command}"
+    what, finished = f"a run of fastrlhf {command}", is_finished(folder, kind)
     if command not in LOOPS:
-        is_finished = (folder / LAST.get(command, "summary.json")).exists()
         stages = dict.fromkeys(row["stage"] for row in _rows(folder / "timing.jsonl") if "stage" in row)
         done = f" ({', '.join(stages)} done)" if stages else ""
-        return f"{what}, finished" if is_finished else f"{what}, not finished{done}"
-    steps = [row["step"] for row in _rows(folder / "metrics.jsonl") if isinstance(row.get("step"), int)]
+        return f"{what}, finished" if finished else f"{what}, not finished{done}"
     noted = next(_objects([_bytes_of(folder / "steps.json")]), {})
-    last, planned = max(steps, default=0), noted.get("planned")
-    is_finished = (folder / "model").exists() and noted.get("model") == last
+    last, planned = max(_steps(folder), default=0), noted.get("planned")
     of = f" of {planned}" if isinstance(planned, int) else ""
     steps_done = f"{last}{of} step{'s' * (last != 1 or bool(of))} done"
-    return f"{what}, {steps_done}, {'finished' if is_finished else 'not finished'}"
+    return f"{what}, {steps_done}, {'finished' if finished else 'not finished'}"
 
 
 def how_to_go_on(command: str, config: Any) -> str:
@@ -68,6 +79,10 @@ def given(command: str, output: str) -> list[str]:
     elif own[-2:] == ["-m", "fastrlhf"]:
         program = own
     return [*program, *command.split(), "--config", str(Path(output) / "config.yaml")]
+
+
+def _steps(folder: Path) -> list[int]:
+    return [row["step"] for row in _rows(folder / "metrics.jsonl") if isinstance(row.get("step"), int)]
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

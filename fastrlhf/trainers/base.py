@@ -17,6 +17,7 @@ from fastrlhf.runtime.atomic_io import remove
 from fastrlhf.runtime.fingerprints import fingerprint
 from fastrlhf.runtime.metrics import MetricsLog
 from fastrlhf.runtime.output_folder import start_run
+from fastrlhf.runtime.resume_hint import extending
 from fastrlhf.runtime.saved_models import forget_model, note_step, step_of, write_model
 from fastrlhf.settings.training import LoopConfig
 from fastrlhf.trainers.memory_plan import Plan
@@ -151,11 +152,11 @@ class Trainer(Iterator[dict[str, float]]):
                 self.log.say(f"no checkpoint in {self.output} to resume from: starting from the first step")
             return
         done, changes = self.num_steps_done == self.num_steps, self.folder.changes
-        self.log.say(f"resuming from {self.checkpoint}" + (f": all {self.num_steps} steps are done" if done else ""))
+        extend = f": all {self.num_steps} steps are done; {extending(self.config)} extends the run"
+        self.log.say(f"resuming from {self.checkpoint}{extend if done else ''}")
         for change in changes:
             self.log.say(f"resume: {change}")
-        best = self.output / "best"
-        step = step_of(best)
+        best, step = self.output / "best", step_of(self.output / "best")
         if self.best and not best.exists():
             self.log.say(f"warning: {best} is missing; it is written again when a later model is better")
         is_kept = step is not None and step <= self.num_steps_done
@@ -273,8 +274,11 @@ class Trainer(Iterator[dict[str, float]]):
         of the process has taken the output folder."""
         self._check_can_go_on()
         begun = time.monotonic()
-        state = {"loop": self.state_dict(), "data_fingerprint": self.data_fingerprint}
-        state["budget"] = self.budget.state_dict()
+        state = {
+            "loop": self.state_dict(),
+            "data_fingerprint": self.data_fingerprint,
+            "budget": self.budget.state_dict(),
+        }
         folder = checkpoints.save_checkpoint(
             self.config.output, self.num_steps_done, self.save_models, keep=self.config.keep_checkpoints, **state
         )

@@ -172,6 +172,27 @@ def test_what_a_server_does_not_list_is_bounded_by_the_last_that_it_lists():
     assert reply_of([("x", -0.1)], ["A", "B"]).mass == 0
 
 
+def test_a_judge_that_says_something_else_is_quoted(tmp_path, server):
+    server.change = lambda *_: listed(("The", math.log(0.7)), ("A", math.log(0.2)), ("Both", math.log(0.1)))
+    judge = ServerJudge(server.url, "base", ("A", "B"))
+    (verdict,) = ask(judge, ("why", "aaa", "b"))
+    assert verdict.reason == Reason.UNSEEN and verdict.detail.endswith("; its likeliest token is 'The'")
+    server.change = lambda *_: listed(("The", math.log(0.7)), ("A", math.log(0.1)), ("B", math.log(0.1)))
+    (verdict,) = ask(judge, ("why", "aaa", "b"))
+    assert verdict.detail == "0.2, less than min_mass = 0.5; its likeliest other token is 'The'"
+    folder, tokenizer = model_folder(tmp_path / "judge"), tiny_tokenizer()
+    (verdict,) = ask(LocalJudge(folder, ["A", "B"], max_tokens=400), ("why", "aaa", "b"))
+    logits = AutoModelForCausalLM.from_pretrained(folder)(
+        torch.tensor(
+            [Renderer(tokenizer, "auto").prompt(SHORT("why", *order)) for order in (("aaa", "b"), ("b", "aaa"))]
+        )
+    ).logits[:, -1]
+    ids = tokenizer.convert_tokens_to_ids(["A", "B"])
+    least = logits.softmax(-1)[:, ids].sum(-1).argmin()
+    other = tokenizer.decode([logits[least].index_fill(0, torch.tensor(ids), -math.inf).argmax()])
+    assert verdict.detail.endswith(f"; its likeliest other token is {other!r}")
+
+
 def test_braces_in_a_response_stay_what_they_are():
     question = Question("{rubric}: {prompt}/{response_1}/{response_2}/{other}", "be {good}", ["A", "B"])
     assert question("{response_1}", "{prompt}", "{rubric}") == "be {good}: {response_1}/{prompt}/{rubric}/{other}"

@@ -212,6 +212,12 @@ def test_rows_without_an_answer_are_rejected_by_reason(settings, server, tmp_pat
     assert summary["pairs"] == 3
 
 
+def test_labels_that_are_all_ties_warn(settings):
+    with pytest.warns(UserWarning, match="pairs.jsonl is empty: all 10 judged pairs are ties .tie_margin 0.5."):
+        *_, text = run(settings, tie_margin=0.5)
+    assert text.startswith("0 pairs, 10 ties; mean preference ")
+
+
 def test_where_the_judge_says_something_else_the_advice_is_min_mass_and_following_it_helps(settings):
     with pytest.raises(DataError, match=r"4 of 10 rows rejected, .*; lower min_mass \(0 takes .*without them\n"):
         run(settings, min_mass=0.95)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastrlhf.runtime.jsonl import cut_back, read_jsonl
-from fastrlhf.runtime.metrics import MetricsLog, Statistics, forget_peak, peak_memory_gib, short
+from fastrlhf.runtime.metrics import MetricsLog, Statistics, forget_peak, held_out_text, peak_memory_gib, short
 
 
 def test_metrics_hold_what_was_given_and_timing_the_clock(tmp_path):
@@ -67,6 +67,14 @@ def test_the_table_fits_a_pipe(tmp_path, capsys):
     assert {len(line) for line in (header, *rows)} == {len(header)}
     assert len(header) <= 110
     assert held_out == "  held out: loss 2.5"
+
+
+def test_the_held_out_line_says_what_ends_and_counts_are_of_and_keeps_heads_apart():
+    of_all = {"loss": 0.75, "accuracy": 0.25, "accuracy_low": 0.05, "accuracy_high": 0.7, "ties": 0, "num_pairs": 4}
+    assert held_out_text(of_all) == "loss 0.75, accuracy 0.25 (95 % interval 0.05 to 0.7), 0 ties, 4 pairs"
+    metrics = {"loss": 2.5, "kind/correlation": 0.5, "kind/correlation_low": -0.5, "kind/correlation_high": 0.75}
+    text = held_out_text({**metrics, "kind/num_ratings": 1234567, "rmse": 1.5})
+    assert text == "loss 2.5, rmse 1.5; kind: correlation 0.5 (95 % interval -0.5 to 0.75), 1234567 ratings"
 
 
 def test_a_metric_that_comes_later_gets_its_column(tmp_path, capsys):

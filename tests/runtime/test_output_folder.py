@@ -214,7 +214,10 @@ def test_a_refusal_says_how_far_the_run_has_come(tmp_path):
     write_json(out / "steps.json", {"planned": 3, "model": 3})
     assert found().startswith("a run of fastrlhf sft, 3 of 3 steps done, not finished"), "its model is not there yet"
     (out / "model").mkdir()
-    assert found().startswith("a run of fastrlhf sft, 3 of 3 steps done, finished; --resume")
+    finished = (
+        "a run of fastrlhf sft, 3 of 3 steps done, finished; --resume (resume=True) with a larger --epochs extends"
+    )
+    assert found().startswith(finished)
 
     def of_reward(tmp_path):
         return RewardConfig(model="m", data="d", output=str(tmp_path / "out"))

@@ -177,7 +177,7 @@ def test_a_plan_that_does_not_fit_is_a_warning_with_advice(folder, monkeypatch, 
 
 
 def test_what_cannot_be_planned_is_left_to_loading(folder, monkeypatch, capsys):
-    def refuse(config, **_):
+    def refuse(config, placement, **_):
         raise KeyError("no such size\nmore")
 
     monkeypatch.setattr(ppo, "plan_ppo", refuse)

@@ -29,10 +29,13 @@ PLACEHOLDERS = ("prompt", "response_1", "response_2")
 
 @dataclass(frozen=True)
 class Reply:
-    """Log-probabilities that a judge's next token is the first or the second answer; -inf: none worth a number."""
+    """Log-probabilities that a judge's next token is the first or the second answer; -inf: none worth a number.
+
+    other: the likeliest token that is neither, as text; empty where it is not known"""
 
     first: float
     second: float
+    other: str = ""
 
     @property
     def mass(self) -> float:
@@ -128,5 +131,7 @@ def _verdict(replies: Both | Rejected, min_mass: float) -> Verdict | Rejected:
     first, second = replies
     masses = first.mass, second.mass
     if not all(mass >= min_mass for mass in masses):  # NaN too
-        return Rejected(Reason.LOW_MASS, f"{min(masses):.3g}, less than min_mass = {min_mass:g}")
+        other = min(replies, key=lambda reply: reply.mass).other
+        instead = f"; its likeliest other token is {other!r}" if other else ""
+        return Rejected(Reason.LOW_MASS, f"{min(masses):.3g}, less than min_mass = {min_mass:g}{instead}")
     return Verdict((first.preference, 1 - second.preference), masses)

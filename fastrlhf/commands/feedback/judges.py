@@ -9,7 +9,6 @@ from importlib.resources import files
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastrlhf.commands.feedback.judge import PLACEHOLDERS, Both, Judge, Question, Reply
 from fastrlhf.commands.feedback.rows import read_text
@@ -102,9 +101,8 @@ class LocalJudge:
         tokens = [self._tokens(both) for both in questions]
         fits = [both for both in tokens if not isinstance(both, Rejected)]
         progress(len(tokens) - len(fits))
-        logprobs = self.logprobs([row for both in fits for row in both], progress).view(-1, 2, 2).tolist()
-        replies = iter([(Reply(*first), Reply(*second)) for first, second in logprobs])
-        return [both if isinstance(both, Rejected) else next(replies) for both in tokens]
+        replies = iter(self.replies([row for both in fits for row in both], progress))
+        return [both if isinstance(both, Rejected) else (next(replies), next(replies)) for both in tokens]
 
     def _tokens(self, questions: tuple[str, str]) -> list[list[int]] | Rejected:
         """Those of the two questions about a pair, if the judge can read both."""
@@ -120,8 +118,8 @@ class LocalJudge:
         return tokens
 
     @torch.no_grad()
-    def logprobs(self, prompts: Sequence[list[int]], progress: Callable[[int], object]) -> Tensor:
-        """The log-probability (N, 2) float64 of each answer after each of 2P prompts, summed over its tokens.
+    def replies(self, prompts: Sequence[list[int]], progress: Callable[[int], object]) -> list[Reply]:
+        """The replies to 2P prompts. The log-probability of an answer, in float64, is summed over its tokens.
 
         The second prompt of a pair is read from where it parts from the first, where that can be."""
         prefixes = [
@@ -131,15 +129,18 @@ class LocalJudge:
         rows = [row[start:] for row, start in zip(prompts, prefixes, strict=True)]
         batch = pack(rows, prefix_lengths=prefixes, device=self.device)
         forms = torch.tensor([token for tokens in self.tokens for token in tokens], device=self.device)
-        found = [torch.empty(0, 2, dtype=torch.float64)]
+        head, found = self.policy.model.get_output_embeddings(), []
         for part in batch.microbatches(self.max_tokens, together=2) if prompts else ():
             hidden = self.policy.hidden(part, part.last_rows)
             num = len(hidden)
             values = head_logprobs(self.policy.model, hidden.repeat_interleave(len(forms), 0), forms.repeat(num))
             both = values.view(num, -1).double().split([len(tokens) for tokens in self.tokens], 1)
-            found.append(torch.stack([each.logsumexp(1) for each in both], 1).cpu())
+            answers = torch.stack([each.logsumexp(1) for each in both], 1).tolist()
+            others = head(hidden.to(head.weight.dtype)).index_fill(1, forms, -math.inf).argmax(1).tolist()
+            texts = self.renderer.tokenizer.batch_decode([[token] for token in others])
+            found += [Reply(first, second, text) for (first, second), text in zip(answers, texts, strict=True)]
             progress(num // 2)
-        return torch.cat(found)
+        return found
 
 
 class ServerJudge:
@@ -244,15 +245,18 @@ def reply_of(listed: Sequence[tuple[str, float]], answers: Sequence[str]) -> Rep
     found = [[value for token, value in listed if token.strip() == answer] for answer in answers]
     sums = [math.fsum(map(math.exp, values)) for values in found]
     bound = math.exp(min(value for _, value in listed))
+    others = [(math.exp(value), token) for token, value in listed if token.strip() not in answers]
+    likelihood, other = max(others, default=(0.0, ""))
     if not any(sums):
-        return Reply(-math.inf, -math.inf)
+        return Reply(-math.inf, -math.inf, other)
     if not all(sums) and bound / (bound + max(sums)) > UNSEEN:
         detail = (
             f"{answers[sums.index(0.0)]!r} is not among the {len(listed)} likeliest tokens, and may have {bound:.3g}"
         )
-        return Rejected(Reason.UNSEEN, f"{detail} where the other has {max(sums):.3g}")
+        instead = f"; its likeliest token is {other!r}" if likelihood > max(sums) else ""
+        return Rejected(Reason.UNSEEN, f"{detail} where the other has {max(sums):.3g}{instead}")
     first, second = (math.log(value) if value else -math.inf for value in sums)
-    return Reply(first, second)
+    return Reply(first, second, other)
 
 
 def tokens_of(tokenizer: Any, answer: str) -> list[int]:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +93,9 @@ class Label:
         self.folder.close()
         yield str(self.report)
         yield describe(summary)
+        if not rows:
+            ties = f"all {summary['ties']} judged pairs are ties (tie_margin {self.config.tie_margin:g})"
+            warnings.warn(f"label: pairs.jsonl is empty: {ties}; try another judge or rubric", stacklevel=2)
 
     def kept(self, items: Sequence[FeedbackRow]) -> list[FeedbackRow]:
         """The items with two different responses. Raises: DataError when too many have not."""
@@ -241,13 +245,14 @@ def _summary(judged: Sequence[Verdict], agreements: Sequence[tuple[float, str]])
 def describe(summary: Row) -> str:
     """The summary in words."""
     text = (
-        f"{summary['pairs']} pairs, {summary['ties']} ties; mean preference {summary['mean_preference']:.3f}\n"
-        f"position: the order decides {summary['order_decides']:.1%} (for the first "
-        f"{summary['order_decides_for_first']:.1%}), what is shown first has {summary['mean_first']:.3f} on average"
+        f"{summary['pairs']} pairs, {summary['ties']} ties; mean preference {summary['mean_preference']:.1%}: the "
+        "judge's probability that the response it prefers is better\n"
+        f"position: the order decides {summary['order_decides']:.1%} of the pairs (for the response shown first: "
+        f"{summary['order_decides_for_first']:.1%}), and the response shown first has a mean preference of "
+        f"{summary['mean_first']:.1%} (50 % without bias)"
     )
     if "agreement" in summary:
         low, high = summary["agreement"]["interval"]
-        text += (
-            f"\nagreement with the labels of the file: {summary['agreement']['share']:.3f} ({low:.3f} to {high:.3f})"
-        )
+        interval = f"95 % interval {low:.1%} to {high:.1%}"
+        text += f"\nagreement with the labels of the file: {summary['agreement']['share']:.1%} ({interval})"
     return text
