@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from loops import model_folder, write_rows
+from loops import write_rows
+from searches import arguments, search_settings
 
 from fastrlhf.cli.main import main
 from fastrlhf.commands.best_of_n import best_of_k, curve
@@ -17,20 +18,6 @@ from fastrlhf.settings.best_of_n import BestOfNConfig
 from fastrlhf.settings.training import SFTConfig
 from fastrlhf.stats.means import Mean
 from fastrlhf.trainers.sft import SFT
-
-RULES = """
-def early(prompts, responses, *, response_ids, topic):
-    assert all(topic)
-    return [sum(token < 120 for token in ids) - 0.01 * len(ids) for ids in response_ids]
-
-
-def odd(prompts, responses, *, response_ids):
-    return [sum(token % 2 for token in ids) for ids in response_ids]
-
-
-def short(prompts, responses, *, response_ids):
-    return [-float(len(ids)) for ids in response_ids]
-"""
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
@@ -67,32 +54,9 @@ def test_the_curve_has_standard_errors_over_prompts():
     assert points[0]["gold"] == pytest.approx(values.mean().item())
 
 
-def search_settings(tmp_path, monkeypatch):
-    """A model, prompts and rules in the working folder, as settings of best-of-n."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "best_rules.py").write_text(RULES)
-    monkeypatch.syspath_prepend(tmp_path)
-    rows = [{"prompt": f"prompt {n}", "topic": "t"} for n in range(5)]
-    return {
-        "model": model_folder(tmp_path / "model"),
-        "data": write_rows(tmp_path / "prompts.jsonl", rows),
-        "output": str(tmp_path / "best"),
-        "reward": "best_rules:early,best_rules:short=0.001",
-        "gold": "best_rules:short",
-        "n": 4,
-        "max_new_tokens": 5,
-        "device": "cpu",
-        "keep_unfinished": True,
-    }
-
-
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     return search_settings(tmp_path, monkeypatch)
-
-
-def arguments(settings):
-    return [f"--{name}={value}" for name, value in settings.items()]
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -7,8 +7,8 @@ import resource
 from pathlib import Path
 
 import pytest
+from imported import FIXTURES, made
 from loops import write_rows
-from test_importers import FIXTURES, made
 
 from fastrlhf.cli.main import main
 from fastrlhf.commands.data_convert import convert

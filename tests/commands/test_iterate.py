@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 from fake_server import serving
+from judging import top_logprobs
 from loops import ROOT, model_folder, write_rows
-from test_label import top_logprobs
 from transformers import AutoModelForSequenceClassification
 
 from fastrlhf.cli.main import main

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from fake_server import serving
+from judging import RUBRIC, chat, completion, sigmoid
 from loops import model_folder
-from test_label import RUBRIC, chat, completion, sigmoid
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 

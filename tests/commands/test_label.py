@@ -1,19 +1,18 @@
 """`fastrlhf label`: rows in, labelled pairs out, and a run that is stopped."""
 
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fake_server import serving
+from judging import RUBRIC, chat, completion, sigmoid
 from loops import model_folder, write_rows
 from tiny import tiny_tokenizer
 
 from fastrlhf.cli.main import main
 from fastrlhf.commands.feedback import label as label_module
-from fastrlhf.commands.feedback.judges import TEST
 from fastrlhf.commands.feedback.label import Label
 from fastrlhf.data import Reason, load_pairs
 from fastrlhf.errors import DataError
@@ -22,36 +21,6 @@ from fastrlhf.runtime.jsonl import read_jsonl, sealed
 from fastrlhf.settings.feedback import LabelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-RUBRIC = "{prompt}|{response_1}|{response_2}|{answer_1}{answer_2}"
-
-
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
-
-
-def opinion(question, bias=0.5):
-    """A judge that likes long responses, and the first place: log-odds of the first one."""
-    if question == TEST.format("A", "B"):  # which no rubric has written
-        return bias
-    _, first, second, _ = question.split("|")
-    return len(first) - len(second) + bias
-
-
-def top_logprobs(odds, mass=0.9):
-    """The likeliest tokens of a judge with these log-odds for A, which says something else 1 - mass of the time."""
-    first = sigmoid(odds)
-    values = {"A": 0.75 * mass * first, " A": 0.25 * mass * first, "B": mass * (1 - first), "The": 1 - mass}
-    return {token: math.log(value) for token, value in values.items()}
-
-
-def chat(body):
-    ((message),) = body["messages"]
-    listed = [{"token": t, "logprob": v} for t, v in top_logprobs(opinion(message["content"])).items()]
-    return {"choices": [{"logprobs": {"content": [{"token": "A", "top_logprobs": listed}]}}]}
-
-
-def completion(body):
-    return {"choices": [{"logprobs": {"top_logprobs": [top_logprobs(opinion(body["prompt"]))]}}]}
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from test_best_of_n import arguments, search_settings
+from searches import arguments, search_settings
 
 from fastrlhf.cli.main import main
 from fastrlhf.rewards.combine import parse_reward

@@ -1,72 +1,40 @@
 """Templates of published models: our tokens are those of transformers, our masks those of trl's training variants."""
 
 import copy
-import importlib.util
 import inspect
 import re
-import shutil
-import sys
 from datetime import date
-from pathlib import Path
 
 import chat_templates
 import pytest
+from talks import (
+    PLAIN,
+    TALKS,
+    TOOL,
+    WITH_TOOLS,
+    ZEPHYR,
+    assistant,
+    learned,
+    mistral,
+    rendered,
+    sentencepiece_like,
+    user,
+)
 from tiny import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fastrlhf.commands.feedback.constitution import Principle, ask_critique
 from fastrlhf.data import Reason, Rejected, load_demonstrations, load_labelled, load_pairs, load_prompts
 from fastrlhf.data.controls import Quoted
 from fastrlhf.data.conversations import conversation
 from fastrlhf.data.rendering import DATE, NO_CLOCK
-from fastrlhf.data.template import Renderer, end_of_turn, load_tokenizer
+from fastrlhf.data.template import Renderer, end_of_turn
 
 MULTIMODAL = ("idefics3", "llava_next")  # want contents in parts
 FAMILIES = [name for name in chat_templates.names() if name not in MULTIMODAL]
 REASONING = ("glm4moe", "gptoss", "lfm2_2_5", "muse_glimmer", "nemotron_3_nano", "qwen3", "qwen3_5_think", "gemma4_v5")
 TOOLS = (*REASONING, "llama3_1", "qwen2_5")
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text, **more):
-    return {"role": "assistant", "content": text, **more}
-
-
-SYSTEM = {"role": "system", "content": "Be brief."}
-PLAIN = [user("What is two plus two?"), assistant("It is 4.")]
-TALKS = {
-    "plain": PLAIN,
-    "turns": [user("Hello"), assistant("Hello there!\n\nHi"), *PLAIN],
-    "inner": [user("Is  it\n 4? ä😀"), assistant("Yes.\n\n- it is\n\n ä😀 <b>4</b>")],
-    "system": [SYSTEM, *PLAIN],
-}
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
-TOOL = {
-    "name": "add",
-    "description": "Adds.",
-    "parameters": {"type": "object", "properties": {"a": {"type": "number"}}},
-}
-WITH_TOOLS = [
-    user("2 + 2?"),
-    {"role": "assistant", "tool_calls": [CALL]},
-    {"role": "tool", "name": "add", "content": "4"},
-    assistant("It is 4."),
-]
-
-
-def rendered(tokenizer, messages, **options):
-    """What transformers makes of a conversation; templates that ask for the date are given ours."""
-    text = tokenizer.chat_template.replace("strftime_now('%Y-%m-%d')", "'2024-07-26'")
-    text = text.replace('strftime_now("%Y-%m-%d")', "'2024-07-26'").replace('strftime_now("%d %b %Y")', "'26 Jul 2024'")
-    return tokenizer.apply_chat_template(messages, chat_template=text, return_dict=False, date_string=DATE, **options)
-
-
-def learned(tokenizer, tokens):
-    return [tokenizer.decode(tokens.ids[start:stop]) for _, start, stop in tokens.turns]
 
 
 @pytest.mark.parametrize("talk", TALKS)
@@ -460,52 +428,10 @@ def test_a_slow_tokenizer_gives_the_same_tokens_and_masks(name):
         assert Renderer(Slow(tokenizer)).conversation(messages) == Renderer(tokenizer).conversation(messages)
 
 
-ZEPHYR = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
 LLAMA2 = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-
-
-def sentencepiece_like():
-    """A tokenizer whose texts begin with a space of its own, as Llama 2's."""
-    letters = [chr(n) for n in range(33, 127)]
-    names = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        "▁",
-        *(f"<0x{n:02X}>" for n in range(256)),
-        *letters,
-        "▁a",
-        "▁Blue",
-        "Bl",
-        "ue",
-        "Blue",
-    ]
-    merges = [("▁", "a"), ("B", "l"), ("u", "e"), ("Bl", "ue"), ("▁", "Blue")]
-    vocabulary = {name: n for n, name in enumerate(names)}
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def mistral(folder):
-    """The vocabulary of Mistral 7B v0.1, from the package mistral-common."""
-    vocabulary = Path(sys.prefix) / "vocabularies/mistral_common/data/tokenizer.model.v1"  # make puts it there
-    if not vocabulary.is_file() or importlib.util.find_spec("sentencepiece") is None:
-        pytest.skip(f"needs sentencepiece and {vocabulary}")
-    shutil.copy(vocabulary, folder / "tokenizer.model")
-    LlamaTokenizer.from_pretrained(folder).save_pretrained(folder / "saved")
-    return load_tokenizer(folder / "saved")
 
 
 @pytest.mark.parametrize("template", [ZEPHYR, LLAMA2])

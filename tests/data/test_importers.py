@@ -4,26 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from imported import FIXTURES, made
 
-from fastrlhf.commands.data_convert import converted
-from fastrlhf.data import Reason, Report, read_rows
+from fastrlhf.data import Reason, read_rows
 from fastrlhf.data.importers import IMPORTERS
 from fastrlhf.errors import DataError
-from fastrlhf.settings.data import FORMATS, DataConvertConfig
+from fastrlhf.settings.data import FORMATS
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 OASST, GSM8K = SHARED / "oasst_en_100_trees.jsonl.gz", SHARED / "gsm8k_model_solutions.jsonl.gz"
-
-
-def made(name, file=None, **options):
-    """(rows, report) of a fixture."""
-    file = file or next(FIXTURES.glob(f"{name}.json*"))
-    config = DataConvertConfig(
-        file=str(file), out="out.jsonl", format=name.partition("_")[0], max_rejected=1, **options
-    )
-    report = Report(config.file)
-    return list(converted(config, report)), report
 
 
 def columns(rows, *names):

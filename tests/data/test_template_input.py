@@ -4,7 +4,7 @@ import json
 
 import chat_templates
 import pytest
-from test_chat_templates import CALL, PLAIN, WITH_TOOLS, assistant, learned, rendered, user
+from talks import CALL, PLAIN, WITH_TOOLS, assistant, learned, rendered, user
 from tiny import tiny_tokenizer
 
 from fastrlhf.data import load_demonstrations, load_prompts

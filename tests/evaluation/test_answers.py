@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_chat_templates import mistral, sentencepiece_like
+from talks import mistral, sentencepiece_like
 from tiny import tiny_model, tiny_tokenizer
 
 from benchmarks.loops import task

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from test_rollout import engine_of, model_of, prompts_of
+from engines import LIMITS, assert_same_samples, engine_of, generate, model_of, prompts_of
 
 from fastrlhf.generation.engine import Sampling
 from fastrlhf.generation.graphs import Graphs, padded_size
-
-LIMITS = [3, 1, 14, 20, 2, 9, 1, 6, 20]
 
 
 class StandIn:
@@ -32,18 +30,6 @@ def stand_in(monkeypatch):
     made = StandIn()
     monkeypatch.setattr("fastrlhf.generation.engine.recorder", lambda device: made)
     return made
-
-
-def generate(engine, num_samples=1, **options):
-    prompts = [prompt for prompt in prompts_of() for _ in range(num_samples)]
-    limits = [limit for limit in LIMITS for _ in range(num_samples)]
-    return engine.generate(prompts, Sampling(20, **options), seeds=range(len(prompts)), limits=limits)
-
-
-def assert_same_samples(samples, expected):
-    assert [(s.response, s.finished) for s in samples] == [(e.response, e.finished) for e in expected]
-    for sample, other in zip(samples, expected, strict=True):
-        torch.testing.assert_close(torch.tensor(sample.logprobs), torch.tensor(other.logprobs), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3_text"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_rollout import engine_of, model_of, prompts_of
+from engines import engine_of, model_of, prompts_of
 
 from fastrlhf.generation.engine import Sampling
 from fastrlhf.generation.slots import CachePlan

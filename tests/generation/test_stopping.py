@@ -4,9 +4,9 @@ import json
 import random
 
 import pytest
+from engines import EOS, engine_of, model_of, prompts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rollout import EOS, engine_of, model_of, prompts_of
 from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast

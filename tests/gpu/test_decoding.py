@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_graphs import assert_same_samples, generate
-from test_rollout import engine_of, model_of, teacher_forced
+from engines import assert_same_samples, engine_of, generate, model_of, teacher_forced
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])

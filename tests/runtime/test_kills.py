@@ -19,7 +19,7 @@ from fastrlhf.models.policy import RewardModel
 
 MODEL = Path(os.environ.get("SMOLLM2", "SMOLLM2 is not set"))
 STEPS, KILLS = 7, 5
-REWARDS = {"model": "{folder}/reward", "function": "test_ppo:share_of_low_tokens"}
+REWARDS = {"model": "{folder}/reward", "function": "ppo_runs:share_of_low_tokens"}
 ROLES = {"separate": [], "adapters": ["--lora-rank=8"]}  # how the models of a run share weights
 SIZES = ["--batch-size=4", "--minibatches=2", "--epochs=1", "--max-new-tokens=6", "--limit=16"]
 pytestmark = [

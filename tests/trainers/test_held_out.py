@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 from loops import assert_resumes_bit_for_bit, write_rows
+from ppo_runs import config, make_folder, settings, share_of_low_tokens
 from safetensors.torch import load_file
-from test_ppo import config, make_folder, settings, share_of_low_tokens
 from transformers import AutoModelForCausalLM
 
 from fastrlhf import PPO, PPOConfig
@@ -50,7 +50,7 @@ def test_held_out_prompts_are_answered_every_k_steps_and_at_the_end(folder):
 
 
 REWARDS = """
-from test_ppo import share_of_low_tokens as low
+from ppo_runs import share_of_low_tokens as low
 
 
 def high(prompts, responses, **columns):
@@ -148,7 +148,7 @@ def test_the_average_answers_where_it_is_the_final_model(folder):
 
 
 def test_a_killed_run_with_held_out_prompts_resumes_bit_for_bit(folder):
-    run = settings(folder, **changes(folder, steps=8, eval_every=3), reward="test_ppo:share_of_low_tokens")
+    run = settings(folder, **changes(folder, steps=8, eval_every=3), reward="ppo_runs:share_of_low_tokens")
     assert_resumes_bit_for_bit(PPO, PPOConfig, {**run, "save_every": 2}, folder, killed_after=5)
     for file in (folder / "whole/best").iterdir():
         assert file.read_bytes() == (folder / "killed/best" / file.name).read_bytes(), file.name

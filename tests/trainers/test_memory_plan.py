@@ -136,16 +136,12 @@ def test_the_plan_is_printed_before_a_model_is_loaded_and_compared_at_the_end(fo
         return load_causal_lm(*args, **options)
 
     monkeypatch.setattr("fastrlhf.models.policy.load_causal_lm", load)
-    trainer = PPO(config(folder, reward="test_memory_plan:constant", value_warmup_steps=None))
+    trainer = PPO(config(folder, reward="ppo_runs:share_of_low_tokens", value_warmup_steps=None))
     assert "memory plan, GiB" in printed[0] and "in all" in printed[0]
     assert len(list(trainer)) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     planned = f"memory: {trainer.plan.num_bytes / 2**30:.3f} GiB planned, "
     assert last.startswith(planned) and last.endswith("GiB taken at the peak")
-
-
-def constant(prompts, responses, **_):
-    return [1.0] * len(prompts)
 
 
 def test_sft_and_reward_training_have_a_plan_too(folder):

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from compare import peak_bytes
+from engines import engine_of, model_of, prompts_of
 from loops import demonstrations, model_folder, pairs
 from ppo_by_hand import ByHand, make_models, our_step, responses_of
-from test_ppo import config as ppo_config
-from test_ppo import make_folder
-from test_rollout import engine_of, model_of, prompts_of
+from ppo_runs import config as ppo_config
+from ppo_runs import make_folder
 
 from fastrlhf import PPO, PPOConfig
 from fastrlhf.cli.commands import COMMANDS

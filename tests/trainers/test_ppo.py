@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from loops import assert_resumes_bit_for_bit, demonstrations, model_folder, write_rows
+from loops import assert_resumes_bit_for_bit, demonstrations, model_folder
+from ppo_runs import VOCAB, config, make_folder, settings
 from tiny import tiny_tokenizer
 
 from fastrlhf import PPO, PPOConfig
@@ -15,47 +16,11 @@ from fastrlhf.errors import NonFiniteError
 from fastrlhf.models.policy import RewardModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-VOCAB = 300
-
-
-def make_folder(path):
-    """A folder with a random 2-layer model, its tokenizer, a reward model and a prompt file."""
-    model_folder(path / "model")
-    RewardModel.from_pretrained(path / "model", new_head=True).save_pretrained(path / "reward")
-    tiny_tokenizer(VOCAB).save_pretrained(path / "reward")
-    write_rows(path / "prompts.jsonl", [{"prompt": f"Say {n}", "want": n % 3} for n in range(40)])
-    return path
 
 
 @pytest.fixture
 def folder(tmp_path):
     return make_folder(tmp_path)
-
-
-def settings(folder, **changes):
-    return {
-        "model": str(folder / "model"),
-        "data": str(folder / "prompts.jsonl"),
-        "output": str(folder / "out"),
-        "reward": share_of_low_tokens,
-        "steps": 3,
-        "batch_size": 8,
-        "minibatches": 2,
-        "epochs": 2,
-        "max_new_tokens": 8,
-        "learning_rate": 1e-3,
-        "value_learning_rate": 1e-3,
-        **changes,
-    }
-
-
-def config(folder, **changes):
-    return PPOConfig(**settings(folder, **changes))
-
-
-def share_of_low_tokens(prompts, responses, *, response_ids, **_):
-    """The share of token ids below 30: about 30 / 300 for a random model, 1 at best."""
-    return [sum(t < 30 for t in ids) / len(ids) for ids in response_ids]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -266,14 +231,14 @@ def test_a_pad_that_is_the_eos_changes_nothing(folder):
 
 
 def test_a_killed_run_resumes_bit_for_bit(folder):
-    changes = {"reward": "test_ppo:share_of_low_tokens", "steps": 8, "save_every": 2, "kl_target": 1.0}
+    changes = {"reward": "ppo_runs:share_of_low_tokens", "steps": 8, "save_every": 2, "kl_target": 1.0}
     assert_resumes_bit_for_bit(PPO, PPOConfig, settings(folder, **changes), folder, killed_after=5)
 
 
 def test_a_killed_run_with_every_memory_resumes_bit_for_bit(folder):
     """The average, the moved reference, the moments of the scores, the plan of the KL and of the demonstrations."""
     changes = {
-        "reward": "test_ppo:share_of_low_tokens",
+        "reward": "ppo_runs:share_of_low_tokens",
         "ptx_data": demonstrations(folder / "demonstrations.jsonl"),
         "score_norm": "whiten",
         "kl_coef_end": 0.001,

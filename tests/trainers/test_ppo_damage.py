@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_ppo import config, make_folder
+from ppo_runs import config, make_folder
 
 from fastrlhf import PPO
 

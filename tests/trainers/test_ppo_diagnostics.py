@@ -1,7 +1,7 @@
 """What a PPO run tells of its phases, its rewards, and how far sampler and trainer are apart."""
 
 import pytest
-from test_ppo import config, make_folder
+from ppo_runs import config, make_folder
 
 from fastrlhf import PPO
 from fastrlhf.rewards.scorer import short_names

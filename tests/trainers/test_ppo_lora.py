@@ -3,6 +3,7 @@
 import pytest
 import torch
 from loops import assert_resumes_bit_for_bit, demonstrations, model_folder, pairs, write_rows
+from ppo_runs import share_of_low_tokens
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -40,10 +41,6 @@ def settings(folder, **changes):
 
 def config(folder, **changes):
     return PPOConfig(**settings(folder, **changes))
-
-
-def share_of_low_tokens(prompts, responses, *, response_ids, **_):
-    return [sum(t < 30 for t in ids) / len(ids) for ids in response_ids]
 
 
 def reward_settings(folder, **changes):
@@ -205,6 +202,6 @@ def test_settings_that_do_not_fit_are_named(folder, changes, text):
 
 def test_a_killed_run_with_moments_of_a_byte_resumes_bit_for_bit(folder):
     pytest.importorskip("bitsandbytes", reason="pip install 'fastrlhf[bitsandbytes]'")
-    changes = {"reward": "test_ppo_lora:share_of_low_tokens", "steps": 4, "save_every": 2, "lora_rank": 0}
+    changes = {"reward": "ppo_runs:share_of_low_tokens", "steps": 4, "save_every": 2, "lora_rank": 0}
     run = settings(folder, **changes, optimizer="adamw8bit")
     assert_resumes_bit_for_bit(PPO, PPOConfig, run, folder, killed_after=3)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from loops import demonstrations, model_folder, write_rows
-from test_ppo import config, make_folder
+from ppo_runs import config, make_folder
 from transformers import AutoModelForCausalLM
 
 from fastrlhf import PPO

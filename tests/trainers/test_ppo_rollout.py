@@ -9,8 +9,8 @@ import pytest
 import torch
 from fake_server import serving
 from hostile_server import answer, hostile
-from test_ppo import config, make_folder
-from test_rollout_server import completion
+from ppo_runs import config, make_folder
+from vllm_answers import completion
 
 from fastrlhf import PPO
 from fastrlhf.generation.engine import Engine, Sampling
@@ -109,7 +109,7 @@ def test_the_first_process_alone_brings_weights(folder, served, monkeypatch):
 
 @pytest.mark.parametrize(
     ("source", "text"),
-    [("nowhere:push", "no module named 'nowhere'"), ("test_ppo_rollout:none", "has no function 'none'")],
+    [("nowhere:push", "no module named 'nowhere'"), ("ppo_runs:none", "has no function 'none'")],
 )
 def test_a_weight_sync_that_is_no_function_is_named_before_the_run(folder, source, text):
     with pytest.raises(ValueError, match=f"weight_sync: .*{text}"):

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from loops import demonstrations, model_folder
-from test_ppo import config as ppo_config
-from test_ppo import make_folder, share_of_low_tokens
+from ppo_runs import config as ppo_config
+from ppo_runs import make_folder, share_of_low_tokens
 
 from fastrlhf import PPO
 from fastrlhf.runtime import checkpoint as checkpoint_module
