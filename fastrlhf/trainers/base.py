@@ -274,14 +274,9 @@ class Trainer(Iterator[dict[str, float]]):
         of the process has taken the output folder."""
         self._check_can_go_on()
         begun = time.monotonic()
-        state = {
-            "loop": self.state_dict(),
-            "data_fingerprint": self.data_fingerprint,
-            "budget": self.budget.state_dict(),
-        }
-        folder = checkpoints.save_checkpoint(
-            self.config.output, self.num_steps_done, self.save_models, keep=self.config.keep_checkpoints, **state
-        )
+        state = {"loop": self.state_dict(), "data_fingerprint": self.data_fingerprint}
+        state["budget"], keep = self.budget.state_dict(), self.config.keep_checkpoints
+        folder = checkpoints.save_checkpoint(self.output, self.num_steps_done, self.save_models, keep=keep, **state)
         self.clock.saved(time.monotonic() - begun)
         return folder
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from fastrlhf.cli.main import COMMANDS
+from fastrlhf.cli.commands import COMMANDS
 from fastrlhf.settings.option import REQUIRED, option
 from fastrlhf.settings.training import LoopConfig
 from fastrlhf.settings.values import field_types, options_where
