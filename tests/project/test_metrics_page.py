@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from loops import demonstrations, model_folder, pairs, write_rows
-from test_ppo import share_of_low_tokens
+from ppo_runs import share_of_low_tokens
 from tiny import tiny_tokenizer
 
 from fastrlhf import DPO, KTO, PPO, SFT, DPOConfig, PPOConfig, RewardConfig, RewardTrainer, SFTConfig
