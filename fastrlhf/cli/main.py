@@ -18,8 +18,8 @@ from fastrlhf.cli.options import help_text, parse
 from fastrlhf.errors import ReportedError
 from fastrlhf.rewards.time_limit import leave_if_interrupted
 from fastrlhf.runtime import distributed, signals
-from fastrlhf.runtime.resume_hint import how_to_go_on
-from fastrlhf.runtime.terminal import mute, plain_warnings, print_error, printable, unread
+from fastrlhf.runtime.resume_hint import resume_hint
+from fastrlhf.runtime.terminal import closed_pipes, mute, plain_warnings, print_error, printable
 from fastrlhf.settings.option import did_you_mean
 
 HELPS = {name: command.help for name, command in COMMANDS.items()}
@@ -47,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if stream is not None:
                 stream.flush()  # here, where an error can be met
     except BrokenPipeError:
-        if not unread():
+        if not closed_pipes():
             raise
-        mute(unread())  # whoever reads what is printed has enough, as `| head`
+        mute(closed_pipes())  # whoever reads what is printed has enough, as `| head`
         return 1
     leave_if_interrupted(status)
     return status
@@ -92,13 +92,13 @@ def _run(command: str, arguments: list[str]) -> int:
                 if distributed.is_main_process():
                     is_new = hasattr(config, "resume") and _settings_stamp(config) == before
                     left = "nothing had been written yet; give the same command again" if is_new else ""
-                    text = f"fastrlhf {command}: interrupted; {left or how_to_go_on(command, config)}"
+                    text = f"fastrlhf {command}: interrupted; {left or resume_hint(command, config)}"
                     print(printable(text), file=sys.stderr)
                 return 128 + number
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and unread():
+        if isinstance(error, BrokenPipeError) and closed_pipes():
             raise
-        left = "" if _settings_stamp(config) == before else how_to_go_on(command, config)
+        left = "" if _settings_stamp(config) == before else resume_hint(command, config)
         if not (isinstance(error, ReportedError) or _of_a_file(error)):
             if left:
                 error.add_note(left)

@@ -28,7 +28,7 @@ from fastrlhf.rewards.scorer import Scorer
 from fastrlhf.rewards.sources import check_reward
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.atomic_io import append_text, write_file, write_json
-from fastrlhf.runtime.jsonl import as_json, read_jsonl, sealed, whole_lines
+from fastrlhf.runtime.jsonl import as_json, read_jsonl, whole_lines, with_checksum
 from fastrlhf.runtime.metrics import MetricsLog
 from fastrlhf.runtime.output_folder import OutputFolder
 from fastrlhf.settings.best_of_n import BestOfNConfig, SearchConfig
@@ -114,7 +114,7 @@ def candidates(config: SearchConfig, judges: dict[str, str], folder: OutputFolde
             first = (config.seed << 32) + len(rows) * config.n
             new = judged_rows(draw, prompts[len(rows) : len(rows) + size], config.n, first, scorers)
             folder.check()
-            append_text(path, "".join(sealed(as_json(row)) + "\n" for row in new))
+            append_text(path, "".join(with_checksum(as_json(row)) + "\n" for row in new))
             rows += new
     return rows
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastrlhf.data.characters import Characters
+from fastrlhf.data.characters import CharacterTokenizer
 from fastrlhf.data.controls import LOOKS, texts_in
 from fastrlhf.data.files import read_rows
 from fastrlhf.data.importers import IMPORTERS
@@ -72,14 +72,14 @@ def check(config: DataCheckConfig) -> Iterator[str]:
 
     Raises: DataError for a file of no known layout, and at the end where more than config.max_rejected of its rows are
     rejected."""
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else Characters()
-    count = tokenizer.count if isinstance(tokenizer, Characters) else len
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else CharacterTokenizer()
+    count = tokenizer.count if isinstance(tokenizer, CharacterTokenizer) else len
     layout = _layout(config.file)
     yield from _hint(config.file)
     loaded = _load(config, config.file, layout, tokenizer)
     items = [item_of(row) for row in loaded.rows]
     yield f"{layout.name}, for fastrlhf {', '.join(_readers(config.file))}\n{loaded.report}"
-    yield "\n".join(_lengths(items, count, "characters" if isinstance(tokenizer, Characters) else "tokens"))
+    yield "\n".join(_lengths(items, count, "characters" if isinstance(tokenizer, CharacterTokenizer) else "tokens"))
     yield "\n".join([*_contents(items, count), *_spelled(config, tokenizer)])
     if config.against:
         yield _overlap(items, config, tokenizer)
@@ -172,7 +172,7 @@ def _spelled(config: DataCheckConfig, tokenizer: Any) -> list[str]:
     """Lines on what looks like control tokens in the texts of the file, if anything does, and how it is read."""
     find: Callable[[str], list[str]] = re.compile(LOOKS).findall
     chat = config.template != "none"
-    if not isinstance(tokenizer, Characters):
+    if not isinstance(tokenizer, CharacterTokenizer):
         renderer = Renderer(tokenizer, config.template, config.template_kwargs)
         find, chat = renderer.controls.spelled, renderer.chat
     read = [*_read(config.file), *(["tools"] if chat else [])]

@@ -10,7 +10,7 @@ from typing import Any
 END, SYSTEM_END = "\uffff", "\ufffe"
 
 
-class Characters:
+class CharacterTokenizer:
     """What `Renderer` and the loaders need of a tokenizer; tokens are code points, with an end after each message."""
 
     name_or_path = "characters"

@@ -188,7 +188,7 @@ def only_text(answer: Answer) -> str:
     return answer
 
 
-def said(message: Message) -> str:
+def message_text(message: Message) -> str:
     """What a message says to who reads it as text: its content, and the tools that it calls."""
     calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ())]
     return "\n".join([*([message["content"]] if message.get("content") else []), *calls])

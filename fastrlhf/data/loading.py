@@ -11,11 +11,11 @@ from fastrlhf.data.conversations import (
     Conversation,
     answer_message,
     conversation,
+    message_text,
     messages_of,
     preference_of,
     prompt_of,
     response_of,
-    said,
     text_of,
     tools_of,
 )
@@ -275,4 +275,4 @@ def _as_text(prompt: Conversation) -> str:
         return prompt
     if len(prompt) == 1:
         return str(prompt[0]["content"])
-    return "\n\n".join(f"{message['role']}: {said(message)}" for message in prompt)
+    return "\n\n".join(f"{message['role']}: {message_text(message)}" for message in prompt)

@@ -34,7 +34,7 @@ def read_pretrained(auto: Any, path: str | Path, **options: Any) -> Any:
     if not is_folder:
         _check_hub_id(text)
     try:
-        with without_bars():
+        with without_progress_bars():
             return auto.from_pretrained(text, **options)
     except Exception as error:  # each file format has its own
         lacks = _lacks(auto, Path(text)) if is_folder else ""
@@ -49,7 +49,7 @@ def read_pretrained(auto: Any, path: str | Path, **options: Any) -> Any:
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """No progress bars of transformers on weights that are read or written; those of downloads stay as they are."""
     before = logging.is_progress_bar_enabled()
     logging._tqdm_active = False  # logging.disable_progress_bar changes the hub's bars too

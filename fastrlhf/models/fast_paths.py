@@ -84,7 +84,7 @@ def _watched(model: nn.Module, called: dict[str, set[nn.Module]]) -> Iterator[No
     inside: list[nn.Module] = []
     originals = {op: getattr(fused_layers, op) for op in called}
 
-    def noting(op: str) -> Callable[..., object]:
+    def recording(op: str) -> Callable[..., object]:
         def call(*args: object, **kwargs: object) -> object:
             called[op].add(inside[-1])
             return originals[op](*args, **kwargs)
@@ -97,7 +97,7 @@ def _watched(model: nn.Module, called: dict[str, set[nn.Module]]) -> Iterator[No
         hooks.append(module.register_forward_hook(lambda *_: _left(inside), always_call=True))
     try:
         for op in called:
-            setattr(fused_layers, op, noting(op))
+            setattr(fused_layers, op, recording(op))
         yield
     finally:
         for op, original in originals.items():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastrlhf.data.pretrained import without_bars
+from fastrlhf.data.pretrained import without_progress_bars
 from fastrlhf.errors import UserError
 from fastrlhf.models.heads import autocasting, head_logprobs, head_scores, hidden_states, offsets_of
 from fastrlhf.models.loading import attach_scalar, classifier, heads_of, load_causal_lm, load_scalar
@@ -76,7 +76,7 @@ class Role(nn.Module):
             check_finite_weights(whole.named_parameters())
             if not distributed.is_main_process():
                 return
-            with without_bars():
+            with without_progress_bars():
                 if self.adapter is None:
                     whole.model.save_pretrained(folder)
                 else:

@@ -19,7 +19,7 @@ def append(path: Path, row: dict[str, Any], *, seal: bool = False) -> None:
     """Adds a line of JSON; a number that is not finite becomes null, which every reader takes. seal: as `sealed`"""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     text = json.dumps(clean, allow_nan=False)
-    append_text(path, (sealed(text) if seal else text) + "\n")
+    append_text(path, (with_checksum(text) if seal else text) + "\n")
 
 
 def as_json(row: Any) -> str:
@@ -28,12 +28,12 @@ def as_json(row: Any) -> str:
     return text if all(not "\ud800" <= each <= "\udfff" for each in text) else json.dumps(row)
 
 
-def sealed(text: str) -> str:
+def with_checksum(text: str) -> str:
     """A JSON object with its checksum as the last value, by which `whole_lines` knows that it is what was written."""
     return f"{text[:-1]}{SEAL}{zlib.crc32(text.encode())}}}"
 
 
-def cut_back(path: Path, step: int) -> None:
+def truncate_after_step(path: Path, step: int) -> None:
     """Removes lines after `step`, and those that are not whole, leaving the earlier ones byte for byte."""
     if path.exists():
         write_file(path, b"".join(line for line in whole_lines(path, "step") if json.loads(line)["step"] <= step))

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastrlhf.errors import MissingPackageError
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.checkpoint import LINES
-from fastrlhf.runtime.jsonl import append, cut_back
+from fastrlhf.runtime.jsonl import append, truncate_after_step
 
 COLUMNS = {  # of the table on the terminal, most important first; a loop shows those that it has
     "loss": "loss",
@@ -62,7 +62,7 @@ class MetricsLog:
         self.writer = None
         if distributed.is_main_process():
             for name in LINES:
-                cut_back(self.output / name, step or -1)  # a run without a checkpoint scores its start again
+                truncate_after_step(self.output / name, step or -1)  # a run without a checkpoint scores its start again
             self.writer = tensorboard_writer(self.output / "tensorboard", step) if tensorboard else None
         self.columns: list[str] = []
         self.num_rows = 0
@@ -112,7 +112,7 @@ class MetricsLog:
         if self.num_rows % ROWS_A_HEADER == 0:
             self.say(table_row(["step", *(COLUMNS[name] for name in self.columns), "tokens/s"]))
         self.num_rows += 1
-        values = [short(metrics[name]) if name in metrics else "" for name in self.columns]
+        values = [short_number(metrics[name]) if name in metrics else "" for name in self.columns]
         self.say(table_row([f"{step}/{self.num_steps}", *values, f"{timing['tokens_per_second']:.0f}"]))
         phases = phase_texts(timing)
         if phases and (self.num_rows % ROWS_A_TIMING == 0 or step == self.num_steps):
@@ -228,9 +228,11 @@ def held_out_text(metrics: dict[str, float]) -> str:
     ends = {f"{name}_{end}" for name in metrics for end in ("low", "high")}
     for name, value in metrics.items():
         head, _, kind = name.rpartition("/")
-        text = f"{value:.0f} {COUNTS[kind]}" if kind in COUNTS else f"{kind} {short(value)}"
+        text = f"{value:.0f} {COUNTS[kind]}" if kind in COUNTS else f"{kind} {short_number(value)}"
         if f"{name}_low" in metrics:
-            text += f" (95 % interval {short(metrics[f'{name}_low'])} to {short(metrics[f'{name}_high'])})"
+            text += (
+                f" (95 % interval {short_number(metrics[f'{name}_low'])} to {short_number(metrics[f'{name}_high'])})"
+            )
         if name not in ends:
             heads.setdefault(head, []).append(text)
     return "; ".join((f"{head}: " if head else "") + ", ".join(texts) for head, texts in heads.items())
@@ -251,12 +253,12 @@ def table_row(cells: list[str]) -> str:
     return "  ".join(f"{cell:>{WIDTH}}" for cell in cells)
 
 
-def short(value: float) -> str:
+def short_number(value: float) -> str:
     """A number in at most WIDTH characters."""
     return min((f"{value:.{digits}g}" for digits in (4, 3, 2)), key=lambda text: len(text) > WIDTH)
 
 
-def forget_peak() -> float:
+def reset_peak_memory() -> float:
     """Lets `peak_memory_gib` begin anew, where the system can do that; returns what it says then."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

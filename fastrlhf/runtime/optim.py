@@ -77,10 +77,10 @@ class Optimizer:
         self.max_grad_norm = max_grad_norm
         self.schedule: dict[str, Any] = {"peak": learning_rate, "schedule": schedule}
         self.warmup_ratio = warmup_ratio
-        self.plan(num_steps)
+        self.set_num_steps(num_steps)
         self.num_steps_done = 0
 
-    def plan(self, num_steps: int) -> None:
+    def set_num_steps(self, num_steps: int) -> None:
         """Sets the steps of the whole run; the schedule goes on where it would be, had there always been so many."""
         self.schedule |= {"num_steps": num_steps, "num_warmup_steps": round(self.warmup_ratio * num_steps)}
 
@@ -108,7 +108,7 @@ class Optimizer:
         """Clears the gradients of a step that is not made."""
         self.adam.zero_grad(set_to_none=True)
 
-    def kept(self) -> Iterator[Tensor]:
+    def checkpoint_tensors(self) -> Iterator[Tensor]:
         """The tensors that a checkpoint holds of a model and its optimizer: the trained weights and their moments."""
         yield from self.parameters
         for values in self.adam.state.values():

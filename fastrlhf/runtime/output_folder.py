@@ -31,7 +31,7 @@ from fastrlhf.runtime.fingerprints import base_of, inputs_of, pieces_of
 from fastrlhf.runtime.lock import LOCK, Lock, check_free_above, check_free_below
 from fastrlhf.runtime.products import PRODUCTS, check_products
 from fastrlhf.runtime.resume_check import CONFIG, INPUTS, check_same, read, settings_in
-from fastrlhf.runtime.resume_hint import LOOPS, command_of, extending, how_far, is_finished
+from fastrlhf.runtime.resume_hint import LOOPS, command_of, describe_progress, extending, is_finished
 from fastrlhf.settings.training import LoopConfig
 from fastrlhf.settings.values import dump, options_where
 
@@ -143,7 +143,7 @@ class OutputFolder:
         if not (text or "").startswith(MARK) and not settings_of_checkpoints(self.path):
             return f"it holds no fastrlhf run (no {CONFIG} of one); give another folder"
         here, kind = type(self.config).__name__, _kind_in(text)
-        found = how_far(self.path, kind or here)
+        found = describe_progress(self.path, kind or here)
         ways = ["--resume (resume=True) continues it"] if kind in (None, here) else []
         if ways and command_of(here) in LOOPS and is_finished(self.path, here):
             ways = [f"--resume (resume=True) with {extending(self.config)} extends it"]

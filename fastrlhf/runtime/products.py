@@ -14,7 +14,7 @@ from typing import Any
 from fastrlhf.errors import UserError
 from fastrlhf.runtime.atomic_io import write_file
 from fastrlhf.runtime.fingerprints import fingerprint_of
-from fastrlhf.runtime.jsonl import is_broken, sealed
+from fastrlhf.runtime.jsonl import is_broken, with_checksum
 
 PRODUCTS = "products.json"
 # says how and when a loop ran, or is read by its own run alone
@@ -71,7 +71,7 @@ def check_products(output: Path, *, leave_out: Collection[str] = ()) -> None:
 
 def _write(output: Path, found: dict[str, Any]) -> None:
     if found:
-        write_file(output / PRODUCTS, f"{sealed(json.dumps(found))}\n".encode())
+        write_file(output / PRODUCTS, f"{with_checksum(json.dumps(found))}\n".encode())
     else:
         (output / PRODUCTS).unlink(missing_ok=True)
 

@@ -37,7 +37,7 @@ def is_finished(folder: Path, kind: str) -> bool:
     return (folder / "model").exists() and noted.get("model") == max(_steps(folder), default=0)
 
 
-def how_far(folder: Path, kind: str) -> str:
+def describe_progress(folder: Path, kind: str) -> str:
     """What run an output folder holds, and whether it is finished. kind: the class of its settings."""
     command = command_of(kind)
     what, finished = f"a run of fastrlhf {command}", is_finished(folder, kind)
@@ -52,24 +52,24 @@ def how_far(folder: Path, kind: str) -> str:
     return f"{what}, {steps_done}, {'finished' if finished else 'not finished'}"
 
 
-def how_to_go_on(command: str, config: Any) -> str:
+def resume_hint(command: str, config: Any) -> str:
     """What a command that has ended early left in its output folder; the last line is the command to give next."""
     if not (hasattr(config, "resume") and Path(config.output).exists()):
         return "nothing was left: start again"
     output = config.output
-    resume = [*given(command, output), "--resume", *(["--no-overwrite"] if config.overwrite else [])]
+    resume = [*command_line_of(command, output), "--resume", *(["--no-overwrite"] if config.overwrite else [])]
     if command not in LOOPS:
         return f"go on with: {shlex.join(resume)}"
     if newest := newest_checkpoint(output):
         return f"the newest checkpoint is {newest}\ngo on with: {shlex.join(resume)}"
     if any(row.get("step") != 0 for row in _rows(Path(output) / "metrics.jsonl")):
-        anew = [*given(command, output), "--overwrite", *(["--no-resume"] if config.resume else [])]
+        anew = [*command_line_of(command, output), "--overwrite", *(["--no-resume"] if config.resume else [])]
         return f"there is no checkpoint yet in {output}\nstart anew with: {shlex.join(anew)}"
-    again = shlex.join(given(command, output))
+    again = shlex.join(command_line_of(command, output))
     return f"{output} holds the settings of this run and no step yet\nstart again with: {again}"
 
 
-def given(command: str, output: str) -> list[str]:
+def command_line_of(command: str, output: str) -> list[str]:
     """The start of a command line with the settings of a run, as the program was started: by its name, by
     `python -m fastrlhf`, or under torchrun on one machine."""
     program = ["fastrlhf"]

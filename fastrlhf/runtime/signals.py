@@ -59,12 +59,12 @@ def handled() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def running(loop: Any) -> None:
+def defer_signals_for(loop: Any) -> None:
     """From now on signals wait for the end of a step of this loop."""
     _loops.add(loop)
 
 
-def ended(loop: Any) -> None:
+def no_longer_defer_for(loop: Any) -> None:
     """Signals no longer wait for this loop."""
     _loops.discard(loop)
 

@@ -35,7 +35,7 @@ def _is_shown(character: str) -> bool:
     return character in "\n\t" or character.isprintable() or unicodedata.category(character) == "Zs"  # spaces
 
 
-def unread() -> list[int]:
+def closed_pipes() -> list[int]:
     """The file numbers of stdout and stderr, of those that are a pipe whose reader is gone."""
     found = []
     for stream in (sys.stdout, sys.stderr):

@@ -129,7 +129,7 @@ class Trainer(Iterator[dict[str, float]]):
         self.log = MetricsLog(self.output, **counts, tensorboard=config.tensorboard)
         self.clock = checkpoints.CheckpointClock(config.save_minutes)
         self._print_start()
-        signals.running(self)
+        signals.defer_signals_for(self)
 
     def _load_checkpoint(self, checkpoint: Path) -> None:
         state, changes = checkpoints.load_state(checkpoint), self.folder.changes
@@ -283,7 +283,7 @@ class Trainer(Iterator[dict[str, float]]):
     def close(self) -> None:
         """Ends the run and lets go of its output folder. The models can still be used and saved."""
         self.is_closed = True
-        signals.ended(self)
+        signals.no_longer_defer_for(self)
         self.log.close()
         self.folder.close()
 

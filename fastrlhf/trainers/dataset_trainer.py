@@ -108,7 +108,7 @@ class DatasetTrainer(Trainer, Generic[C, T, M]):
         """The tokens of a row."""
         return sum(map(len, self.sequences(row)))
 
-    def num_computed(self, row: T) -> int:
+    def num_forward_tokens(self, row: T) -> int:
         """The tokens that the model is run on for a row."""
         return self.num_tokens(row)
 
@@ -117,7 +117,7 @@ class DatasetTrainer(Trainer, Generic[C, T, M]):
         config, size = self.config, len(self.rows)
         done = min(self.num_rows_done + config.batch_size, self.num_rows)
         rows = stream(size, self.num_rows_done, done, seed=config.seed)
-        lengths = [self.num_computed(self.rows[row]) for row in rows]
+        lengths = [self.num_forward_tokens(self.rows[row]) for row in rows]
         with self.log.progress(f"step {self.num_steps_done + 1}", sum(lengths)) as count:
             work = partial(self.add_gradients, rows, count)
             stats = self.budget.run(work, lengths=lengths, optimizers=[self.optimizer])
@@ -144,7 +144,7 @@ class DatasetTrainer(Trainer, Generic[C, T, M]):
 
     def checkpoint_bytes(self) -> int:
         """About how many bytes a checkpoint takes."""
-        return bytes_of(self.optimizer.kept())
+        return bytes_of(self.optimizer.checkpoint_tensors())
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step besides the model."""
@@ -159,4 +159,4 @@ class DatasetTrainer(Trainer, Generic[C, T, M]):
         if self.num_rows_done > self.num_rows:
             raise UserError(f"resume: epochs is {self.config.epochs}, but more than that is done already")
         self.num_steps = self.num_steps_done - (self.num_rows_done - self.num_rows) // size
-        self.optimizer.plan(self.num_steps)
+        self.optimizer.set_num_steps(self.num_steps)

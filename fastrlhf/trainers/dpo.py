@@ -22,7 +22,7 @@ from fastrlhf.runtime.metrics import Statistics
 from fastrlhf.stats.accuracy import is_right
 from fastrlhf.trainers.objectives.pairwise import accuracy_of_pairs
 from fastrlhf.trainers.preference import PreferenceTrainer
-from fastrlhf.trainers.reward import pack_rows, parts_with_rows, sides
+from fastrlhf.trainers.reward import full_sequences, microbatches_with_rows, pack_rows
 
 
 class DPO(PreferenceTrainer[Pair]):
@@ -42,7 +42,7 @@ class DPO(PreferenceTrainer[Pair]):
         return loaded
 
     def sequences(self, row: Pair) -> list[list[int]]:
-        return sides(row)
+        return full_sequences(row)
 
     def needs_reference(self) -> bool:
         return not self.config.reference_free and self.config.loss not in ("simpo", "orpo")
@@ -54,12 +54,12 @@ class DPO(PreferenceTrainer[Pair]):
             for name, pairs in (("pairs", self.rows), ("held_out", self.held_out)):
                 self.reference_logprobs[name] = self.logprobs_of(reference, pairs)
 
-    def num_computed(self, row: Pair) -> int:
+    def num_forward_tokens(self, row: Pair) -> int:
         return self.num_tokens(row) - self.shares_prompts * len(row.prompt)
 
     def add_gradients(self, rows: list[int], done: Callable[[int], object], max_tokens: int) -> Statistics:
         batch, stats = self.pack("pairs", rows), Statistics()
-        for part, pairs in parts_with_rows(batch, [self.rows[row] for row in rows], max_tokens):
+        for part, pairs in microbatches_with_rows(batch, [self.rows[row] for row in rows], max_tokens):
             loss, part_stats = self.loss(part, pairs, len(rows))
             loss.backward()
             stats.add("", {"loss": loss, **part_stats})
@@ -123,7 +123,7 @@ class DPO(PreferenceTrainer[Pair]):
     def evaluate(self, step: int | None = None) -> dict[str, float]:
         """Means over the held-out pairs, and the accuracy as that of reward models, with its interval."""
         batch, parts = self.pack("held_out", range(len(self.held_out))), []
-        for part, pairs in parts_with_rows(batch, self.held_out, self.config.max_tokens):
+        for part, pairs in microbatches_with_rows(batch, self.held_out, self.config.max_tokens):
             losses, of_pairs = self.of_pairs(part, pairs)
             parts.append({"loss": losses, **of_pairs})
         found = {

@@ -20,7 +20,7 @@ from fastrlhf.settings.training import DPOConfig
 from fastrlhf.trainers.dpo import DPO
 from fastrlhf.trainers.objectives.base import accuracy_of
 from fastrlhf.trainers.preference import PreferenceTrainer
-from fastrlhf.trainers.reward import pack_rows, sides
+from fastrlhf.trainers.reward import full_sequences, pack_rows
 
 
 class KTO(PreferenceTrainer[Labelled]):
@@ -42,7 +42,7 @@ class KTO(PreferenceTrainer[Labelled]):
         return loaded
 
     def sequences(self, row: Labelled) -> list[list[int]]:
-        return sides(row)
+        return full_sequences(row)
 
     def on_model_loaded(self) -> None:
         self.mismatched = {
@@ -57,7 +57,7 @@ class KTO(PreferenceTrainer[Labelled]):
         reference = self.load_reference()
         for name, rows in (("rows", self.rows), ("held_out", self.held_out)):
             for key, given in ((name, rows), (f"{name}, mismatched", self.mismatched[name])):
-                self.reference_logprobs[key] = self.sums_of(reference, given)
+                self.reference_logprobs[key] = self.response_logprobs(reference, given)
 
     def add_gradients(self, rows: list[int], done: Callable[[int], object], max_tokens: int) -> Statistics:
         stats, kl = Statistics(), self.kl("rows", rows, max_tokens)
@@ -78,7 +78,7 @@ class KTO(PreferenceTrainer[Labelled]):
         it is negative."""
         given = [self.mismatched[name][row] for row in rows]
         reference = self.reference_logprobs[f"{name}, mismatched"][list(rows)]
-        found = self.sums_of(self.model, given, max_tokens).double() - reference
+        found = self.response_logprobs(self.model, given, max_tokens).double() - reference
         return found.mean().clamp(min=0).float().to(self.device)
 
     def losses(self, name: str, part: Packed, rows: Sequence[int], kl: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -137,7 +137,7 @@ class KTO(PreferenceTrainer[Labelled]):
         return parts
 
     @torch.no_grad()
-    def sums_of(self, policy: Policy, rows: Sequence[Labelled], max_tokens: int | None = None) -> Tensor:
+    def response_logprobs(self, policy: Policy, rows: Sequence[Labelled], max_tokens: int | None = None) -> Tensor:
         """Log-probabilities (N,) of whole responses."""
         if not rows:
             return torch.empty(0)

@@ -26,7 +26,7 @@ from fastrlhf.models.policy import ADAPTER
 from fastrlhf.packing import pack
 from fastrlhf.rewards.sources import reward_folders
 from fastrlhf.runtime import distributed
-from fastrlhf.runtime.metrics import forget_peak, peak_memory_gib
+from fastrlhf.runtime.metrics import peak_memory_gib, reset_peak_memory
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.training import LoopConfig
 
@@ -48,15 +48,15 @@ class Plan:
     first: dict[str, float] = field(default_factory=dict)
     idle: list[str] | None = None
     available: float = 0.0
-    before: float = field(default_factory=forget_peak)
+    before: float = field(default_factory=reset_peak_memory)
 
     @property
     def num_bytes(self) -> float:
         whole = sum(map(sum, self.models.values())) + sum(self.rest.values()) + sum(self.first.values())
-        return whole - self.resting - self.in_turn
+        return whole - self.offloaded - self.not_simultaneous
 
     @property
-    def resting(self) -> float:
+    def offloaded(self) -> float:
         """What never is on the device together with the rest."""
         if self.idle is None:
             return 0.0
@@ -65,7 +65,7 @@ class Plan:
         return sum(away) - max(away)
 
     @property
-    def in_turn(self) -> float:
+    def not_simultaneous(self) -> float:
         """What is gone before the rest comes, or comes after it: the less of `first` and of what training adds."""
         added = sum(sum(parts[1:]) for parts in self.models.values())
         added += sum(part for name, part in self.rest.items() if name.startswith(ACTIVATIONS))
@@ -81,16 +81,16 @@ class Plan:
         for name, part in self.first.items():
             lines.append(line(f"{name}, before the first step", part))
         if self.first:
-            lines.append(line("less what is not there together", self.in_turn))
+            lines.append(line("less what is not there together", self.not_simultaneous))
         if self.idle is not None:
-            lines.append(line("less what rests in CPU memory", self.resting))
+            lines.append(line("less what rests in CPU memory", self.offloaded))
         lines.append(f"{line('in all', self.num_bytes)} of {self.available / 2**30:.1f} available")
         if self.num_bytes > self.available:
             advice = "lora_rank, gradient_checkpointing, a smaller max_tokens; for PPO offload, max_slots or kv_budget"
             lines.append(f"warning: the plan is more than there is; try {advice}")
         return "\n".join(lines)
 
-    def cut(self, num_processes: int) -> None:
+    def shard_over(self, num_processes: int) -> None:
         """Makes it the plan of a process that holds shards (parallel=fsdp)."""
         self.rest["a model while it is whole"] = max(weights for weights, *_ in self.models.values())
         for name, parts in self.models.items():
@@ -174,7 +174,7 @@ def print_memory_plan(make: Callable[..., Plan], config: Any, placement: dict[st
         with torch.random.fork_rng(devices=[]):  # models without memory draw their weights too
             plan = make(config, placement, **lengths)
         if config.parallel == "fsdp":
-            plan.cut(distributed.rank_and_world_size()[1])
+            plan.shard_over(distributed.rank_and_world_size()[1])
     except Exception as error:  # each architecture has its own
         distributed.print_once(f"no memory plan: {str(error).strip().partition(chr(10))[0]}")
         return None
@@ -232,7 +232,7 @@ class _Model:
         layers = linears_of(self.model, self.targets).values()
         return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
 
-    def kept_per_token(self, recompute: bool) -> float:
+    def activation_bytes_per_token(self, recompute: bool) -> float:
         """Bytes that a training pass keeps for a token; recompute: of all but one layer only the input is kept."""
         one, two = (self._kept(num_layers, 48) - self._kept(num_layers, 16) for num_layers in (1, 2))
         layer = (two - one) / 32
@@ -269,7 +269,7 @@ class _Model:
 
 def _add_passes(plan: Plan, config: LoopConfig, model: _Model, num_tokens: int, *, has_logits: bool = True) -> None:
     tokens = min(config.max_tokens, num_tokens)
-    kept = model.kept_per_token(config.gradient_checkpointing)
+    kept = model.activation_bytes_per_token(config.gradient_checkpointing)
     plan.rest[f"{ACTIVATIONS} {tokens:,} tokens"] = tokens * kept
     if has_logits:
         # those kept, and of a chunk logits and their gradient

@@ -42,7 +42,7 @@ class RewardTrainer(DatasetTrainer[RewardConfig, Judged, RewardModel]):
         return load(path, tokenizer, **options)
 
     def sequences(self, row: Judged) -> list[list[int]]:
-        return sides(row)
+        return full_sequences(row)
 
     @cached_property
     def objective(self) -> Objective[Any]:
@@ -61,7 +61,7 @@ class RewardTrainer(DatasetTrainer[RewardConfig, Judged, RewardModel]):
         return model
 
     def on_model_loaded(self) -> None:
-        choose_pad(self.tokenizer, eos_token_ids(self.tokenizer, self.model.model))
+        set_pad_token(self.tokenizer, eos_token_ids(self.tokenizer, self.model.model))
         self.shares_prompts = self.config.share_prompts and can_share_prompts(self.model, self.device)
         self.center_on: list[list[int]] = []  # demonstrations that are to score 0
         if self.config.center_data is not None:
@@ -81,7 +81,7 @@ class RewardTrainer(DatasetTrainer[RewardConfig, Judged, RewardModel]):
         yield from super().fingerprint_rows()
         yield from self.center_on
 
-    def num_computed(self, row: Judged) -> int:
+    def num_forward_tokens(self, row: Judged) -> int:
         return self.num_tokens(row) - self.shares_prompts * len(row.prompt) * (len(row.responses) - 1)
 
     def end_step(self, metrics: dict[str, float]) -> None:
@@ -141,7 +141,7 @@ class RewardTrainer(DatasetTrainer[RewardConfig, Judged, RewardModel]):
     def microbatches(self, rows: Sequence[Judged], max_tokens: int) -> Iterator[tuple[Packed, Sequence[Judged]]]:
         """This process's packs of the responses of each row in turn, each with the rows that it is of."""
         batch = pack_rows(rows, share_prompts=self.shares_prompts, as_responses=False, device=self.device)
-        return parts_with_rows(batch, rows, max_tokens)
+        return microbatches_with_rows(batch, rows, max_tokens)
 
     def save(self, folder: str | Path) -> None:
         """Writes model and tokenizer as plain transformers loads them (AutoModelForSequenceClassification)."""
@@ -149,7 +149,7 @@ class RewardTrainer(DatasetTrainer[RewardConfig, Judged, RewardModel]):
         super().save(folder)
 
 
-def sides(row: Judged) -> list[list[int]]:
+def full_sequences(row: Judged) -> list[list[int]]:
     """The tokens of a row's prompt with each of its responses, the better of a pair first."""
     return [row.prompt + response for response in row.responses]
 
@@ -160,7 +160,7 @@ def pack_rows(rows: Sequence[Judged], **options: Any) -> Packed:
     return pack_responses(prompts, [response for row in rows for response in row.responses], **options)
 
 
-def parts_with_rows(batch: Packed, rows: Sequence[T], max_tokens: int) -> Iterator[tuple[Packed, Sequence[T]]]:
+def microbatches_with_rows(batch: Packed, rows: Sequence[T], max_tokens: int) -> Iterator[tuple[Packed, Sequence[T]]]:
     """Yields this process's micro-batches of what pack_rows made of rows, each with the rows that it is of; a filler
     is of none."""
     sizes = [len(row.responses) for row in rows]
@@ -175,7 +175,7 @@ def parts_with_rows(batch: Packed, rows: Sequence[T], max_tokens: int) -> Iterat
         start = end
 
 
-def choose_pad(tokenizer: Any, ends: set[int]) -> None:
+def set_pad_token(tokenizer: Any, ends: set[int]) -> None:
     """Gives the tokenizer a pad token that ends no response: another special token, or none where there is no other.
 
     Nothing here pads, but plain transformers reads a score at the last token that is no pad: with pad = eos it would

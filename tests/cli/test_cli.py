@@ -19,7 +19,7 @@ from fastrlhf.errors import NonFiniteError
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.jsonl import read_jsonl
 from fastrlhf.runtime.output_folder import OutputFolder
-from fastrlhf.runtime.resume_hint import LAST, LOOPS, command_of, given, how_to_go_on
+from fastrlhf.runtime.resume_hint import LAST, LOOPS, command_line_of, command_of, resume_hint
 from fastrlhf.runtime.terminal import plain_warnings, print_error, printable
 from fastrlhf.settings.values import dump
 
@@ -241,7 +241,7 @@ def test_the_command_to_go_on_with_gives_every_command_the_settings_it_had(tmp_p
     folder.open()
     folder.close()
     (tmp_path / "my runs/checkpoints/step-000001").mkdir(parents=True)
-    program, *arguments = shlex.split(how_to_go_on(command, config).partition("with: ")[2])
+    program, *arguments = shlex.split(resume_hint(command, config).partition("with: ")[2])
     assert program == "fastrlhf" and arguments[: len(command.split())] == command.split()
     again = parse(made, arguments[len(command.split()) :])
     assert dump(again) == dump(dataclasses.replace(config, resume=True, overwrite=False))
@@ -259,7 +259,7 @@ def test_a_run_in_a_folder_is_called_by_its_command_and_ends_with_a_file_of_it()
 def test_under_torchrun_the_command_to_go_on_with_is_torchruns(monkeypatch):
     monkeypatch.setattr(distributed, "rank_and_world_size", lambda: (0, 2))
     expected = "torchrun --nproc-per-node 2 -m fastrlhf sft --config out/config.yaml"
-    assert shlex.join(given("sft", "out")) == expected
+    assert shlex.join(command_line_of("sft", "out")) == expected
 
 
 def test_an_error_says_what_it_left(arguments, monkeypatch, capsys, tmp_path):

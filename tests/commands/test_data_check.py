@@ -13,7 +13,7 @@ from tokenizers import AddedToken, normalizers
 from fastrlhf.cli.main import main
 from fastrlhf.commands.data_check import check
 from fastrlhf.data import load_demonstrations, load_pairs, load_prompts
-from fastrlhf.data.characters import Characters
+from fastrlhf.data.characters import CharacterTokenizer
 from fastrlhf.data.items import Item
 from fastrlhf.data.statistics import chosen_is_longer, percentiles, repetitions, shared_prompts, warnings
 from fastrlhf.errors import DataError
@@ -228,7 +228,7 @@ def test_percentiles_are_lengths_that_occur():
 
 
 def test_characters_tell_apart_who_says_a_text():
-    characters = Characters()
+    characters = CharacterTokenizer()
     spoken = [
         characters.apply_chat_template([{"role": role, "content": "Hi"}, {"role": "user", "content": "you"}])
         for role in ("system", "user")

@@ -17,7 +17,7 @@ from fastrlhf.commands.feedback.label import Label
 from fastrlhf.data import Reason, load_pairs
 from fastrlhf.errors import DataError
 from fastrlhf.generation.server import ServerError
-from fastrlhf.runtime.jsonl import read_jsonl, sealed
+from fastrlhf.runtime.jsonl import read_jsonl, with_checksum
 from fastrlhf.settings.feedback import LabelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,7 +120,7 @@ def test_a_stopped_run_asks_about_the_rest_alone_and_ends_the_same(settings, ser
     next(stopped)
     stopped.close()
     verdicts = Path(settings["output"]) / "verdicts.jsonl"
-    later = sealed('{"step": 2, "row": 5, "orders": [0.3, 0.4], "masses": [1, 1]}')
+    later = with_checksum('{"step": 2, "row": 5, "orders": [0.3, 0.4], "masses": [1, 1]}')
     verdicts.write_text(verdicts.read_text() + later + '\n{"step"')
     server.requests.clear()
     run(settings, resume=True)

@@ -22,7 +22,7 @@ from fastrlhf.packing import pack
 from fastrlhf.runtime.metrics import MetricsLog
 from fastrlhf.settings.training import RewardConfig
 from fastrlhf.settings.trust import EvaluateRewardConfig
-from fastrlhf.trainers.reward import RewardTrainer, sides
+from fastrlhf.trainers.reward import RewardTrainer, full_sequences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HH = Path(__file__).parents[2] / ".." / "shared" / "data" / "hh_harmless.jsonl.gz"
@@ -140,7 +140,7 @@ def test_each_different_response_is_scored_once(files, tmp_path, monkeypatch):
     config = settings(files, tmp_path / "out", data=write_rows(tmp_path / "r.jsonl", [row, row]), plots=False)
     loop, model, scored = EvaluateReward(config), RewardModel.from_pretrained(files["a"]), []
     assert len(loop.pairs) == 90
-    expected = [[model(pack([side])).item() for side in sides(pair)] for pair in loop.pairs[:45]]
+    expected = [[model(pack([side])).item() for side in full_sequences(pair)] for pair in loop.pairs[:45]]
     forward = RewardModel.forward
     monkeypatch.setattr(RewardModel, "forward", lambda self, part: scored.append(part) or forward(self, part))
     monkeypatch.setattr("fastrlhf.commands.reward_report.command.can_share_prompts", lambda *_: True)
@@ -164,7 +164,7 @@ def test_the_bar_counts_every_token_that_is_scored(files, tmp_path, monkeypatch)
     list(loop)
     ((what, (total, *parts)),) = told.items()
     assert what == "score by reward" and len(parts) > 10 and sum(parts) == total
-    assert total == sum(map(len, {tuple(side) for pair in loop.pairs for side in sides(pair)}))
+    assert total == sum(map(len, {tuple(side) for pair in loop.pairs for side in full_sequences(pair)}))
 
 
 def test_one_head_of_several_is_evaluated(files, tmp_path):
@@ -175,7 +175,7 @@ def test_one_head_of_several_is_evaluated(files, tmp_path):
     summary, rows, _, _ = report(settings(files, tmp_path / "out", model=source, plots=False))
     one = RewardModel.from_pretrained(str(tmp_path / "heads"), head="short")
     loop = EvaluateReward(settings(files, tmp_path / "other", model=source, plots=False))
-    chosen, rejected = (one(pack([side])).item() for side in sides(loop.pairs[0]))
+    chosen, rejected = (one(pack([side])).item() for side in full_sequences(loop.pairs[0]))
     assert rows[0]["margin"] == pytest.approx(chosen - rejected, abs=1e-5)
     assert summary["models"] == ["heads#short"]
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}

@@ -6,8 +6,15 @@ import time
 import pytest
 import torch
 
-from fastrlhf.runtime.jsonl import cut_back, read_jsonl
-from fastrlhf.runtime.metrics import MetricsLog, Statistics, forget_peak, held_out_text, peak_memory_gib, short
+from fastrlhf.runtime.jsonl import read_jsonl, truncate_after_step
+from fastrlhf.runtime.metrics import (
+    MetricsLog,
+    Statistics,
+    held_out_text,
+    peak_memory_gib,
+    reset_peak_memory,
+    short_number,
+)
 
 
 def test_metrics_hold_what_was_given_and_timing_the_clock(tmp_path):
@@ -48,7 +55,7 @@ def test_resuming_cuts_back_to_the_step_byte_for_byte(tmp_path):
     path.write_text("".join(lines) + '{"step": 4, "x')
     MetricsLog(tmp_path, num_steps=9, step=2)
     assert path.read_text() == "".join(lines[:2])
-    cut_back(path, 0)
+    truncate_after_step(path, 0)
     assert path.read_text() == ""
 
 
@@ -105,7 +112,7 @@ def test_statistics_are_sums_but_for_those_that_are_said_to_be_extremes():
 
 @pytest.mark.parametrize("value", [0.0, 1, -1.23456789e-12, 123456789.0, -0.333333, float("nan"), float("inf")])
 def test_a_number_of_the_table_fits_its_column(value):
-    assert len(short(value)) <= 9
+    assert len(short_number(value)) <= 9
 
 
 def test_the_bar_is_silent_in_a_pipe(tmp_path, capsys):
@@ -135,7 +142,7 @@ def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the peak is that of the GPU")
 def test_what_was_taken_earlier_in_the_process_is_not_in_the_peak_of_a_run():
     b"x" * (1 << 30)
-    before = forget_peak()
+    before = reset_peak_memory()
     assert peak_memory_gib() - before < 0.1
     b"x" * (1 << 29)
     assert 0.4 < peak_memory_gib() - before < 0.6

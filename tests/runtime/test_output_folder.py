@@ -17,7 +17,7 @@ from fastrlhf.runtime import atomic_io as whole
 from fastrlhf.runtime.atomic_io import write_file, write_json, write_whole
 from fastrlhf.runtime.checkpoint import load_state, restore_lines, save_checkpoint
 from fastrlhf.runtime.fingerprints import BLOCK, WHOLE, fingerprint_of
-from fastrlhf.runtime.jsonl import cut_back, read_jsonl
+from fastrlhf.runtime.jsonl import read_jsonl, truncate_after_step
 from fastrlhf.runtime.lock import FolderInUseError, Lock
 from fastrlhf.runtime.output_folder import OutputFolder
 from fastrlhf.settings.ppo import PPOConfig
@@ -526,7 +526,7 @@ def test_metrics_after_the_checkpoint_are_cut_off(tmp_path, later):
     out = begun(config(tmp_path), steps=2)
     (out / "metrics.jsonl").write_bytes(LINE_1 + LINE_2 + later)
     restore_lines(out / "checkpoints" / "step-000002")
-    cut_back(out / "metrics.jsonl", 2)
+    truncate_after_step(out / "metrics.jsonl", 2)
     assert (out / "metrics.jsonl").read_bytes() == LINE_1 + LINE_2
 
 
@@ -536,7 +536,7 @@ def test_a_damaged_line_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"timing.jsonl, line 2: damaged"):
         read_jsonl(path)
     with pytest.warns(UserWarning, match=r"timing.jsonl, line 2: damaged, so it and the lines after it are left out"):
-        cut_back(path, 9)
+        truncate_after_step(path, 9)
     assert path.read_bytes() == LINE_1
 
 

@@ -8,7 +8,7 @@ import pytest
 from loops import demonstrations, model_folder
 
 from fastrlhf import SFT, SFTConfig
-from fastrlhf.runtime.jsonl import append, as_json, read_jsonl, sealed, whole_lines
+from fastrlhf.runtime.jsonl import append, as_json, read_jsonl, whole_lines, with_checksum
 from fastrlhf.runtime.output_folder import OutputFolder
 from fastrlhf.runtime.products import check_products, forget, note_new, record, recorded
 
@@ -121,7 +121,7 @@ def test_a_line_with_a_seal_is_known_from_any_other(tmp_path, place):
 
 def test_a_sealed_object_is_json_with_all_its_values():
     row = {"a": [1.5, "}"], "b": {"crc32": 3}, "c": "é"}
-    assert {**json.loads(sealed(json.dumps(row))), "crc32": 0} == {**row, "crc32": 0}
+    assert {**json.loads(with_checksum(json.dumps(row))), "crc32": 0} == {**row, "crc32": 0}
 
 
 def test_letters_stay_and_lone_surrogates_are_escaped():

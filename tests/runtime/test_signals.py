@@ -128,9 +128,9 @@ def test_ctrl_c_leaves_the_pool_of_a_reward_function_to_finish_the_step(tmp_path
 @pytest.fixture
 def loop():
     loop = Loop()
-    signals.running(loop)
+    signals.defer_signals_for(loop)
     yield loop
-    signals.ended(loop)
+    signals.no_longer_defer_for(loop)
 
 
 class Loop:
@@ -199,7 +199,7 @@ def test_a_signal_stops_at_once_where_no_loop_runs():
 def test_a_signal_during_the_last_step_of_a_loop_stops_the_job_before_its_next_stage(loop):
     with signals.handled():
         os.kill(os.getpid(), signal.SIGTERM)
-        signals.ended(loop)
+        signals.no_longer_defer_for(loop)
         with pytest.raises(signals.Interrupted):
             signals.stop_if_asked()
 

@@ -17,7 +17,7 @@ from fastrlhf.models.policy import Policy
 from fastrlhf.settings.training import DPOConfig
 from fastrlhf.stats.accuracy import wilson_interval
 from fastrlhf.trainers.dpo import DPO
-from fastrlhf.trainers.reward import pack_rows, sides
+from fastrlhf.trainers.reward import full_sequences, pack_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,7 +55,7 @@ def run(settings, **changes):
 def response_logprobs(folder, pair):
     """Of the chosen and the rejected response, by transformers, in float64."""
     model, found = AutoModelForCausalLM.from_pretrained(folder).double(), []
-    for side in sides(pair):
+    for side in full_sequences(pair):
         logprobs = model(torch.tensor([side])).logits[0, :-1].log_softmax(-1)
         found.append(logprobs.gather(1, torch.tensor(side[1:])[:, None])[len(pair.prompt) - 1 :, 0].detach())
     return found

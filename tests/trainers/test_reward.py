@@ -13,7 +13,7 @@ from fastrlhf.models.policy import Policy, RewardModel, load_causal_lm
 from fastrlhf.models.shared_prompts import can_share_prompts
 from fastrlhf.packing import pack
 from fastrlhf.settings.training import RewardConfig
-from fastrlhf.trainers.reward import RewardTrainer, pack_rows, sides
+from fastrlhf.trainers.reward import RewardTrainer, full_sequences, pack_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,8 +53,8 @@ def test_loss_is_that_of_transformers_scores(settings):
     model = AutoModelForSequenceClassification.from_pretrained(settings["output"] + "/start")
     scores = []
     for pair in loop.rows:
-        longest = max(map(len, sides(pair)))
-        ids = torch.tensor([side + [0] * (longest - len(side)) for side in sides(pair)])
+        longest = max(map(len, full_sequences(pair)))
+        ids = torch.tensor([side + [0] * (longest - len(side)) for side in full_sequences(pair)])
         scores.append(model(input_ids=ids, attention_mask=(ids != 0).long()).logits[:, 0].detach())
     chosen, rejected = torch.stack(scores).unbind(1)
     metrics = next(loop)
@@ -120,7 +120,7 @@ def test_chosen_responses_score_0_on_average_at_the_end(settings):
     loop = RewardTrainer(RewardConfig(**settings, learning_rate=1e-3))
     *_, last = loop
     model = RewardModel.from_pretrained(settings["output"] + "/model")
-    scores = torch.cat([model(pack([sides(pair)[0]])) for pair in loop.rows])
+    scores = torch.cat([model(pack([full_sequences(pair)[0]])) for pair in loop.rows])
     assert abs(scores.mean().item()) < 1e-5
     assert last["reward_bias"] == model.bias != 0
     assert "reward_bias" not in run(settings, center_bias=False, overwrite=True)[-1]
@@ -130,7 +130,7 @@ def test_the_response_that_raters_preferred_scores_0_whichever_side_it_is_on(set
     rows = [{"prompt": "a", "chosen": f"x{n}", "rejected": f"y{n}", "preference": n % 2} for n in range(8)]
     loop = RewardTrainer(RewardConfig(**{**settings, "data": write_rows(tmp_path / "both.jsonl", rows)}))
     list(loop)
-    scores = [loop.model(pack([sides(pair)[int(pair.preference == 0)]])) for pair in loop.rows]
+    scores = [loop.model(pack([full_sequences(pair)[int(pair.preference == 0)]])) for pair in loop.rows]
     assert abs(torch.cat(scores).mean().item()) < 1e-5
 
 
@@ -139,7 +139,7 @@ def test_the_model_folder_is_plain_transformers(settings):
     *_, last = loop
     folder = settings["output"] + "/model"
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    chosen, _ = sides(loop.rows[0])
+    chosen, _ = full_sequences(loop.rows[0])
     theirs = model(input_ids=torch.tensor([chosen])).logits.item() + last["reward_bias"]
     assert loop.model(pack([chosen])).item() == pytest.approx(theirs, abs=1e-5)
     assert tokenizer.eos_token_id == chosen[-1]
@@ -150,7 +150,7 @@ def test_plain_transformers_scores_a_padded_batch_alike_though_the_pad_was_the_e
     loop.save(tmp_path / "saved")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    both = list(sides(loop.rows[0]))
+    both = list(full_sequences(loop.rows[0]))
     batch = tokenizer.pad({"input_ids": both}, return_tensors="pt")
     torch.testing.assert_close(model(**batch).logits[:, 0], loop.model(pack(both)), rtol=1e-4, atol=1e-5)
 

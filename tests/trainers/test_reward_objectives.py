@@ -18,7 +18,7 @@ from fastrlhf.models.policy import Policy, RewardModel
 from fastrlhf.packing import pack
 from fastrlhf.rewards.scorer import load_reward_model
 from fastrlhf.settings.training import RewardConfig
-from fastrlhf.trainers.reward import RewardTrainer, pack_rows, sides
+from fastrlhf.trainers.reward import RewardTrainer, full_sequences, pack_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LETTERS = ("xxxab", "xyaab", "yyyab")  # of responses, from good to bad
@@ -90,7 +90,7 @@ def test_a_prompt_read_once_for_k_responses_gives_the_scores_and_gradients_of_se
         (whole * torch.arange(1, 10)).sum().backward()
         results.append([whole.detach(), *(p.grad for p in model.parameters())])
         model.zero_grad()
-    apart = [model(pack([side])) for row in rows for side in sides(row)]
+    apart = [model(pack([side])) for row in rows for side in full_sequences(row)]
     torch.testing.assert_close(results[1][0], torch.cat(apart), rtol=1e-5, atol=1e-5)
     for one_by_one, shared in zip(*results, strict=True):
         torch.testing.assert_close(shared, one_by_one, rtol=1e-4, atol=1e-5)
@@ -133,7 +133,7 @@ def test_each_of_several_heads_can_be_read_alone(settings, tmp_path, lora_rank):
     *_, last = trainer
     assert min(last["eval/likes x/accuracy"], last["eval/likes y/accuracy"]) > 0.8
     folder = settings["output"] + "/model"
-    batch = pack([side for row in trainer.held_out for side in sides(row)])
+    batch = pack([side for row in trainer.held_out for side in full_sequences(row)])
     scores = trainer.model(batch)
     plain = AutoModelForSequenceClassification.from_pretrained(folder)
     logits = torch.cat([plain(input_ids=side[None]).logits for side in batch.tokens.split(batch.lengths)])

@@ -36,7 +36,7 @@ from fastrlhf.evaluation.answers import answer
 from fastrlhf.generation.engine import Sampling
 from fastrlhf.models.policy import Policy
 from fastrlhf.runtime.atomic_io import write_file, write_json
-from fastrlhf.runtime.jsonl import append, cut_back, read_jsonl
+from fastrlhf.runtime.jsonl import append, read_jsonl, truncate_after_step
 from fastrlhf.runtime.metrics import MetricsLog
 from fastrlhf.runtime.output_folder import OutputFolder
 from fastrlhf.runtime.products import PRODUCTS, check_products, note_new
@@ -145,9 +145,9 @@ class Label:
 
         Raises: DataError as soon as too many are."""
         config, path, size, pairs = self.config, self.output / "verdicts.jsonl", self.config.judge_batch, self.items
-        cut_back(path, len(pairs))  # to the last line that is whole
+        truncate_after_step(path, len(pairs))  # to the last line that is whole
         if path.exists() and (num := path.read_bytes().count(b"\n")) < len(pairs):
-            cut_back(path, num // size)  # the last batch may not be whole
+            truncate_after_step(path, num // size)  # the last batch may not be whole
         rows = read_jsonl(path) if path.exists() else []
         for start in range(len(rows), len(pairs), size):
             batch = pairs[start : start + size]

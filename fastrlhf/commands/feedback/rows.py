@@ -11,11 +11,11 @@ from typing import Any
 from fastrlhf.data import Prompt, Reason, Rejected, Report, read_rows
 from fastrlhf.data.conversations import (
     Conversation,
+    message_text,
     only_text,
     preference_of,
     prompt_of,
     response_of,
-    said,
     tools_of,
 )
 from fastrlhf.data.lengths import NO_LIMIT, check_characters
@@ -165,7 +165,7 @@ def as_text(prompt: Conversation) -> str:
         return prompt.strip()
     if len(prompt) == 1:
         return str(prompt[0]["content"]).strip()
-    return "\n\n".join(f"{message['role'].capitalize()}: {said(message).strip()}" for message in prompt)
+    return "\n\n".join(f"{message['role'].capitalize()}: {message_text(message).strip()}" for message in prompt)
 
 
 def read_text(path: str, option: str) -> str:

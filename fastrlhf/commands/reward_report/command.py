@@ -39,7 +39,7 @@ from fastrlhf.runtime.output_folder import check_reads_none_of
 from fastrlhf.settings.trust import EvaluateRewardConfig
 from fastrlhf.trainers.loading import check_fits
 from fastrlhf.trainers.objectives import LOADERS
-from fastrlhf.trainers.reward import pack_rows, sides
+from fastrlhf.trainers.reward import full_sequences, pack_rows
 
 FILES = ("report.html", "summary.json", "scores.jsonl")
 
@@ -149,7 +149,7 @@ class EvaluateReward:
             **self.config.reward_options(),
         )
         for model, _ in scorer.models:
-            longest = max(len(side) for pair in every for side in sides(pair))
+            longest = max(len(side) for pair in every for side in full_sequences(pair))
             check_fits(model.model, self.tokenizer, longest_row=longest)
         return scorer
 

@@ -65,7 +65,7 @@ class Objective(ABC, Generic[T]):
         return metrics
 
 
-class OfOneHead(Objective[H]):
+class SingleHeadObjective(Objective[H]):
     """An objective on rows that are each for one head."""
 
     def heads_of(self, row: H) -> Sequence[str | None]:

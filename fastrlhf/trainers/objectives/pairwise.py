@@ -12,10 +12,10 @@ from torch import Tensor
 from fastrlhf.data import Pair, Ranking
 from fastrlhf.ops import pairwise_reward_loss, ranking_loss
 from fastrlhf.stats.accuracy import is_right
-from fastrlhf.trainers.objectives.base import Loss, OfOneHead, accuracy_of
+from fastrlhf.trainers.objectives.base import Loss, SingleHeadObjective, accuracy_of
 
 
-class Pairs(OfOneHead[Pair]):
+class Pairs(SingleHeadObjective[Pair]):
     """-p log sigmoid(h) - (1 - p) log sigmoid(-h), h = chosen - rejected - margin, weighted (Bradley-Terry)."""
 
     def best(self, row: Pair) -> int:
@@ -62,7 +62,7 @@ def accuracy_of_pairs(margins: Tensor, rows: Sequence[Pair]) -> dict[str, float]
     return {**found, "ties": int((hits == 0.5).sum()), "num_pairs": len(hits)}
 
 
-class Rankings(OfOneHead[Ranking]):
+class Rankings(SingleHeadObjective[Ranking]):
     """Plackett-Luce, or all pairs of a row, each of weight 1 / their number."""
 
     def __init__(self, kind: str, *args: Any) -> None:

@@ -14,10 +14,10 @@ from fastrlhf.errors import DataError
 from fastrlhf.settings.training import RewardConfig
 from fastrlhf.stats.accuracy import is_right
 from fastrlhf.stats.correlation import correlation_interval, pearson
-from fastrlhf.trainers.objectives.base import Loss, Objective, OfOneHead, accuracy_of
+from fastrlhf.trainers.objectives.base import Loss, Objective, SingleHeadObjective, accuracy_of
 
 
-class Outcomes(OfOneHead[Labelled]):
+class Outcomes(SingleHeadObjective[Labelled]):
     """-y log sigmoid(s) - (1 - y) log sigmoid(-s), weighted: s is the log odds that a response is right."""
 
     def loss(self, scores: Tensor, rows: Sequence[Labelled], denominator: int) -> Loss:

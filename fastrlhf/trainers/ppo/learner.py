@@ -76,7 +76,7 @@ class Learner:
         for optimizer in self.optimizers:
             offload(optimizer, self.policy.model.device)
 
-    def announce_warmup(self, step: int) -> None:
+    def print_warmup(self, step: int) -> None:
         """Says before step 0, 1, ... how long the value model's warm-up lasts, if it does."""
         number = self.num_value_warmup_steps
         if step < number:
@@ -127,7 +127,7 @@ class Learner:
             work, lengths=minibatch.full_lengths, total=minibatch.num_tokens, optimizers=self.optimizers
         )
         where = f"step {self.step_index + 1}, minibatch {number} ({minibatch.num_sequences} responses)"
-        changes_policy = trains_policy and not self.went_too_far(stats)
+        changes_policy = trains_policy and not self.exceeds_max_kl(stats)
         if changes_policy:
             learning_rate = self.policy_optimizer.learning_rate
             stats.add("ppo/policy/", {"learning_rate": torch.tensor(learning_rate, dtype=torch.float64)})
@@ -156,11 +156,11 @@ class Learner:
                 self.value_loss(self.value_model.train(), part, num_tokens, stats).backward()
             done(part.num_tokens_unshared)
         stats = stats.all_reduced()
-        if self.ptx and trains_policy and not self.went_too_far(stats):
+        if self.ptx and trains_policy and not self.exceeds_max_kl(stats):
             self.add_ptx_gradients(stats, max_tokens)
         return stats
 
-    def went_too_far(self, stats: Statistics) -> bool:
+    def exceeds_max_kl(self, stats: Statistics) -> bool:
         """Whether the policy of an update is further from that of the step's start than it may be."""
         limit = self.config.max_update_kl
         return limit is not None and bool(stats.values["ppo/policy/approx_kl"] > limit)
@@ -228,7 +228,7 @@ class Learner:
     def checkpoint_bytes(self) -> int:
         """About how many bytes a checkpoint takes: of the optimizers' models, a moved reference and an average."""
         copies = bool(self.config.reference_every) + (self.config.ema_decay is not None)
-        trained = sum(bytes_of(optimizer.kept()) for optimizer in self.optimizers)
+        trained = sum(bytes_of(optimizer.checkpoint_tensors()) for optimizer in self.optimizers)
         return trained + copies * bytes_of(self.policy_optimizer.parameters)
 
     def state_dict(self) -> dict[str, Any]:

@@ -148,10 +148,10 @@ class PPOModels:
         every = self.config.reference_every
         if every and number % every == 0:
             with onloaded(self.reference):
-                for ours, theirs in own_pairs(self.reference, self.policy):
+                for ours, theirs in unshared_parameters(self.reference, self.policy):
                     ours.copy_(theirs)
         if self.average is not None and self.config.ema_decay is not None:
-            for ours, theirs in own_pairs(self.average, self.policy):
+            for ours, theirs in unshared_parameters(self.average, self.policy):
                 ours.lerp_(theirs, 1 - self.config.ema_decay)
 
     def save(self, folder: Path) -> None:
@@ -166,7 +166,7 @@ class PPOModels:
             self.average.save_trained(folder / "average")
 
 
-def own_pairs(first: Policy, second: Policy) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+def unshared_parameters(first: Policy, second: Policy) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
     """The parameters of two policies of the same shapes, but for those that they share."""
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     return [(ours, theirs) for ours, theirs in pairs if ours is not theirs]

@@ -119,7 +119,7 @@ class PPO(Trainer):
     def restore(self) -> None:
         super().restore()
         self.log.say(str(self.report))
-        self.learner.announce_warmup(self.num_steps_done)
+        self.learner.print_warmup(self.num_steps_done)
 
     def fingerprint_rows(self) -> Iterator[Sequence[int]]:
         return (prompt.tokens for prompt in self.prompts)
@@ -188,7 +188,7 @@ class PPO(Trainer):
             prompts=per_token(number, batch.cu_responses, batch.num_responses),
         )
         if self.value_model is not None:
-            batch = batch.with_fields(values=self.in_shares(batch, self.value_model))
+            batch = batch.with_fields(values=self.compute_in_microbatches(batch, self.value_model))
         terms = self.scorer.terms(prompts, samples, batch)
         self.log.timer.count(batch.num_tokens_unshared)
         return batch, self.scorer.total(terms), terms
@@ -223,9 +223,9 @@ class PPO(Trainer):
     def logprobs(self, policy: Policy, batch: Packed) -> Tensor:
         """Log-probabilities (R,) of the sampled tokens, at the temperature of sampling."""
         with onloaded(policy):
-            return self.in_shares(batch, lambda part: policy(part, temperature=self.config.temperature))
+            return self.compute_in_microbatches(batch, lambda part: policy(part, temperature=self.config.temperature))
 
-    def in_shares(self, batch: Packed, compute: Callable[[Packed], Tensor]) -> Tensor:
+    def compute_in_microbatches(self, batch: Packed, compute: Callable[[Packed], Tensor]) -> Tensor:
         """What compute says of the response tokens (R,); each process computes it for a share of them."""
         parts = batch.microbatches(self.config.max_tokens, share=distributed.rank_and_world_size())
         return distributed.all_gather_cat(torch.cat([compute(part) for part in parts]))
