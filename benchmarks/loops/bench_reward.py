@@ -26,7 +26,7 @@ def fastrlhf(options: argparse.Namespace, folder: Path, *, share_prompts: bool =
     settings = training.our_options(options, folder) | {"center_bias": False, "batch_size": options.batch // 2}
     settings |= {"model": str(folder / "reward"), "data": str(folder / "pairs.jsonl"), "share_prompts": share_prompts}
     trainer = RewardTrainer(RewardConfig(**settings))
-    computed = sum(map(trainer.num_computed, trainer.rows))
+    computed = sum(map(trainer.num_forward_tokens, trainer.rows))
     return {**training.train_ours(trainer), "computed": computed}
 
 

@@ -36,7 +36,7 @@ def test_prompts_read_once_or_for_each_response_give_the_same_steps(settings, tm
         RewardTrainer(RewardConfig(**settings | {"output": str(tmp_path / name), "share_prompts": name == "once"}))
         for name in ("once", "each")
     )
-    assert sum(map(once.num_computed, once.rows)) < sum(map(each.num_computed, each.rows))
+    assert sum(map(once.num_forward_tokens, once.rows)) < sum(map(each.num_forward_tokens, each.rows))
     for ours, theirs in zip(once, each, strict=True):
         for name in ("loss", "grad_norm", "num_tokens"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name

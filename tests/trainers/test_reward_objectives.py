@@ -253,7 +253,7 @@ def test_rankings_of_oasst_train_and_cost_fewer_tokens_than_their_pairs(settings
             for row in trainer.rows
             for i, j in combinations(range(len(row.responses)), 2)
         ]
-        ours, theirs = (sum(map(trainer.num_computed, rows)) for rows in (trainer.rows, cut))
+        ours, theirs = (sum(map(trainer.num_forward_tokens, rows)) for rows in (trainer.rows, cut))
         apart = sum(map(trainer.num_tokens, cut))
         assert trainer.shares_prompts and ours < theirs < apart
         batch = pack_rows(trainer.rows, share_prompts=True, as_responses=False, device=torch.device("cpu"))
