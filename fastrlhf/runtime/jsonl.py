@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ def as_json(row: Any) -> str:
     """A value as a line of JSON, with its letters as they are; lone surrogates, which no file can hold, as escapes."""
     text = json.dumps(row, ensure_ascii=False)
     return text if all(not "\ud800" <= each <= "\udfff" for each in text) else json.dumps(row)
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Writes a file of rows, or replaces it, as `write_file` does."""
+    write_file(path, (f"{as_json(row)}\n".encode() for row in rows))
 
 
 def sealed(text: str) -> str:
