@@ -28,7 +28,7 @@ from fastrlhf.rewards.scorer import Scorer
 from fastrlhf.rewards.sources import check_reward
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.atomic_io import append_text, write_file, write_json
-from fastrlhf.runtime.jsonl import as_json, read_jsonl, whole_lines, with_checksum
+from fastrlhf.runtime.jsonl import as_json, read_jsonl, whole_lines, with_checksum, write_jsonl
 from fastrlhf.runtime.metrics import MetricsLog
 from fastrlhf.runtime.output_folder import OutputFolder
 from fastrlhf.settings.best_of_n import BestOfNConfig, SearchConfig
@@ -214,7 +214,7 @@ def best_of_n(config: BestOfNConfig) -> Iterator[str]:
     best, counts = best_rows(rows, keep_unfinished=config.keep_unfinished)
     points = curve(scores_of(rows, "reward"), {name: scores_of(rows, name) for name in judges})
     summary = {"n": config.n, "counts": counts, "moments": moments(rows), "best_of_k": points}
-    write_file(output / "best.jsonl", "".join(as_json(row) + "\n" for row in best).encode())
+    write_jsonl(output / "best.jsonl", best)
     write_json(output / "summary.json", summary)
     folder.close()
     yield table(points, list(judges))

@@ -10,8 +10,7 @@ from typing import Any
 from fastrlhf.data.columns import finished_of, head_name, head_of, margin_of, probability_of, rating_of, weight_of
 from fastrlhf.data.conversations import preference_of, prompt_of, response_of, tools_of
 from fastrlhf.data.files import read_rows
-from fastrlhf.data.lengths import measured
-from fastrlhf.data.loading import Columns, Row, _load, answers_of, read_with
+from fastrlhf.data.loading import Columns, Row, answers_of, load_responses
 from fastrlhf.data.report import Reason, Rejected
 from fastrlhf.data.rows import Loaded
 from fastrlhf.data.template import Renderer
@@ -116,24 +115,15 @@ def layout_of(path: str | Path) -> str:
     )
 
 
-def load_pairs(
-    path: str | Path,
-    tokenizer: Any,
-    *,
-    max_tokens: int,
-    template: str = "auto",
-    template_kwargs: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Loaded[Pair]:
+def load_pairs(path: str | Path, tokenizer: Any, *, max_tokens: int, **options: Any) -> Loaded[Pair]:
     """Returns the preference pairs of a file.
 
-    max_tokens: pairs with a longer side are rejected; template, template_kwargs: see `Renderer`; options: max_rejected,
-    limit, offset
+    max_tokens: pairs with a longer side are rejected; options: template and template_kwargs (see `Renderer`),
+    max_rejected, limit, offset
 
     Raises: DataError."""
-    renderer = Renderer(tokenizer, template, template_kwargs)
 
-    def make(row: Row, used: Columns) -> Pair:
+    def make(renderer: Renderer, row: Row, used: Columns) -> Pair:
         prompt, good, bad = preference_of(row, chat=renderer.chat)
         ends = [finished_of(row, "chosen_finished"), finished_of(row, "rejected_finished")]
         start, (chosen, rejected) = answers_of(renderer, prompt, [good, bad], finished=ends, tools=tools_of(row))
@@ -151,31 +141,24 @@ def load_pairs(
             head=head_of(row),
         )
 
-    return _load(
+    return load_responses(
         path,
+        tokenizer,
         "preference pairs",
         LAYOUTS["pairs"],
-        measured(make, tokenizer, max_tokens),
-        **read_with(renderer, *PAIR_OPTIONS),
+        make,
+        known=PAIR_OPTIONS,
+        max_tokens=max_tokens,
         **options,
     )
 
 
-def load_rankings(
-    path: str | Path,
-    tokenizer: Any,
-    *,
-    max_tokens: int,
-    template: str = "auto",
-    template_kwargs: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Loaded[Ranking]:
+def load_rankings(path: str | Path, tokenizer: Any, *, max_tokens: int, **options: Any) -> Loaded[Ranking]:
     """Returns the rankings of a file; the options are those of load_pairs.
 
     Raises: DataError."""
-    renderer = Renderer(tokenizer, template, template_kwargs)
 
-    def make(row: Row, used: Columns) -> Ranking:
+    def make(renderer: Renderer, row: Row, used: Columns) -> Ranking:
         texts, ranks = row["responses"], row["ranks"]
         if not isinstance(texts, list) or len(texts) < 2:
             raise Rejected(Reason.TOO_FEW_RESPONSES)
@@ -190,13 +173,8 @@ def load_rankings(
         places = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
         return Ranking(start, responses, [places[ranks[n]] for n in order], head_of(row), _others(row, used, ("head",)))
 
-    return _load(
-        path,
-        "rankings",
-        LAYOUTS["rankings"],
-        measured(make, tokenizer, max_tokens),
-        **read_with(renderer, "head"),
-        **options,
+    return load_responses(
+        path, tokenizer, "rankings", LAYOUTS["rankings"], make, known=("head",), max_tokens=max_tokens, **options
     )
 
 
@@ -209,52 +187,29 @@ def check_ranks(responses: Sequence[Hashable], ranks: Sequence[int]) -> None:
             raise Rejected(Reason.TWO_RANKS, f"{found[response]} and {rank}")
 
 
-def load_labelled(
-    path: str | Path,
-    tokenizer: Any,
-    *,
-    max_tokens: int,
-    template: str = "auto",
-    template_kwargs: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Loaded[Labelled]:
+def load_labelled(path: str | Path, tokenizer: Any, *, max_tokens: int, **options: Any) -> Loaded[Labelled]:
     """Returns the labelled responses of a file; the options are those of load_pairs.
 
     Raises: DataError."""
-    renderer = Renderer(tokenizer, template, template_kwargs)
     known = ("weight", "head", "finished")
 
-    def make(row: Row, used: Columns) -> Labelled:
+    def make(renderer: Renderer, row: Row, used: Columns) -> Labelled:
         start, response = _one_response(renderer, row, max_tokens)
         label, others = probability_of(row["label"], "label"), _others(row, used, known)
         return Labelled(start, response, label, weight_of(row), head_of(row), others)
 
-    return _load(
-        path,
-        "labelled responses",
-        LAYOUTS["labelled"],
-        measured(make, tokenizer, max_tokens),
-        **read_with(renderer, *known),
-        **options,
+    return load_responses(
+        path, tokenizer, "labelled responses", LAYOUTS["labelled"], make, known=known, max_tokens=max_tokens, **options
     )
 
 
-def load_ratings(
-    path: str | Path,
-    tokenizer: Any,
-    *,
-    max_tokens: int,
-    template: str = "auto",
-    template_kwargs: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Loaded[Rated]:
+def load_ratings(path: str | Path, tokenizer: Any, *, max_tokens: int, **options: Any) -> Loaded[Rated]:
     """Returns the rated responses of a file, the rating of a column `rating` under that name; an attribute that is null
     is as if it were not there. The options are those of load_pairs.
 
     Raises: DataError."""
-    renderer = Renderer(tokenizer, template, template_kwargs)
 
-    def make(row: Row, used: Columns) -> Rated:
+    def make(renderer: Renderer, row: Row, used: Columns) -> Rated:
         given = row["ratings"] if "ratings" in used else {RATING: row["rating"]}
         if not isinstance(given, Mapping):
             raise Rejected(Reason.BAD_RATING, f"ratings is {given!r}")
@@ -264,12 +219,14 @@ def load_ratings(
         start, response = _one_response(renderer, row, max_tokens)
         return Rated(start, response, ratings, _others(row, used, ("finished",)))
 
-    return _load(
+    return load_responses(
         path,
+        tokenizer,
         "rated responses",
         LAYOUTS["ratings"],
-        measured(make, tokenizer, max_tokens),
-        **read_with(renderer, "finished"),
+        make,
+        known=("finished",),
+        max_tokens=max_tokens,
         **options,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,19 +89,16 @@ def load_demonstrations(
     tokenizer: Any,
     *,
     max_tokens: int,
-    template: str = "auto",
-    template_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Loaded[Demonstration]:
     """Returns the demonstrations of a file: completions, assistant turns, the chosen side of preference pairs, or whole
     texts, of which all tokens but the first are learned.
 
-    max_tokens: longer ones are rejected; template, template_kwargs: see `Renderer`; options: those of `_load`
+    max_tokens: longer ones are rejected; options: those of `load_responses`
 
     Raises: DataError."""
-    renderer = Renderer(tokenizer, template, template_kwargs)
 
-    def make(row: Row, used: Columns) -> Demonstration:
+    def make(renderer: Renderer, row: Row, used: Columns) -> Demonstration:
         if used == ("text",):
             tokens = renderer.text(text_of(row["text"], Reason.EMPTY_TEXT))
             demonstration = Demonstration(tokens, [False] + [True] * (len(tokens) - 1))
@@ -118,14 +116,32 @@ def load_demonstrations(
             raise Rejected(Reason.NO_RESPONSE_TOKEN)
         return demonstration
 
-    return _load(
-        path,
-        "demonstrations",
-        DEMONSTRATION_COLUMNS,
-        measured(make, tokenizer, max_tokens),
-        **read_with(renderer),
-        **options,
+    return load_responses(
+        path, tokenizer, "demonstrations", DEMONSTRATION_COLUMNS, make, max_tokens=max_tokens, **options
     )
+
+
+def load_responses(
+    path: str | Path,
+    tokenizer: Any,
+    wanted: str,
+    accepted: Sequence[Columns],
+    make: Callable[[Renderer, Row, Columns], T],
+    *,
+    max_tokens: int,
+    known: Columns = (),
+    template: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Loaded[T]:
+    """Makes rows that hold responses, each of at most max_tokens tokens.
+
+    known: further columns that `make` reads, besides `tools` with a chat template
+    template, template_kwargs: see `Renderer`; options: max_rejected, limit and offset of `_load`"""
+    renderer = Renderer(tokenizer, template, template_kwargs)
+    columns = (*known, "tools") if renderer.chat else known
+    made = measured(partial(make, renderer), tokenizer, max_tokens)
+    return _load(path, wanted, accepted, made, known=columns, notes=renderer.notes_on_ends, **options)
 
 
 def _load(
@@ -214,11 +230,6 @@ def _notes(wanted: str, row: Row, used: Columns, known: Columns) -> list[str]:
     if unused and wanted != "prompts":
         notes.append(f"columns not used: {', '.join(unused)}")
     return notes
-
-
-def read_with(renderer: Renderer, *known: str) -> dict[str, Any]:
-    """Options of `_load` where responses are read: the further columns, these and `tools` with a chat template."""
-    return {"known": (*known, *(["tools"] if renderer.chat else [])), "notes": renderer.notes_on_ends}
 
 
 def answers_of(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.runtime import distributed, signals
-from fastrlhf.runtime.atomic_io import finite, write_file
-from fastrlhf.runtime.jsonl import append, as_json, whole_lines
+from fastrlhf.runtime.atomic_io import write_file, write_json
+from fastrlhf.runtime.jsonl import append, whole_lines, write_jsonl
 from fastrlhf.runtime.output_folder import OutputFolder
 from fastrlhf.runtime.products import PRODUCTS, check_products, forget, note_new
 
@@ -88,8 +87,4 @@ class Stages(ABC):
 def write_tables(folder: Path, tables: dict[str, Any]) -> None:
     """Writes lists as JSONL and the rest as JSON, by file name."""
     for name, table in tables.items():
-        if name.endswith(".jsonl"):
-            text = "".join(as_json(row) + "\n" for row in table)
-        else:
-            text = json.dumps(finite(table), indent=2, allow_nan=False) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
+        (write_jsonl if name.endswith(".jsonl") else write_json)(folder / name, table)

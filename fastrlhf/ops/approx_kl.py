@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, alike, dense, dtype_name, widen
+from fastrlhf.ops._check import alike, dense, dtype_name, widen
 from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 
@@ -62,8 +62,9 @@ def _fake(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
 def _cpu_forward(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
     logprobs, ref_logprobs = logprobs.contiguous(), ref_logprobs.contiguous()
     out = torch.empty_like(logprobs)
-    options = out.numel(), estimator, torch.get_num_threads()
-    getattr(_cpu, f"approx_kl_{dtype_name(logprobs)}")(*map(address, (logprobs, ref_logprobs, out)), *options)
+    kernel = getattr(_cpu, f"approx_kl_{dtype_name(logprobs)}")
+    addresses = logprobs.data_ptr(), ref_logprobs.data_ptr(), out.data_ptr()
+    kernel(*addresses, out.numel(), estimator, torch.get_num_threads())
     return out
 
 

@@ -37,8 +37,9 @@ def _fake(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
 def _cpu_forward(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
     rewards, cu_seqlens = rewards.contiguous(), cu_seqlens.contiguous()
     returns = torch.empty_like(rewards)
-    options = cu_seqlens.shape[0] - 1, gamma, torch.get_num_threads()
-    getattr(_cpu, f"discounted_returns_{dtype_name(rewards)}")(*map(address, (rewards, cu_seqlens, returns)), *options)
+    kernel = getattr(_cpu, f"discounted_returns_{dtype_name(rewards)}")
+    addresses = rewards.data_ptr(), cu_seqlens.data_ptr(), returns.data_ptr()
+    kernel(*addresses, cu_seqlens.shape[0] - 1, gamma, torch.get_num_threads())
     return returns
 
 

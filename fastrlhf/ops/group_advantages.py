@@ -53,8 +53,9 @@ def _fake(scores: Tensor, *_: Any) -> Tensor:
 def _cpu_forward(scores: Tensor, cu_groups: Tensor, kind: int, eps: float) -> Tensor:
     scores, cu_groups = scores.contiguous(), cu_groups.contiguous()
     advantages = torch.empty_like(scores)
-    addresses, options = map(address, (scores, cu_groups, advantages)), (kind, eps, torch.get_num_threads())
-    getattr(_cpu, f"group_advantages_{dtype_name(scores)}")(*addresses, cu_groups.shape[0] - 1, *options)
+    kernel = getattr(_cpu, f"group_advantages_{dtype_name(scores)}")
+    addresses = scores.data_ptr(), cu_groups.data_ptr(), advantages.data_ptr()
+    kernel(*addresses, cu_groups.shape[0] - 1, kind, eps, torch.get_num_threads())
     return advantages
 
 

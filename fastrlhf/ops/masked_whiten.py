@@ -65,8 +65,9 @@ def _fake_whiten(x: Tensor, *_: Any) -> Tensor:
 def _cpu_whiten(x: Tensor, mask: Tensor | None, moments: Tensor | None, center: bool, eps: float) -> Tensor:
     x, mask, moments = contiguous(x, mask, moments)
     out = torch.empty_like(x)
-    options = x.numel(), center, eps, torch.get_num_threads()
-    getattr(_cpu, f"masked_whiten_{dtype_name(x)}")(*map(address, (x, mask, moments, out)), *options)
+    kernel = getattr(_cpu, f"masked_whiten_{dtype_name(x)}")
+    addresses = x.data_ptr(), address(mask), address(moments), out.data_ptr()
+    kernel(*addresses, x.numel(), center, eps, torch.get_num_threads())
     return out
 
 

@@ -52,11 +52,15 @@ def _cpu_forward(
     dual_clip: float | None,
     denominator: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs, tensors = fake(logprobs), contiguous(logprobs, old_logprobs, advantages, mask)
-    bounds = clip_low, clip_high, torch.inf if dual_clip is None else dual_clip
-    options = logprobs.numel(), *bounds, denominator or 0.0, torch.get_num_threads()
-    getattr(_cpu, f"ppo_policy_loss_{dtype_name(logprobs)}")(*map(address, (*tensors, *outputs)), *options)
-    return outputs
+    logprobs, old_logprobs, advantages = logprobs.contiguous(), old_logprobs.contiguous(), advantages.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    loss, stats, grad = fake(logprobs)
+    inputs = logprobs.data_ptr(), old_logprobs.data_ptr(), advantages.data_ptr(), address(mask)
+    outputs = loss.data_ptr(), stats.data_ptr(), grad.data_ptr()
+    options = clip_low, clip_high, torch.inf if dual_clip is None else dual_clip, denominator or 0.0
+    kernel = getattr(_cpu, f"ppo_policy_loss_{dtype_name(logprobs)}")
+    kernel(*inputs, *outputs, logprobs.numel(), *options, torch.get_num_threads())
+    return loss, stats, grad
 
 
 def _cuda_forward(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, dtype_in, dtype_name, has_shape, readable, same_device
+from fastrlhf.ops._check import dtype_in, dtype_name, has_shape, readable, same_device
 from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops.token_logprobs import rows_of
@@ -91,12 +91,13 @@ def _check(logits: Tensor, seeds: Tensor, positions: Tensor, *_: Any) -> None:
 def _cpu_forward(
     logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _fake(logits)
-    logits, seeds, positions = logits.to(outputs[1].dtype).contiguous(), seeds.contiguous(), positions.contiguous()
+    tokens, logprobs, sampler_logprobs = _fake(logits)
+    logits, seeds, positions = logits.to(logprobs.dtype).contiguous(), seeds.contiguous(), positions.contiguous()
+    inputs = logits.data_ptr(), seeds.data_ptr(), positions.data_ptr()
+    outputs = tokens.data_ptr(), logprobs.data_ptr(), sampler_logprobs.data_ptr()
     options = *logits.shape, temperature, top_k, top_p, min_p, torch.get_num_threads()
-    addresses = map(address, (logits, seeds, positions, *outputs))
-    getattr(_cpu, f"sample_tokens_{dtype_name(logits)}")(*addresses, *options)
-    return outputs
+    getattr(_cpu, f"sample_tokens_{dtype_name(logits)}")(*inputs, *outputs, *options)
+    return tokens, logprobs, sampler_logprobs
 
 
 def _cuda_forward(

@@ -56,11 +56,14 @@ def _cpu_forward(
     clip_range: float | None,
     denominator: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs, tensors = _fake(values), contiguous(values, old_values, returns, mask)
-    clip_range = math.inf if clip_range is None else clip_range
-    options = values.numel(), clip_range, denominator or 0.0, torch.get_num_threads()
-    getattr(_cpu, f"value_loss_{dtype_name(values)}")(*map(address, (*tensors, *outputs)), *options)
-    return outputs
+    values, old_values, returns = values.contiguous(), old_values.contiguous(), returns.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    loss, stats, grad = _fake(values)
+    inputs = values.data_ptr(), old_values.data_ptr(), returns.data_ptr(), address(mask)
+    outputs = loss.data_ptr(), stats.data_ptr(), grad.data_ptr()
+    options = values.numel(), math.inf if clip_range is None else clip_range, denominator or 0.0
+    getattr(_cpu, f"value_loss_{dtype_name(values)}")(*inputs, *outputs, *options, torch.get_num_threads())
+    return loss, stats, grad
 
 
 def _cuda_forward(

@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ SEAL = ', "crc32": '
 
 
 def append(path: Path, row: dict[str, Any], *, seal: bool = False) -> None:
-    """Adds a line of JSON; a number that is not finite becomes null, which every reader takes. seal: as `sealed`"""
+    """Adds a line of JSON; a number that is not finite becomes null, which every reader takes. seal: `with_checksum`"""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     text = json.dumps(clean, allow_nan=False)
     append_text(path, (with_checksum(text) if seal else text) + "\n")
@@ -26,6 +27,11 @@ def as_json(row: Any) -> str:
     """A value as a line of JSON, with its letters as they are; lone surrogates, which no file can hold, as escapes."""
     text = json.dumps(row, ensure_ascii=False)
     return text if all(not "\ud800" <= each <= "\udfff" for each in text) else json.dumps(row)
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Writes a file of rows, or replaces it, as `write_file` does."""
+    write_file(path, (f"{as_json(row)}\n".encode() for row in rows))
 
 
 def with_checksum(text: str) -> str:
@@ -59,7 +65,7 @@ def whole_lines(path: Path, *names: str) -> list[bytes]:
 
 
 def is_broken(line: bytes, must: bool = False) -> bool:
-    """Whether a line is not what was sealed; must: without a seal it is broken, too"""
+    """Whether a line is not what was written; must: without a checksum it is broken, too"""
     text, seal, checksum = line.rstrip().rpartition(SEAL.encode())
     return checksum != b"%d}" % zlib.crc32(text + b"}") if seal else must
 

@@ -26,7 +26,6 @@ from fastrlhf.commands.feedback.rows import (
     as_prompt,
     as_text,
     check_share,
-    lines,
     read_items,
 )
 from fastrlhf.data import SPLIT, Prompt, Rejected, batch_rows, shuffled
@@ -40,8 +39,8 @@ from fastrlhf.generation.engine import Sampling
 from fastrlhf.models.policy import Policy
 from fastrlhf.rewards.scorer import Scorer
 from fastrlhf.runtime import distributed
-from fastrlhf.runtime.atomic_io import write_file, write_json, write_whole
-from fastrlhf.runtime.jsonl import read_jsonl
+from fastrlhf.runtime.atomic_io import write_json, write_whole
+from fastrlhf.runtime.jsonl import read_jsonl, write_jsonl
 from fastrlhf.runtime.metrics import MetricsLog
 from fastrlhf.runtime.resume_check import check_finished
 from fastrlhf.settings.feedback import MAX_ROUNDS, IterateConfig, JudgeConfig, LabelConfig
@@ -195,7 +194,7 @@ class Iterate(Stages):
         """The pairs that the judge labels, with its summary; a labelling that was stopped goes on."""
         folder = self.round_folder(number) / "labels" / name
         folder.parent.mkdir(parents=True, exist_ok=True)
-        write_file(folder.with_name(f"{name}_prompts.jsonl"), lines(rows))
+        write_jsonl(folder.with_name(f"{name}_prompts.jsonl"), rows)
         shared = {key: getattr(self.config, key) for key in field_types(JudgeConfig)}
         shared |= {
             "data": str(folder.with_name(f"{name}_prompts.jsonl")),
@@ -220,7 +219,7 @@ class Iterate(Stages):
         if self.config.comparisons is not None:
             paths.insert(0, self.output / "data/comparisons.jsonl")
         rows = [row for path in paths for row in read_jsonl(path)]
-        write_file(self.round_folder(number) / "comparisons.jsonl", lines(rows))
+        write_jsonl(self.round_folder(number) / "comparisons.jsonl", rows)
 
     def reward_config(self, number: int) -> RewardConfig:
         """The settings of a round's reward model."""

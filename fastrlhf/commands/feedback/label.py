@@ -25,7 +25,6 @@ from fastrlhf.commands.feedback.rows import (
     check_same_items,
     check_share,
     check_two,
-    lines,
     read_items,
     rejected_by_reason,
 )
@@ -35,8 +34,8 @@ from fastrlhf.errors import DataError, UserError
 from fastrlhf.evaluation.answers import answer
 from fastrlhf.generation.engine import Sampling
 from fastrlhf.models.policy import Policy
-from fastrlhf.runtime.atomic_io import write_file, write_json
-from fastrlhf.runtime.jsonl import append, read_jsonl, truncate_after_step
+from fastrlhf.runtime.atomic_io import write_json
+from fastrlhf.runtime.jsonl import append, read_jsonl, truncate_after_step, write_jsonl
 from fastrlhf.runtime.metrics import MetricsLog
 from fastrlhf.runtime.output_folder import OutputFolder
 from fastrlhf.runtime.products import PRODUCTS, check_products, note_new
@@ -88,7 +87,7 @@ class Label:
         rows, summary = label(self.items, verdicts, rater=self.rater, tie_margin=self.config.tie_margin)
         summary = {"judge": self.rater, "rows": self.report.num_rows, **summary}
         summary["rejected"] = rejected_by_reason(self.report)
-        write_file(self.output / "pairs.jsonl", lines(rows))
+        write_jsonl(self.output / "pairs.jsonl", rows)
         write_json(self.output / "summary.json", summary)
         self.folder.close()
         yield str(self.report)
@@ -132,7 +131,7 @@ class Label:
                 given = answer(policy, self.tokenizer, prompts, {}, sampling=sampling, seeds=seeds, progress=done)
             ends = given.finished.tolist()
             rows = [{"responses": given.texts[n : n + 2], "finished": ends[n : n + 2]} for n in range(0, len(ends), 2)]
-            write_file(path, lines(rows))
+            write_jsonl(path, rows)
         answers = read_jsonl(path)
         if len(answers) != len(items) or not all({"responses", "finished"} <= row.keys() for row in answers):
             raise UserError(f"resume: {path} is damaged: it lacks answers; delete it to have it made again")

@@ -21,7 +21,6 @@ from fastrlhf.commands.feedback.rows import (
     as_prompt,
     check_same_items,
     check_share,
-    lines,
     read_items,
     rejected_by_reason,
 )
@@ -31,8 +30,8 @@ from fastrlhf.data.template import Renderer, eos_token_ids, load_tokenizer
 from fastrlhf.errors import DataError, UserError
 from fastrlhf.generation.engine import Engine, Sampling
 from fastrlhf.models.policy import Policy, autocasting
-from fastrlhf.runtime.atomic_io import write_file, write_json
-from fastrlhf.runtime.jsonl import read_jsonl
+from fastrlhf.runtime.atomic_io import write_json
+from fastrlhf.runtime.jsonl import read_jsonl, write_jsonl
 from fastrlhf.runtime.metrics import MetricsLog
 from fastrlhf.runtime.output_folder import OutputFolder
 from fastrlhf.runtime.products import PRODUCTS, check_products, note_new
@@ -89,9 +88,9 @@ class Revise:
         for round_number in range(1, self.config.rounds + 1):
             path = self.output / f"round-{round_number}.jsonl"
             if not path.exists():
-                rows_of_round = lines(self.round(round_number, responses))
+                rows_of_round = self.round(round_number, responses)
                 self.folder.check()
-                write_file(path, rows_of_round)
+                write_jsonl(path, rows_of_round)
             rows = _rows_of(path, responses)
             note_new(self.output, path.name)
             self.keep(rows)
@@ -128,7 +127,7 @@ class Revise:
         path = self.output / "responses.jsonl"
         if not path.exists():
             drawn = self.sample({number: item.prompt for number, item in self.items.items()}, 0, "respond")
-            write_file(path, lines([{"row": number, **row} for number, row in drawn.items()]))
+            write_jsonl(path, [{"row": number, **row} for number, row in drawn.items()])
         rows = _rows_of(path, self.items)
         note_new(self.output, path.name)
         self.keep(rows)
@@ -222,10 +221,10 @@ class Revise:
             "principles": dict(sorted(Counter(each["principle"] for each in rounds).items())),
             "rejected": rejected_by_reason(self.report),
         }
-        write_file(self.output / "demonstrations.jsonl", lines(demonstrations))
+        write_jsonl(self.output / "demonstrations.jsonl", demonstrations)
         if self.config.pairs:
-            write_file(self.output / "pairs.jsonl", lines(pairs))
-        write_file(self.output / "transcripts.jsonl", lines(list(done.values())))
+            write_jsonl(self.output / "pairs.jsonl", pairs)
+        write_jsonl(self.output / "transcripts.jsonl", done.values())
         write_json(self.output / "summary.json", summary)
         return summary
 

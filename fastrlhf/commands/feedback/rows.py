@@ -23,7 +23,6 @@ from fastrlhf.data.report import LEFT_OUT
 from fastrlhf.data.template import Renderer
 from fastrlhf.errors import DataError, UserError
 from fastrlhf.runtime.atomic_io import write_file
-from fastrlhf.runtime.jsonl import as_json
 
 Row = dict[str, Any]
 # columns that say which response is better, by how much and by whom: an earlier label, so not kept beside a new one
@@ -182,8 +181,3 @@ def read_text(path: str, option: str) -> str:
 def rejected_by_reason(report: Report) -> dict[str, int]:
     """How many rows were rejected for each reason."""
     return {str(reason): len(rows) for reason, rows in report.rejected.items()}
-
-
-def lines(rows: Sequence[Row]) -> bytes:
-    """Rows as JSONL."""
-    return "".join(as_json(row) + "\n" for row in rows).encode()

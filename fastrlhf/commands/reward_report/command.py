@@ -32,7 +32,7 @@ from fastrlhf.rewards.scorer import Scorer
 from fastrlhf.rewards.sources import is_model, short_names, split_head
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.atomic_io import write_file
-from fastrlhf.runtime.jsonl import as_json
+from fastrlhf.runtime.jsonl import write_jsonl
 from fastrlhf.runtime.lock import Lock, check_free_above
 from fastrlhf.runtime.metrics import MetricsLog
 from fastrlhf.runtime.output_folder import check_reads_none_of
@@ -98,10 +98,10 @@ class EvaluateReward:
         )
         evidence = Evidence(self.names, self.pairs, pairs, self.benchmark, benchmark, probes, self.reference)
         summary = {"files": self.reports, **summarize(evidence, self.config, self.tokenizer)}
-        rows = "".join(as_json(row) + "\n" for row in score_rows(evidence))
+        rows = score_rows(evidence)
         self.lock.check()
         output = Path(self.config.output)
-        write_file(output / "scores.jsonl", rows.encode())
+        write_jsonl(output / "scores.jsonl", rows)
         write_file(output / "summary.json", (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
         write_file(output / "report.html", page(summary, with_plots=self.config.plots).encode())
         self.lock.release()
