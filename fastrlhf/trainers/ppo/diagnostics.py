@@ -25,7 +25,7 @@ def describe(
     shaped: dict[str, Tensor],
     stats: Sequence[Statistics],
 ) -> dict[str, Any]:
-    """The metrics of a step under the names the field knows. KL is summed over a response, then averaged.
+    """The metrics of a step under the names the field knows.
 
     batch: fields logprobs, sampled (those of the sampler) and ref_logprobs
     scores: (N,); terms: by name the scores (N,) that these are made of
@@ -36,7 +36,7 @@ def describe(
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(correction=0),
         **(scores_of(terms) if len(terms) > 1 else {}),
-        "objective/kl": (batch["logprobs"] - batch["ref_logprobs"]).sum() / batch.num_sequences,
+        "objective/kl": mean_kl(batch),
         "objective/kl_k3": k3.sum() / batch.num_sequences,
         "objective/rlhf_reward": shaped["rewards"],
         "objective/entropy": -batch["logprobs"].mean(),
@@ -62,6 +62,11 @@ def describe(
         metrics["ppo/policy/first_ratio_max"] = stats[0].values["ppo/policy/ratio_max"]
         metrics["ppo/policy/first_ratio_min"] = stats[0].values["ppo/policy/ratio_min"]
     return metrics | rollout_difference(batch, stats[0]) | Statistics.mean(stats)
+
+
+def mean_kl(batch: Packed) -> Tensor:
+    """The KL to the reference (k1) in nats a response: summed over a response, then averaged."""
+    return (batch["logprobs"] - batch["ref_logprobs"]).sum() / batch.num_sequences
 
 
 def scores_of(terms: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ from fastrlhf.trainers.base import Trainer
 from fastrlhf.trainers.memory_plan import plan_ppo, print_memory_plan
 from fastrlhf.trainers.ppo.advantages import next_kl_coef, shaped_scores, with_advantages
 from fastrlhf.trainers.ppo.data import check_lengths, load_eval_prompts, load_ptx
-from fastrlhf.trainers.ppo.diagnostics import HealthChecks, describe, sample_rows
+from fastrlhf.trainers.ppo.diagnostics import HealthChecks, describe, mean_kl, sample_rows
 from fastrlhf.trainers.ppo.held_out import HeldOut, load_scorers
 from fastrlhf.trainers.ppo.learner import Learner, Update
 from fastrlhf.trainers.ppo.models import PPOModels, load_base
@@ -147,7 +147,7 @@ class PPO(Trainer):
             updates = self.learner.train(batch, step=self.num_steps_done, kl_coef=self.kl_coef, done=done)
             self.log.timer.count(config.epochs * batch.num_tokens_unshared)
         metrics = self.describe(batch, samples, scores, terms, shaped, updates)
-        self.kl_coef = next_kl_coef(config, self.kl_coef, metrics["objective/kl"], self.num_steps_done + 1)
+        self.kl_coef = next_kl_coef(config, self.kl_coef, mean_kl(batch).item(), self.num_steps_done + 1)
         self.models.end_step(self.num_steps_done + 1)
         return metrics
 
