@@ -1,10 +1,11 @@
-"""A PPO step on given responses: what our loop makes of them, and the same in float64 from the papers' formulas.
+"""A PPO step on given responses: what PPO makes of them, and the same in float64 from the papers' formulas.
 
-Between the two updates of the step all weights become others ("later"), so that the second has ratios away from 1,
-clipped tokens and clipped values.
+PPO is used as any caller would: settings, a rollout backend, metrics, weights. The first of the step's two updates is
+large, so that the second has ratios away from 1, clipped tokens and clipped values.
 """
 
 import math
+import tempfile
 from pathlib import Path
 
 import torch
@@ -16,29 +17,23 @@ from fastrlhf import PPO, PPOConfig
 from fastrlhf.generation.engine import Sample
 from fastrlhf.models.policy import RewardModel
 
-FOLDERS = ("model", "reference", "reward", "later_model", "later_reward")
 LEARNED = ("model", "reward")  # what the policy and the value model start as
+RATES = {"model": 0.5, "reward": 0.1}  # of an update: so large that the next one clips some tokens and values
+EPS = 1e7
 
 
 def make_models(folder):
-    """Random models that differ enough for the second update to clip some tokens and values, and not others."""
+    """Random models: a policy, a reference near it, and a reward model."""
     torch.manual_seed(0)
-    for name in FOLDERS:
-        path = model_folder(folder / name)
-        if "reward" in name:
-            RewardModel.from_pretrained(path, new_head=True).save_pretrained(path)
-    for name in ("later_model", "reference"):
-        perturb(AutoModelForCausalLM, folder / "model", folder / name, 0.03)
-    perturb(AutoModelForSequenceClassification, folder / "reward", folder / "later_reward", 0.1)
-    return folder
-
-
-def perturb(loader, source, target, size):
-    model = loader.from_pretrained(source)
+    for name in ("model", "reference"):
+        model_folder(folder / name)
+    RewardModel.from_pretrained(model_folder(folder / "reward"), new_head=True).save_pretrained(folder / "reward")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(size * torch.randn_like(parameter))
-    model.save_pretrained(target)
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    model.save_pretrained(folder / "reference")
+    return folder
 
 
 def responses_of(lengths, eos, *, width=4, seed=1):
@@ -52,61 +47,76 @@ def responses_of(lengths, eos, *, width=4, seed=1):
     return rows
 
 
-def our_step(folder, rows, **changes):
-    """Returns what the loop computes: batch, metrics, next KL coefficient, and the gradients of both updates
-    of both models."""
-    options = {
-        "batch_size": len(rows),
-        "minibatches": 1,
-        "epochs": 2,
-        "steps": 1,
-        "max_tokens": 16,
-        "max_grad_norm": 1e9,
-    }
+class GivenResponses:
+    """A rollout backend whose responses are given, with the log-probabilities that transformers computes for them."""
+
+    def __init__(self, folder, rows, temperature):
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64).eval()
+        with torch.no_grad():
+            logprobs, _ = response_logprobs(model, rows, temperature)
+        end = tiny_tokenizer().eos_token_id
+        self.samples = [
+            Sample(prompt, response, row.tolist(), row.tolist(), response[-1] == end)
+            for (prompt, response), row in zip(rows, logprobs, strict=True)
+        ]
+
+    def generate(self, prompts, sampling, *, seeds, limits=None, progress=None):
+        return self.samples
+
+
+def our_run(folder, rows, **changes):
+    """A PPO run of a step on these responses, in a folder of its own, with steps that are learning rates times means
+    of gradients: AdamW with an epsilon that its second moment does not count beside."""
     prompts = write_rows(folder / "prompts.jsonl", [{"prompt": "unused"}] * len(rows))
-    models = {name: str(folder / name) for name in ("model", "reference", "reward")}
-    longest = max(len(response) for _, response in rows)
     config = PPOConfig(
-        data=prompts, output=str(folder / "out"), **models, **{"max_new_tokens": longest, **options, **changes}
+        data=prompts,
+        output=tempfile.mkdtemp(dir=folder),
+        **{name: str(folder / name) for name in ("model", "reference", "reward")},
+        **{"steps": 1, "batch_size": len(rows), "minibatches": 1, "epochs": 2, "max_tokens": 16, "warmup_ratio": 0.0}
+        | {"max_new_tokens": max(len(response) for _, response in rows), "max_grad_norm": 1e9, "adam_eps": EPS}
+        | {"learning_rate": RATES["model"] * EPS, "value_learning_rate": RATES["reward"] * EPS}
+        | {"schedule": "constant", "value_schedule": "constant", **changes},
     )
-    trainer = PPO(config)
-    end, seen = trainer.tokenizer.eos_token_id, {}
-
-    def given(_):
-        samples = [Sample(p, r, [0.0] * len(r), [0.0] * len(r), r[-1] == end) for p, r in rows]
-        logprobs = trainer.logprobs(trainer.policy, trainer.pack(samples)).detach().split([len(r) for _, r in rows])
-        for sample, of_row in zip(samples, logprobs, strict=True):
-            sample.logprobs[:] = of_row.tolist()
-        return samples
-
-    train = trainer.learner.train
-
-    def watched(batch, **options):
-        seen["batch"] = batch
-        return train(batch, **options)
-
-    trainer.generate, trainer.learner.train = given, watched
-    for name, model, optimizer in (
-        ("model", trainer.policy.model, trainer.learner.policy_optimizer),
-        ("reward", trainer.value_model.model, trainer.learner.value_optimizer),
-    ):
-        seen[name] = []
-        optimizer.step = become_later(model, folder / f"later_{name}", seen[name], optimizer)
-    seen["metrics"], seen["next_kl_coef"] = trainer.step(), trainer.kl_coef
-    return seen
+    return PPO(config, backend=lambda policy: GivenResponses(folder, rows, config.temperature))
 
 
-def become_later(model, folder, gradients, optimizer):
-    """In place of an optimizer step: notes the gradients, and gives the model the weights of `folder`."""
+def weights_of(trainer):
+    models = {"model": trainer.policy.model, "reward": trainer.value_model.model}
+    return {of: {name: p.detach().double() for name, p in model.named_parameters()} for of, model in models.items()}
 
-    def step(_):
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        later = type(model).from_pretrained(folder).state_dict()
-        model.load_state_dict({name: later[name] for name in model.state_dict()})
-        optimizer.drop_gradients()
-        return torch.tensor(0.0)
 
-    return step
+def our_step(folder, rows, **changes):
+    """Returns what PPO makes of the responses: the metrics of a step of two updates, and the gradients of both updates
+    of both models, read off the weights. Leaves the models after the first update as later_model and later_reward."""
+    weights = []
+    for epochs in (1, 2):
+        with our_run(folder, rows, epochs=epochs, **changes) as trainer:
+            weights += [weights_of(trainer)] if epochs == 1 else []
+            metrics = next(trainer)
+            weights.append(weights_of(trainer))
+            if epochs == 1:
+                trainer.policy.save_pretrained(folder / "later_model")
+                trainer.value_model.save_pretrained(folder / "later_reward")
+    return {"metrics": metrics, **{of: gradients_of(*(each[of] for each in weights), RATES[of]) for of in LEARNED}}
+
+
+def gradients_of(before, between, after, rate):
+    """The gradients of two updates. The first changes weights by rate times its gradient g, the second by rate times
+    the mean (0.9 * 0.1 g + 0.1 h) / (1 - 0.9^2) that Adam's beta of 0.9 makes of both."""
+    first = {name: (before[name] - between[name]) / rate for name in before}
+    means = {name: (between[name] - after[name]) / rate for name in before}
+    return [first, {name: 1.9 * means[name] - 0.9 * first[name] for name in before}]
+
+
+def response_logprobs(model, rows, temperature):
+    """log p of each response token at the temperature of sampling, and the entropy there."""
+    logprobs, entropies = [], []
+    for prompt, response in rows:
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        table = (logits / temperature).log_softmax(-1)
+        logprobs.append(torch.stack([table[t, token] for t, token in enumerate(response)]))
+        entropies.append(-(table.exp() * table).sum(-1))
+    return logprobs, entropies
 
 
 class ByHand:
@@ -129,22 +139,16 @@ class ByHand:
         if settings.whiten:
             mean, deviation = every.mean(), every.var(correction=0).sqrt()
             self.advantages = [(a - mean) / deviation for a in self.advantages]
-        for prefix in ("", "later_"):
-            self.update(prefix)
+        policy, value_model = self.load("model"), self.load("reward")
+        for _ in range(2):
+            self.update(policy, value_model)
 
     def load(self, name):
         loader = AutoModelForSequenceClassification if "reward" in name else AutoModelForCausalLM
         return loader.from_pretrained(self.folder / name, dtype=torch.float64, attn_implementation="eager").eval()
 
     def policy_outputs(self, model):
-        """log p of each response token at the temperature of sampling, and the entropy there."""
-        logprobs, entropies = [], []
-        for prompt, response in self.rows:
-            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-            table = (logits / self.settings.temperature).log_softmax(-1)
-            logprobs.append(torch.stack([table[t, token] for t, token in enumerate(response)]))
-            entropies.append(-(table.exp() * table).sum(-1))
-        return logprobs, entropies
+        return response_logprobs(model, self.rows, self.settings.temperature)
 
     def hidden(self, model):
         return [(model.model(torch.tensor([p + r])).last_hidden_state[0], len(p)) for p, r in self.rows]
@@ -175,9 +179,9 @@ class ByHand:
             advantages.insert(0, running)
         return torch.tensor(advantages, dtype=torch.float64)
 
-    def update(self, prefix):
-        """The losses of an update and their gradients, by parameter."""
-        settings, policy, value_model = self.settings, self.load(f"{prefix}model"), self.load(f"{prefix}reward")
+    def update(self, policy, value_model):
+        """The losses of an update and their gradients, by parameter; then a step against the gradients."""
+        settings = self.settings
         advantages, old = torch.cat(self.advantages), torch.cat(self.old)
         logprobs, entropies = (torch.cat(each) for each in self.policy_outputs(policy))
         ratio, bound = (logprobs - old).exp(), settings.clip_range
@@ -198,10 +202,15 @@ class ByHand:
         self.losses[name].append(loss.item())
         gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
         self.gradients[name].append(gradients)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= RATES[name] * parameter.grad
+        model.zero_grad(set_to_none=True)
 
 
-def assert_same_gradients(found, expected, tolerance=1e-5):
-    """Fails where a parameter's gradient differs by more than this share of the largest gradient."""
+def assert_same_gradients(found, expected, tolerance=5e-5):
+    """Fails where a parameter's gradient differs by more than this share of the largest gradient: weights that are
+    near 1 show an update to the 24 bits of float32."""
     assert found.keys() == expected.keys()
     largest = max(gradient.abs().max().item() for gradient in expected.values())
     for name, gradient in expected.items():

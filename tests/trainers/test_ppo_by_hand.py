@@ -31,21 +31,26 @@ def steps(request, tmp_path_factory):
     return our_step(folder, rows, **settings), by_hand
 
 
-def assert_close(found, expected):
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+def close(number):
+    return pytest.approx(float(number), rel=1e-5, abs=1e-5)
 
 
 def test_rewards_values_and_returns_are_those_of_the_formulas(steps):
-    ours, by_hand = steps
-    assert_close(ours["batch"]["values"], torch.cat(by_hand.values))
-    assert_close(ours["batch"]["returns"], torch.cat(by_hand.returns))
-    total = sum(sum(rewards) for rewards in by_hand.rewards) / len(LENGTHS)
-    assert ours["metrics"]["objective/rlhf_reward"] == pytest.approx(total, abs=1e-5)
+    """Their means; that each token has its own, the gradients show."""
+    metrics, by_hand = steps[0]["metrics"], steps[1]
+    values, returns = torch.cat(by_hand.values), torch.cat(by_hand.returns)
+    assert metrics["objective/scores"] == close(sum(by_hand.scores) / len(LENGTHS) + 0.5 * 3 / len(LENGTHS))
+    assert metrics["objective/rlhf_reward"] == close(sum(map(sum, by_hand.rewards)) / len(LENGTHS))
+    assert metrics["ppo/value/mean"] == close(values.mean()) and metrics["ppo/returns/mean"] == close(returns.mean())
+    share = 1 - (returns - values).var() / returns.var()
+    assert metrics["ppo/value/explained_variance"] == pytest.approx(share.item(), rel=1e-4, abs=1e-4)
 
 
-def test_whitened_advantages_are_those_of_the_formulas(steps):
-    ours, by_hand = steps
-    assert_close(ours["batch"]["advantages"], torch.cat(by_hand.advantages))
+def test_advantages_are_those_of_the_formulas_before_they_are_whitened(steps):
+    metrics, by_hand = steps[0]["metrics"], steps[1]
+    advantages = torch.cat(by_hand.returns) - torch.cat(by_hand.values)
+    assert metrics["objective/advantages"] == close(advantages.mean())
+    assert metrics["objective/advantages_std"] == close(advantages.std(correction=0))
 
 
 def test_kl_is_summed_over_responses_of_both_signs_and_k3_is_of_the_same_direction(steps):
@@ -54,6 +59,13 @@ def test_kl_is_summed_over_responses_of_both_signs_and_k3_is_of_the_same_directi
     assert (ratios > 0).any() and (ratios < 0).any()
     assert ours["metrics"]["objective/kl"] == pytest.approx((-ratios).sum().item() / 6, abs=1e-5)
     assert ours["metrics"]["objective/kl_k3"] == pytest.approx((ratios.exp() - 1 - ratios).sum().item() / 6, abs=1e-5)
+
+
+def test_gradients_of_another_formula_would_be_seen(steps):
+    """A gradient that is off by a thousandth is not taken for right."""
+    expected = steps[1].gradients["model"][0]
+    with pytest.raises(AssertionError, match="e-0"):
+        assert_same_gradients({name: 1.001 * gradient for name, gradient in expected.items()}, expected)
 
 
 @pytest.mark.parametrize("update", [0, 1])
