@@ -13,6 +13,8 @@ from typing import Any
 
 from fastrlhf.errors import UserError, UserTypeError
 
+MOVED = {"fastrlhf.demo.gold": "fastrlhf.rewards.gold"}  # modules of ours that settings may still name
+
 
 def load_function(source: str, option: str = "reward") -> Callable[..., Any]:
     """Returns the function named by "module:function"; the working folder is on the path, as for python -m.
@@ -29,6 +31,10 @@ def load_function(source: str, option: str = "reward") -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, and an import inside it failed
+        if module_name in MOVED:
+            raise UserError(
+                f"{option}: {module_name} is now {MOVED[module_name]}: write {MOVED[module_name]}:{name}"
+            ) from None
         turned = f"; write {name}:{module_name}" if name.isidentifier() and Path(f"{name}.py").is_file() else ""
         raise UserError(f"{option}: no module named {module_name!r} (working folder {Path.cwd()}){turned}") from None
     if not hasattr(module, name):

@@ -203,3 +203,8 @@ def test_the_right_spellings_are_taken(module):
 def test_an_error_while_a_module_is_imported_is_its_own(module):
     with pytest.raises(AttributeError, match="no_such_name"):
         load_function("failing_rules:score")
+
+
+def test_a_module_of_ours_that_moved_is_named_with_its_new_place():
+    with pytest.raises(ValueError, match="fastrlhf.demo.gold is now fastrlhf.rewards.gold: write fastrlhf.rewards.gold:"):
+        load_function("fastrlhf.demo.gold:plain_answer")
