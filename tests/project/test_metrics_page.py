@@ -77,7 +77,7 @@ def runs(path):
         "ptx_data": rows["demonstrations"],
     }
     options |= {
-        "reward": f"{path / 'reward'}=1,test_ppo:share_of_low_tokens=0.5",
+        "reward": f"{path / 'reward'}=1,ppo_runs:share_of_low_tokens=0.5",
         "kl_in": "loss",
         "kl_estimator": "k3",
     }
