@@ -206,5 +206,5 @@ def test_an_error_while_a_module_is_imported_is_its_own(module):
 
 
 def test_a_module_of_ours_that_moved_is_named_with_its_new_place():
-    with pytest.raises(ValueError, match="fastrlhf.demo.gold is now fastrlhf.rewards.gold: write fastrlhf.rewards.gold:"):
+    with pytest.raises(ValueError, match=r"fastrlhf.demo.gold is now fastrlhf.rewards.gold: write fastrlhf.rewards"):
         load_function("fastrlhf.demo.gold:plain_answer")
