@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import dtype_in, dtype_name, has_shape, indices_below, same_device, same_shape
+from fastrlhf.ops._check import FLOATS, dtype_in, dtype_name, has_shape, indices_below, same_device, same_shape
 from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 
 triton_kernel = triton("decode_attention")
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def decode_attention_ref(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
+    WIDE,
     address,
     contiguous,
     cu_seqlens_of,
@@ -22,7 +23,6 @@ from fastrlhf.ops._check import (
 from fastrlhf.ops._launch import if_built, launch
 from fastrlhf.ops._registry import leaf, op
 
-FLOATS = (torch.float32, torch.float64)
 GAPS = ("carry", "zero")
 
 
@@ -58,7 +58,7 @@ def _check(
     rewards: Tensor, values: Tensor, cu_seqlens: Tensor, mask: Tensor | None, bootstrap: Tensor | None, *_: Any
 ) -> None:
     same_device("gae", rewards=rewards, values=values, cu_seqlens=cu_seqlens, mask=mask, bootstrap=bootstrap)
-    dtype_in("gae", "rewards", rewards, FLOATS)
+    dtype_in("gae", "rewards", rewards, WIDE)
     dtype_in("gae", "values", values, (rewards.dtype,))
     has_shape("gae", "rewards", rewards, (None,), "(T,)")
     same_shape("gae", rewards=rewards, values=values)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, computed_in, dtype_in, dtype_name, has_shape, same_device, same_shape
+from fastrlhf.ops._check import FLOATS, address, computed_in, dtype_in, dtype_name, has_shape, same_device, same_shape
 from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
-from fastrlhf.ops.token_logprobs import FLOATS, rows_of
+from fastrlhf.ops.token_logprobs import rows_of
 
 triton_kernel = triton("kl_divergence")
 KINDS = ("forward", "reverse", "js")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
+    WIDE,
     address,
     contiguous,
     cu_seqlens_of,
@@ -21,7 +22,6 @@ from fastrlhf.ops._check import (
 )
 from fastrlhf.ops._registry import leaf, op
 
-FLOATS = (torch.float32, torch.float64)
 NAME = "packed_attention"
 
 
@@ -62,7 +62,7 @@ def _check(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, prefixes: Tensor | None, scale: float, window: int
 ) -> None:
     same_device(NAME, query=query, key=key, value=value, cu_seqlens=cu_seqlens, prefix_lengths=prefixes)
-    dtype_in(NAME, "query", query, FLOATS)
+    dtype_in(NAME, "query", query, WIDE)
     has_shape(NAME, "query", query, (None, None, None), "(T, H, K)")
     num_tokens, num_heads, width = query.shape
     has_shape(NAME, "key", key, (num_tokens, None, width), "(T, Hkv, K)")

@@ -75,11 +75,22 @@ def _cpu_forward(
     logprobs, old_logprobs, advantages = logprobs.contiguous(), old_logprobs.contiguous(), advantages.contiguous()
     cu_seqlens, mask = cu_seqlens.contiguous(), None if mask is None else mask.contiguous()
     loss, stats, grad = fake(logprobs)
-    inputs = logprobs.data_ptr(), old_logprobs.data_ptr(), advantages.data_ptr(), cu_seqlens.data_ptr(), address(mask)
-    outputs = loss.data_ptr(), stats.data_ptr(), grad.data_ptr()
-    options = clip_low, clip_high, torch.inf if dual_clip is None else dual_clip, denominator or 0.0
-    kernel = getattr(_cpu, f"ppo_sequence_loss_{dtype_name(logprobs)}")
-    kernel(*inputs, *outputs, cu_seqlens.shape[0] - 1, *options, torch.get_num_threads())
+    getattr(_cpu, f"ppo_sequence_loss_{dtype_name(logprobs)}")(
+        logprobs.data_ptr(),
+        old_logprobs.data_ptr(),
+        advantages.data_ptr(),
+        cu_seqlens.data_ptr(),
+        address(mask),
+        loss.data_ptr(),
+        stats.data_ptr(),
+        grad.data_ptr(),
+        cu_seqlens.shape[0] - 1,
+        clip_low,
+        clip_high,
+        torch.inf if dual_clip is None else dual_clip,
+        denominator or 0.0,
+        torch.get_num_threads(),
+    )
     return loss, stats, grad
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
+    WIDE,
     address,
     contiguous,
     cu_seqlens_of,
@@ -26,7 +27,6 @@ from fastrlhf.ops._launch import if_built, launch
 from fastrlhf.ops._loss import keep_gradients, named, scale_gradients
 from fastrlhf.ops._registry import leaf, op
 
-FLOATS = (torch.float32, torch.float64)
 KINDS = ("plackett_luce", "pairwise")
 STATS = ("accuracy", "margin")
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -84,7 +84,7 @@ def ranking_loss_ref(
 
 def _check(scores: Tensor, cu_groups: Tensor, rows: Tensor | None, ties: Tensor | None, *_: Any) -> None:
     same_device("ranking_loss", scores=scores, cu_groups=cu_groups, rows=rows, ties=ties)
-    dtype_in("ranking_loss", "scores", scores, FLOATS)
+    dtype_in("ranking_loss", "scores", scores, WIDE)
     has_shape("ranking_loss", "scores", scores, (None,), "(N,)")
     if rows is not None:
         rows_of("ranking_loss", "rows", rows, scores.shape[0])

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, dtype_in, dtype_name, has_shape, same_device, same_shape
+from fastrlhf.ops._check import FLOATS, address, dtype_in, dtype_name, has_shape, same_device, same_shape
 from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 
 triton_kernel = triton("rms_norm")
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHUNKS, CHUNK_ROWS = 64, 16  # the weight's gradient is summed by chunks of rows: at most so many, none smaller
 
 

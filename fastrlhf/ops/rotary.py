@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, dtype_in, dtype_name, has_shape, same_device, same_shape
+from fastrlhf.ops._check import FLOATS, address, dtype_in, dtype_name, has_shape, same_device, same_shape
 from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 
 triton_kernel = triton("rotary")
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def rotary_ref(states: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import dtype_in, dtype_name, has_shape, readable, same_device
+from fastrlhf.ops._check import FLOATS, dtype_in, dtype_name, has_shape, readable, same_device
 from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 from fastrlhf.ops.token_logprobs import rows_of
 
 triton_kernel = triton("sample_tokens")
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as an int64
 FIXED_POINT = 2.0**40
 

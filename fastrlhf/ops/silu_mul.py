@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, alike, dtype_name
+from fastrlhf.ops._check import FLOATS, address, alike, dtype_name
 from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 
 triton_kernel = triton("silu_mul")
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def silu_mul_ref(gate: Tensor, up: Tensor) -> Tensor:

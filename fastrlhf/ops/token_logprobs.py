@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
+    FLOATS,
     address,
     computed_in,
     dtype_in,
@@ -23,7 +24,6 @@ from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, once, op
 
 triton_kernel = triton("token_logprobs")
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LOWEST = -1e4  # stands for log 0, so that 0 log 0 is 0
 
 
