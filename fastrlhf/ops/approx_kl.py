@@ -9,7 +9,7 @@ from torch import Tensor
 from fastrlhf import _cpu
 from fastrlhf.ops._check import WIDE, alike, dense, dtype_name, widen
 from fastrlhf.ops._launch import triton
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
 triton_kernel = triton("approx_kl")
 ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
@@ -96,16 +96,13 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
             yield logprobs.to(device, dtype), ref_logprobs.to(device, dtype), estimator
 
 
-_forward = leaf(
+_op = op(
     "approx_kl(Tensor logprobs, Tensor ref_logprobs, int estimator) -> Tensor",
     ref=approx_kl_ref,
     fake=_fake,
     cpu=_cpu_forward,
     cuda=_cuda_forward if triton_kernel else None,
     check=_check,
-)
-_op = op(
-    _forward,
     samples=samples,
     grads=("logprobs", "ref_logprobs"),
     setup_context=_setup_context,

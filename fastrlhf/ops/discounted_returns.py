@@ -9,7 +9,7 @@ from torch import Tensor
 from fastrlhf import _cpu
 from fastrlhf.ops._check import WIDE, address, cu_seqlens_of, dtype_in, dtype_name, has_shape, same_device, widen
 from fastrlhf.ops._launch import if_built, launch
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
 
 def discounted_returns_ref(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
@@ -59,14 +59,12 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 _op = op(
-    leaf(
-        "discounted_returns(Tensor rewards, Tensor cu_seqlens, float gamma) -> Tensor",
-        ref=discounted_returns_ref,
-        fake=_fake,
-        cpu=_cpu_forward,
-        cuda=if_built(_cuda_forward),
-        check=_check,
-    ),
+    "discounted_returns(Tensor rewards, Tensor cu_seqlens, float gamma) -> Tensor",
+    ref=discounted_returns_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+    cuda=if_built(_cuda_forward),
+    check=_check,
     samples=samples,
 )
 

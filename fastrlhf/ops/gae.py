@@ -21,7 +21,7 @@ from fastrlhf.ops._check import (
     widen,
 )
 from fastrlhf.ops._launch import if_built, launch
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
 GAPS = ("carry", "zero")
 
@@ -111,7 +111,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield rewards, values, cu_seqlens, mask, bootstrap, 0.9, 0.9, True
 
 
-_forward = leaf(
+_op = op(
     "gae(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor? mask, Tensor? bootstrap, float gamma, float lam,"
     " bool zero_gaps) -> (Tensor, Tensor)",
     ref=gae_ref,
@@ -119,8 +119,8 @@ _forward = leaf(
     cpu=_cpu_forward,
     cuda=if_built(_cuda_forward),
     check=_check,
+    samples=samples,
 )
-_op = op(_forward, samples=samples)
 
 
 def gae(

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastrlhf import _cpu
 from fastrlhf.ops._check import WIDE, address, cu_seqlens_of, dtype_in, dtype_name, has_shape, same_device, widen
 from fastrlhf.ops._launch import if_built, launch
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
 KINDS = {"grpo": 1, "dr_grpo": 2, "rloo": 3}
 ROUNDINGS = 8  # of the mean, relative to which a deviation counts as 0; the kernels know the number, too
@@ -77,14 +77,12 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 _op = op(
-    leaf(
-        "group_advantages(Tensor scores, Tensor cu_groups, int kind, float eps) -> Tensor",
-        ref=group_advantages_ref,
-        fake=_fake,
-        cpu=_cpu_forward,
-        cuda=if_built(_cuda_forward),
-        check=_check,
-    ),
+    "group_advantages(Tensor scores, Tensor cu_groups, int kind, float eps) -> Tensor",
+    ref=group_advantages_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+    cuda=if_built(_cuda_forward),
+    check=_check,
     samples=samples,
 )
 

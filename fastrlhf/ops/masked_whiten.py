@@ -10,7 +10,7 @@ from torch import Tensor
 from fastrlhf import _cpu
 from fastrlhf.ops._check import WIDE, address, alike, contiguous, dtype_in, dtype_name, has_shape, same_device, widen
 from fastrlhf.ops._launch import if_built, launch
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
 NUM_PARTS = 512  # rows of the CUDA kernels' workspace
 
@@ -94,25 +94,21 @@ def samples_whiten(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]
 
 
 _moments = op(
-    leaf(
-        "masked_moments(Tensor x, Tensor? mask) -> Tensor",
-        ref=masked_moments_ref,
-        fake=_fake_moments,
-        check=_check,
-        cpu=_cpu_moments,
-        cuda=if_built(_cuda_moments),
-    ),
+    "masked_moments(Tensor x, Tensor? mask) -> Tensor",
+    ref=masked_moments_ref,
+    fake=_fake_moments,
+    check=_check,
+    cpu=_cpu_moments,
+    cuda=if_built(_cuda_moments),
     samples=samples_moments,
 )
 _whiten = op(
-    leaf(
-        "masked_whiten(Tensor x, Tensor? mask, Tensor? moments, bool center, float eps) -> Tensor",
-        ref=masked_whiten_ref,
-        fake=_fake_whiten,
-        check=_check,
-        cpu=_cpu_whiten,
-        cuda=if_built(_cuda_whiten),
-    ),
+    "masked_whiten(Tensor x, Tensor? mask, Tensor? moments, bool center, float eps) -> Tensor",
+    ref=masked_whiten_ref,
+    fake=_fake_whiten,
+    check=_check,
+    cpu=_cpu_whiten,
+    cuda=if_built(_cuda_whiten),
     samples=samples_whiten,
 )
 

@@ -165,13 +165,6 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, Tensor? prefixes"
-_forward = leaf(
-    f"packed_attention({_INPUTS}, float scale, int window) -> (Tensor, Tensor)",
-    ref=packed_attention_ref,
-    fake=_fake,
-    cpu=_cpu_forward,
-    check=_check,
-)
 _gradient = leaf(
     f"packed_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor log_sums, float scale, int window)"
     " -> (Tensor, Tensor, Tensor)",
@@ -181,7 +174,11 @@ _gradient = leaf(
     check=_check_backward,
 )
 _op = op(
-    _forward,
+    f"packed_attention({_INPUTS}, float scale, int window) -> (Tensor, Tensor)",
+    ref=packed_attention_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+    check=_check,
     samples=samples,
     grads=("query", "key", "value"),
     setup_context=_setup_context,

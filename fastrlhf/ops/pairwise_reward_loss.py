@@ -25,7 +25,7 @@ from fastrlhf.ops._check import (
 )
 from fastrlhf.ops._launch import if_built, launch
 from fastrlhf.ops._loss import keep_gradients, named, scale_gradients
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
 STATS = ("accuracy", "margin", "chosen", "rejected")
 
@@ -147,7 +147,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     yield 50 * chosen, chosen * 50, None, None, None, None, weights, 0.0, 0.0, None
 
 
-_forward = leaf(
+_op = op(
     "pairwise_reward_loss(Tensor chosen, Tensor rejected, Tensor? chosen_rows, Tensor? rejected_rows,"
     " Tensor? margin, Tensor? targets, Tensor? weights, float label_smoothing, float center_coef, float? denominator)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -156,9 +156,6 @@ _forward = leaf(
     cpu=_cpu_forward,
     cuda=if_built(_cuda_forward),
     check=_check,
-)
-_op = op(
-    _forward,
     samples=samples,
     grads=("chosen", "rejected"),
     setup_context=keep_gradients,

@@ -24,7 +24,7 @@ from fastrlhf.ops._check import (
     widen,
 )
 from fastrlhf.ops._launch import if_built, launch
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 from fastrlhf.ops.gae import gae_ref
 from fastrlhf.ops.masked_whiten import masked_moments_ref, masked_whiten, masked_whiten_ref
 
@@ -124,15 +124,13 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 _op = op(
-    leaf(
-        "ppo_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor cu_seqlens,"
-        " float kl_coef, float gamma, float lam, bool whiten) -> (Tensor, Tensor, Tensor, Tensor)",
-        ref=ppo_advantages_ref,
-        fake=_fake,
-        cpu=_cpu_forward,
-        cuda=if_built(_cuda_forward),
-        check=_check,
-    ),
+    "ppo_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor cu_seqlens,"
+    " float kl_coef, float gamma, float lam, bool whiten) -> (Tensor, Tensor, Tensor, Tensor)",
+    ref=ppo_advantages_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+    cuda=if_built(_cuda_forward),
+    check=_check,
     samples=samples,
 )
 

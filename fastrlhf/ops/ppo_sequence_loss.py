@@ -10,7 +10,7 @@ from fastrlhf import _cpu
 from fastrlhf.ops._check import address, contiguous, cu_seqlens_of, dtype_name, has_shape, same_device
 from fastrlhf.ops._launch import triton
 from fastrlhf.ops._loss import keep_gradients, scale_gradients
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 from fastrlhf.ops._surrogate import check, fake, largest, surrogate
 from fastrlhf.ops.approx_kl import exp_minus_linear
 
@@ -114,15 +114,13 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 _op = op(
-    leaf(
-        "ppo_sequence_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor cu_seqlens, Tensor? mask,"
-        " float clip_low, float clip_high, float? dual_clip, float? denominator) -> (Tensor, Tensor, Tensor)",
-        ref=ppo_sequence_loss_ref,
-        fake=fake,
-        cpu=_cpu_forward,
-        cuda=_cuda_forward if triton_kernel else None,
-        check=_check,
-    ),
+    "ppo_sequence_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor cu_seqlens, Tensor? mask,"
+    " float clip_low, float clip_high, float? dual_clip, float? denominator) -> (Tensor, Tensor, Tensor)",
+    ref=ppo_sequence_loss_ref,
+    fake=fake,
+    cpu=_cpu_forward,
+    cuda=_cuda_forward if triton_kernel else None,
+    check=_check,
     samples=samples,
     grads=("logprobs",),
     setup_context=keep_gradients,

@@ -25,7 +25,7 @@ from fastrlhf.ops._check import (
 )
 from fastrlhf.ops._launch import if_built, launch
 from fastrlhf.ops._loss import keep_gradients, named, scale_gradients
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
 KINDS = ("plackett_luce", "pairwise")
 STATS = ("accuracy", "margin")
@@ -157,7 +157,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield 100 * scores, cu_groups, None, ties, kind, None
 
 
-_forward = leaf(
+_op = op(
     "ranking_loss(Tensor scores, Tensor cu_groups, Tensor? rows, Tensor? ties, str kind, float? denominator)"
     " -> (Tensor, Tensor, Tensor)",
     ref=ranking_loss_ref,
@@ -165,9 +165,6 @@ _forward = leaf(
     cpu=_cpu_forward,
     cuda=if_built(_cuda_forward),
     check=_check,
-)
-_op = op(
-    _forward,
     samples=samples,
     grads=("scores",),
     setup_context=keep_gradients,

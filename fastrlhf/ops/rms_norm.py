@@ -119,14 +119,6 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield hidden.to(device, dtype), weight.to(device, dtype), eps
 
 
-_forward = leaf(
-    "rms_norm(Tensor hidden, Tensor weight, float eps) -> Tensor",
-    ref=rms_norm_ref,
-    fake=_fake,
-    cpu=_cpu_forward,
-    cuda=_cuda_forward if triton_kernel else None,
-    check=_check,
-)
 _gradient = leaf(
     "rms_norm_backward(Tensor grad, Tensor hidden, Tensor weight, float eps) -> (Tensor, Tensor)",
     ref=rms_norm_backward_ref,
@@ -136,7 +128,12 @@ _gradient = leaf(
     check=_check_backward,
 )
 _op = op(
-    _forward,
+    "rms_norm(Tensor hidden, Tensor weight, float eps) -> Tensor",
+    ref=rms_norm_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+    cuda=_cuda_forward if triton_kernel else None,
+    check=_check,
     samples=samples,
     grads=("hidden", "weight"),
     setup_context=_setup_context,

@@ -83,14 +83,6 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield gate.to(device, dtype), up.to(device, dtype)
 
 
-_forward = leaf(
-    "silu_mul(Tensor gate, Tensor up) -> Tensor",
-    ref=silu_mul_ref,
-    fake=_fake,
-    cpu=_cpu_forward,
-    cuda=_cuda_forward if triton_kernel else None,
-    check=_check,
-)
 _gradient = leaf(
     "silu_mul_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     ref=silu_mul_backward_ref,
@@ -100,7 +92,12 @@ _gradient = leaf(
     check=_check_backward,
 )
 _op = op(
-    _forward,
+    "silu_mul(Tensor gate, Tensor up) -> Tensor",
+    ref=silu_mul_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+    cuda=_cuda_forward if triton_kernel else None,
+    check=_check,
     samples=samples,
     grads=("gate", "up"),
     setup_context=_setup_context,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import WIDE, dtype_in, dtype_name, has_shape, same_device
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
 MOST_AT_ONCE = 64  # rows that the kernel takes in one reading of the weight
 
@@ -54,10 +54,14 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield rows.to(device, dtype), weight.to(device, dtype)
 
 
-_forward = leaf(
-    "thin_linear(Tensor rows, Tensor weight) -> Tensor", ref=thin_linear_ref, fake=_fake, cpu=_cpu_forward, check=_check
+_op = op(
+    "thin_linear(Tensor rows, Tensor weight) -> Tensor",
+    ref=thin_linear_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+    check=_check,
+    samples=samples,
 )
-_op = op(_forward, samples=samples)
 
 
 def thin_linear(rows: Tensor, weight: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from fastrlhf import _cpu
 from fastrlhf.ops._check import WIDE, address, alike, contiguous, denominator_of, dtype_name, widen
 from fastrlhf.ops._launch import triton
 from fastrlhf.ops._loss import keep_gradients, named, scale_gradients
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
 triton_kernel = triton("value_loss")
 STATS = ("clip_fraction", "error")
@@ -92,7 +92,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     yield values, old_values, returns, torch.zeros_like(mask), 0.2, None
 
 
-_forward = leaf(
+_op = op(
     "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, float? clip_range, float? denominator)"
     " -> (Tensor, Tensor, Tensor)",
     ref=value_loss_ref,
@@ -100,9 +100,6 @@ _forward = leaf(
     cpu=_cpu_forward,
     cuda=_cuda_forward if triton_kernel else None,
     check=_check,
-)
-_op = op(
-    _forward,
     samples=samples,
     grads=("values",),
     setup_context=keep_gradients,
