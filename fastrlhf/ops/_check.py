@@ -15,7 +15,9 @@ from torch.nn import Parameter
 from fastrlhf import _cpu
 
 HALF = (torch.float16, torch.bfloat16)
-NAMES = {d: str(d).removeprefix("torch.") for d in (*HALF, torch.float32, torch.float64)}
+WIDE = (torch.float32, torch.float64)
+FLOATS = (*WIDE, torch.bfloat16, torch.float16)
+NAMES = {d: str(d).removeprefix("torch.") for d in FLOATS}
 DEBUG = os.environ.get("FASTRLHF_DEBUG", "0") == "1"
 
 

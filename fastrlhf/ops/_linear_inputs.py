@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrlhf.ops._check import computed_in, dtype_in, has_shape, indices_below, mask_of, readable, same_device
+from fastrlhf.ops._check import FLOATS, computed_in, dtype_in, has_shape, indices_below, mask_of, readable, same_device
 from fastrlhf.ops._linear import TILE, Head
-from fastrlhf.ops.token_logprobs import FLOATS
 
 
 def head_of(

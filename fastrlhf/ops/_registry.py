@@ -33,7 +33,6 @@ if BACKEND not in ("native", "ref"):
 OPS: dict[str, "Op"] = {}
 BACKENDS: dict[str, dict[str, str]] = {}  # leaf -> device -> what serves it there, for `fastrlhf info`
 SERVING: dict[str, dict[str, Callable[..., Any]]] = {}  # leaf -> device -> the function that does
-REFERENCES: dict[str, Callable[..., Any]] = {}  # leaf -> the function that serves the devices without a kernel
 
 
 def leaf(
@@ -51,7 +50,6 @@ def leaf(
     name = schema.split("(")[0]
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, _after(check, ref), "CompositeExplicitAutograd")
-    REFERENCES[name] = ref
     BACKENDS[name] = {"cpu": "reference", "cuda": "reference"}
     SERVING[name] = dict.fromkeys(("cpu", "cuda"), _after(check, ref))
     SERVING[name]["meta"] = _after(check, fake)  # the dispatcher would call the fake alone
@@ -135,21 +133,42 @@ class Op:
         return tuple(a.name for a in self.forward._schema.arguments)  # type: ignore[attr-defined]
 
 
+def _eager_function(name: str, setup_context: Any, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The op of a leaf for eager callers who want a gradient."""
+    serving = SERVING[name]
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = serving[args[0].device.type](*args)
+        setup_context(ctx, args, output)
+        return output
+
+    # setup_context stays a plain call: as a staticmethod of the Function its argument binding costs 37 µs
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(name, (torch.autograd.Function,), methods)
+    # past the Python of Function.apply, which is for functorch (see _is_watched) and as long as a small kernel
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 def op(
-    forward: Callable[..., Any],
+    schema: str,
     *,
+    ref: Callable[..., Any],
+    fake: Callable[..., Any],
     samples: Callable[[str, torch.dtype], Iterator[tuple[Any, ...]]],
+    cpu: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any] | None = None,
+    check: Callable[..., None] | None = None,
     reference: Callable[..., Any] | None = None,
     grads: tuple[str, ...] = (),
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Op:
-    """Attaches the gradient to a leaf and files it in OPS.
+    """Defines a leaf, attaches the gradient to it and files it in OPS.
 
-    reference: plain torch, where that of the leaf is not
+    reference: plain torch, where ref is not
     grads: names of the arguments that get a gradient; a caller who wants one of another argument is told to detach it
     setup_context(ctx, inputs, output), backward(ctx, *grads): those of torch.library.register_autograd"""
-    name = forward._schema.name.split("::")[1]  # type: ignore[attr-defined]
+    forward, name = leaf(schema, ref=ref, fake=fake, cpu=cpu, cuda=cuda, check=check), schema.split("(")[0]
     parameters = [a.name for a in forward._schema.arguments]  # type: ignore[attr-defined]
     constant = [i for i, a in enumerate(forward._schema.arguments) if a.name not in grads and "Tensor" in str(a.type)]  # type: ignore[attr-defined]
     serving = SERVING[name]
@@ -157,17 +176,7 @@ def op(
     if backward is not None:
         backward = once(name, backward)
         torch.library.register_autograd(f"fastrlhf::{name}", backward, setup_context=setup_context, lib=_lib)
-
-        def function_forward(ctx: Any, *args: Any) -> Any:
-            output = serving[args[0].device.type](*args)
-            setup_context(ctx, args, output)  # type: ignore[misc]
-            return output
-
-        # setup_context stays a plain call: as a staticmethod of the Function its argument binding costs 37 µs
-        methods = {"forward": staticmethod(function_forward), "backward": staticmethod(backward)}
-        function = type(name, (torch.autograd.Function,), methods)
-        # past the Python of Function.apply, which is for functorch (see _is_watched) and as long as a small kernel
-        function_apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        function_apply = _eager_function(name, setup_context, backward)
 
     def apply(*args: Any) -> Any:
         plain, wanted = not torch.compiler.is_compiling(), False
@@ -188,5 +197,5 @@ def op(
             return forward(*args)
         return function_apply(*args) if wanted else straight(*args)
 
-    OPS[name] = Op(name, forward, reference or REFERENCES[name], samples, grads, apply)
+    OPS[name] = Op(name, forward, reference or ref, samples, grads, apply)
     return OPS[name]

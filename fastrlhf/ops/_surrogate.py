@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrlhf.ops._check import alike
+from fastrlhf.ops._check import WIDE, alike
 
-FLOATS = (torch.float32, torch.float64)
 STATS = ("clip_fraction", "approx_kl", "ratio", "ratio_max", "ratio_min")
 
 
@@ -52,7 +51,7 @@ def largest(x: Tensor, kept: Tensor) -> Tensor:
 def check(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None, *_: Any) -> None:
     """The checks of tensors that both forms make, in the name of the public function."""
     tensors = {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages}
-    alike("ppo_policy_loss", FLOATS, tensors, mask)
+    alike("ppo_policy_loss", WIDE, tensors, mask)
 
 
 def fake(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import alike, dense, dtype_name, widen
+from fastrlhf.ops._check import WIDE, alike, dense, dtype_name, widen
 from fastrlhf.ops._launch import triton
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
 triton_kernel = triton("approx_kl")
-FLOATS = (torch.float32, torch.float64)
 ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 
 
@@ -39,14 +38,14 @@ def kl_slope(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
 
 
 def _check(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> None:
-    alike("approx_kl", FLOATS, {"logprobs": logprobs, "ref_logprobs": ref_logprobs})
+    alike("approx_kl", WIDE, {"logprobs": logprobs, "ref_logprobs": ref_logprobs})
 
 
 def _fits(logprobs: Tensor, ref_logprobs: Tensor) -> bool:
     """Whether the check would pass, found out fast: most of the time of k1 of a few tokens."""
     dtype = logprobs.dtype
     return (
-        dtype in FLOATS
+        dtype in WIDE
         and dtype is ref_logprobs.dtype
         and logprobs.shape == ref_logprobs.shape
         and logprobs.is_cpu
@@ -63,8 +62,8 @@ def _cpu_forward(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tens
     logprobs, ref_logprobs = logprobs.contiguous(), ref_logprobs.contiguous()
     out = torch.empty_like(logprobs)
     kernel = getattr(_cpu, f"approx_kl_{dtype_name(logprobs)}")
-    addresses = logprobs.data_ptr(), ref_logprobs.data_ptr(), out.data_ptr()
-    kernel(*addresses, out.numel(), estimator, torch.get_num_threads())
+    num, threads = out.numel(), torch.get_num_threads()
+    kernel(logprobs.data_ptr(), ref_logprobs.data_ptr(), out.data_ptr(), num, estimator, threads)
     return out
 
 
@@ -97,16 +96,13 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
             yield logprobs.to(device, dtype), ref_logprobs.to(device, dtype), estimator
 
 
-_forward = leaf(
+_op = op(
     "approx_kl(Tensor logprobs, Tensor ref_logprobs, int estimator) -> Tensor",
     ref=approx_kl_ref,
     fake=_fake,
     cpu=_cpu_forward,
     cuda=_cuda_forward if triton_kernel else None,
     check=_check,
-)
-_op = op(
-    _forward,
     samples=samples,
     grads=("logprobs", "ref_logprobs"),
     setup_context=_setup_context,

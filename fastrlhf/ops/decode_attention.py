@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import dtype_in, dtype_name, has_shape, indices_below, same_device, same_shape
+from fastrlhf.ops._check import FLOATS, dtype_in, dtype_name, has_shape, indices_below, same_device, same_shape
 from fastrlhf.ops._launch import triton
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
 triton_kernel = triton("decode_attention")
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def decode_attention_ref(
@@ -116,7 +115,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield query.to(device, dtype), key_cache, value_cache, lengths.to(device), width**-0.5, window
 
 
-_forward = leaf(
+_op = op(
     "decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, float scale, int window)"
     " -> Tensor",
     ref=decode_attention_ref,
@@ -124,8 +123,8 @@ _forward = leaf(
     cpu=_cpu_forward,
     cuda=_cuda_forward if triton_kernel else None,
     check=_check,
+    samples=samples,
 )
-_op = op(_forward, samples=samples)
 
 
 def decode_attention(

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, cu_seqlens_of, dtype_in, dtype_name, has_shape, same_device, widen
+from fastrlhf.ops._check import WIDE, address, cu_seqlens_of, dtype_in, dtype_name, has_shape, same_device, widen
 from fastrlhf.ops._launch import if_built, launch
-from fastrlhf.ops._registry import leaf, op
-
-FLOATS = (torch.float32, torch.float64)
+from fastrlhf.ops._registry import op
 
 
 def discounted_returns_ref(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
@@ -25,7 +23,7 @@ def discounted_returns_ref(rewards: Tensor, cu_seqlens: Tensor, gamma: float) ->
 
 def _check(rewards: Tensor, cu_seqlens: Tensor, *_: Any) -> None:
     same_device("discounted_returns", rewards=rewards, cu_seqlens=cu_seqlens)
-    dtype_in("discounted_returns", "rewards", rewards, FLOATS)
+    dtype_in("discounted_returns", "rewards", rewards, WIDE)
     has_shape("discounted_returns", "rewards", rewards, (None,), "(T,)")
     cu_seqlens_of("discounted_returns", "cu_seqlens", cu_seqlens, rewards.shape[0])
 
@@ -38,8 +36,8 @@ def _cpu_forward(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
     rewards, cu_seqlens = rewards.contiguous(), cu_seqlens.contiguous()
     returns = torch.empty_like(rewards)
     kernel = getattr(_cpu, f"discounted_returns_{dtype_name(rewards)}")
-    addresses = rewards.data_ptr(), cu_seqlens.data_ptr(), returns.data_ptr()
-    kernel(*addresses, cu_seqlens.shape[0] - 1, gamma, torch.get_num_threads())
+    num, threads = cu_seqlens.shape[0] - 1, torch.get_num_threads()
+    kernel(rewards.data_ptr(), cu_seqlens.data_ptr(), returns.data_ptr(), num, gamma, threads)
     return returns
 
 
@@ -61,14 +59,12 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 _op = op(
-    leaf(
-        "discounted_returns(Tensor rewards, Tensor cu_seqlens, float gamma) -> Tensor",
-        ref=discounted_returns_ref,
-        fake=_fake,
-        cpu=_cpu_forward,
-        cuda=if_built(_cuda_forward),
-        check=_check,
-    ),
+    "discounted_returns(Tensor rewards, Tensor cu_seqlens, float gamma) -> Tensor",
+    ref=discounted_returns_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+    cuda=if_built(_cuda_forward),
+    check=_check,
     samples=samples,
 )
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
+    WIDE,
     address,
     contiguous,
     cu_seqlens_of,
@@ -20,9 +21,8 @@ from fastrlhf.ops._check import (
     widen,
 )
 from fastrlhf.ops._launch import if_built, launch
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
-FLOATS = (torch.float32, torch.float64)
 GAPS = ("carry", "zero")
 
 
@@ -58,7 +58,7 @@ def _check(
     rewards: Tensor, values: Tensor, cu_seqlens: Tensor, mask: Tensor | None, bootstrap: Tensor | None, *_: Any
 ) -> None:
     same_device("gae", rewards=rewards, values=values, cu_seqlens=cu_seqlens, mask=mask, bootstrap=bootstrap)
-    dtype_in("gae", "rewards", rewards, FLOATS)
+    dtype_in("gae", "rewards", rewards, WIDE)
     dtype_in("gae", "values", values, (rewards.dtype,))
     has_shape("gae", "rewards", rewards, (None,), "(T,)")
     same_shape("gae", rewards=rewards, values=values)
@@ -111,7 +111,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield rewards, values, cu_seqlens, mask, bootstrap, 0.9, 0.9, True
 
 
-_forward = leaf(
+_op = op(
     "gae(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor? mask, Tensor? bootstrap, float gamma, float lam,"
     " bool zero_gaps) -> (Tensor, Tensor)",
     ref=gae_ref,
@@ -119,8 +119,8 @@ _forward = leaf(
     cpu=_cpu_forward,
     cuda=if_built(_cuda_forward),
     check=_check,
+    samples=samples,
 )
-_op = op(_forward, samples=samples)
 
 
 def gae(

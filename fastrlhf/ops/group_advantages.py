@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, cu_seqlens_of, dtype_in, dtype_name, has_shape, same_device, widen
+from fastrlhf.ops._check import WIDE, address, cu_seqlens_of, dtype_in, dtype_name, has_shape, same_device, widen
 from fastrlhf.ops._launch import if_built, launch
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
-FLOATS = (torch.float32, torch.float64)
 KINDS = {"grpo": 1, "dr_grpo": 2, "rloo": 3}
 ROUNDINGS = 8  # of the mean, relative to which a deviation counts as 0; the kernels know the number, too
 
@@ -41,7 +40,7 @@ def group_advantages_ref(scores: Tensor, cu_groups: Tensor, kind: int, eps: floa
 
 def _check(scores: Tensor, cu_groups: Tensor, *_: Any) -> None:
     same_device("group_advantages", scores=scores, cu_groups=cu_groups)
-    dtype_in("group_advantages", "scores", scores, FLOATS)
+    dtype_in("group_advantages", "scores", scores, WIDE)
     has_shape("group_advantages", "scores", scores, (None,), "(N,)")
     cu_seqlens_of("group_advantages", "cu_groups", cu_groups, scores.shape[0])
 
@@ -78,14 +77,12 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 _op = op(
-    leaf(
-        "group_advantages(Tensor scores, Tensor cu_groups, int kind, float eps) -> Tensor",
-        ref=group_advantages_ref,
-        fake=_fake,
-        cpu=_cpu_forward,
-        cuda=if_built(_cuda_forward),
-        check=_check,
-    ),
+    "group_advantages(Tensor scores, Tensor cu_groups, int kind, float eps) -> Tensor",
+    ref=group_advantages_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+    cuda=if_built(_cuda_forward),
+    check=_check,
     samples=samples,
 )
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, computed_in, dtype_in, dtype_name, has_shape, same_device, same_shape
+from fastrlhf.ops._check import FLOATS, address, computed_in, dtype_in, dtype_name, has_shape, same_device, same_shape
 from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
-from fastrlhf.ops.token_logprobs import FLOATS, rows_of
+from fastrlhf.ops.token_logprobs import rows_of
 
 triton_kernel = triton("kl_divergence")
 KINDS = ("forward", "reverse", "js")
@@ -202,13 +202,6 @@ _OPTIONS = "float temperature, bool jensen_shannon"
 _SAVED = f"Tensor statistics, {_OPTIONS}, bool[] wanted"
 _cpu_backward, _cpu_in_place = _gradients_by(_launch_cpu_backward)
 _cuda_backward, _cuda_in_place = _gradients_by(lambda *args: triton_kernel.kl_divergence_backward(*args))
-_forward = leaf(
-    f"kl_divergence(Tensor logits_p, Tensor logits_q, {_OPTIONS}) -> (Tensor, Tensor)",
-    ref=kl_divergence_ref,
-    fake=_fake,
-    cpu=_forward_by(_launch_cpu),
-    cuda=_forward_by(lambda *args: triton_kernel.kl_divergence(*args)) if triton_kernel else None,
-)
 _gradient = leaf(
     f"kl_divergence_backward(Tensor grad, Tensor logits_p, Tensor logits_q, {_SAVED}) -> (Tensor, Tensor)",
     ref=kl_divergence_backward_ref,
@@ -224,7 +217,11 @@ _gradient_in_place = leaf(
     cuda=_cuda_in_place if triton_kernel else None,
 )
 _op = op(
-    _forward,
+    f"kl_divergence(Tensor logits_p, Tensor logits_q, {_OPTIONS}) -> (Tensor, Tensor)",
+    ref=kl_divergence_ref,
+    fake=_fake,
+    cpu=_forward_by(_launch_cpu),
+    cuda=_forward_by(lambda *args: triton_kernel.kl_divergence(*args)) if triton_kernel else None,
     samples=samples,
     grads=("logits_p", "logits_q"),
     setup_context=_setup_context,

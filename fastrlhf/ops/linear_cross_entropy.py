@@ -12,7 +12,7 @@ from fastrlhf.ops._linear_backward import LOGITS
 from fastrlhf.ops._linear_inputs import check_targets, head_of, wanted_gradients
 from fastrlhf.ops._linear_inputs import samples as head_samples
 from fastrlhf.ops._linear_loss import fake, gradients_ref, kept_rows, loss_in_chunks, save_gradients, scale_gradients
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 from fastrlhf.ops.linear_token_logprobs import linear_token_logprobs_ref
 
 
@@ -52,16 +52,13 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     yield *head, targets, torch.zeros_like(mask), None, wanted
 
 
-_forward = leaf(
+_op = op(
     f"linear_cross_entropy({SCHEMA}, Tensor targets, Tensor? mask, float? denominator, bool[] wanted)"
     f" -> (Tensor, {GRADIENTS})",
     ref=_forward_chunks,
     fake=fake(num_stats=0),
     cpu=_forward_chunks,  # native in that the logits of a chunk go through the kernels of token_logprobs
     cuda=if_fused(_forward_chunks),
-)
-_op = op(
-    _forward,
     reference=linear_cross_entropy_ref,
     samples=samples,
     grads=Gradients._fields,

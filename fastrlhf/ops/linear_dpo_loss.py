@@ -15,7 +15,7 @@ from fastrlhf.ops._linear_backward import LOGITS
 from fastrlhf.ops._linear_inputs import check_targets, head_of, wanted_gradients
 from fastrlhf.ops._linear_inputs import samples as head_samples
 from fastrlhf.ops._linear_loss import fake, gradients_ref, kept_rows, loss_in_chunks, save_gradients, scale_gradients
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 from fastrlhf.ops.linear_token_logprobs import linear_token_logprobs_ref
 
 STATS = ("accuracy", "margin", "chosen", "rejected", "chosen_logprobs", "rejected_logprobs")
@@ -104,16 +104,13 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
             yield *head, targets, cu_seqlens[:1], ref, None, 0.1, 0.0, None, wanted
 
 
-_forward = leaf(
+_op = op(
     f"linear_dpo_loss({SCHEMA}, Tensor targets, Tensor cu_seqlens, Tensor ref_logprobs, Tensor? mask, float beta,"
     f" float label_smoothing, float? denominator, bool[] wanted) -> (Tensor, Tensor, {GRADIENTS})",
     ref=_forward_chunks,
     fake=fake(len(STATS)),
     cpu=_forward_chunks,  # native in that a chunk goes through the kernels of token_logprobs and pairwise_reward_loss
     cuda=if_fused(_forward_chunks),
-)
-_op = op(
-    _forward,
     reference=linear_dpo_loss_ref,
     samples=samples,
     grads=Gradients._fields,

@@ -143,14 +143,6 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 _SIDES = ", ".join(f"{argument}_{side}" for side in "pq" for argument in SCHEMA.split(", ")[:SIDE])
 _HEADS = f"{_SIDES}, int chunk_size, bool batch_invariant"
 TENSORS = [i for start in (0, SIDE) for i in range(start, start + NUM_TENSORS)]  # where they stand among the arguments
-_forward = leaf(
-    f"linear_kl_divergence({_HEADS}, float temperature, bool jensen_shannon, int num_saved)"
-    " -> (Tensor, Tensor, Tensor)",
-    ref=_forward_chunks,
-    fake=_fake,
-    cpu=_forward_chunks,  # native in that the logits of a chunk go through the kernels of kl_divergence
-    cuda=if_fused(_forward_chunks),
-)
 _gradient = leaf(
     f"linear_kl_divergence_backward({_HEADS}, Tensor grad, Tensor statistics, Tensor saved, float temperature,"
     f" bool jensen_shannon, bool[] wanted) -> ({GRADIENTS}, {GRADIENTS})",
@@ -160,7 +152,12 @@ _gradient = leaf(
     cuda=if_fused(_backward_chunks),
 )
 _op = op(
-    _forward,
+    f"linear_kl_divergence({_HEADS}, float temperature, bool jensen_shannon, int num_saved)"
+    " -> (Tensor, Tensor, Tensor)",
+    ref=_forward_chunks,
+    fake=_fake,
+    cpu=_forward_chunks,  # native in that the logits of a chunk go through the kernels of kl_divergence
+    cuda=if_fused(_forward_chunks),
     reference=linear_kl_divergence_ref,
     samples=samples,
     grads=tuple(f"{name}_{side}" for side in "pq" for name in Gradients._fields),

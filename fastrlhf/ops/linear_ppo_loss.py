@@ -22,7 +22,7 @@ from fastrlhf.ops._linear_backward import LOGITS
 from fastrlhf.ops._linear_inputs import check_targets, head_of, wanted_gradients
 from fastrlhf.ops._linear_inputs import samples as head_samples
 from fastrlhf.ops._linear_loss import fake, gradients_ref, kept_rows, loss_in_chunks, save_gradients, scale_gradients
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 from fastrlhf.ops._surrogate import STATS as CLIP_STATS
 from fastrlhf.ops._surrogate import clip_bounds
 from fastrlhf.ops.approx_kl import ESTIMATORS, approx_kl_ref, kl_slope
@@ -100,7 +100,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     yield *common, ref, torch.zeros_like(mask), temperature, 0.2, 0.2, None, 0.01, 0.1, 2, None, wanted
 
 
-_forward = leaf(
+_op = op(
     f"linear_ppo_loss({SCHEMA}, Tensor targets, Tensor old_logprobs, Tensor advantages, Tensor? ref_logprobs,"
     " Tensor? mask, Tensor temperature, float clip_low, float clip_high, float? dual_clip, float entropy_coef,"
     f" float kl_coef, int kl_estimator, float? denominator, bool[] wanted) -> (Tensor, Tensor, {GRADIENTS})",
@@ -108,9 +108,6 @@ _forward = leaf(
     fake=fake(len(STATS)),
     cpu=_forward_chunks,  # native in that a chunk goes through the kernels of token_logprobs and ppo_policy_loss
     cuda=if_fused(_forward_chunks),
-)
-_op = op(
-    _forward,
     reference=linear_ppo_loss_ref,
     samples=samples,
     grads=Gradients._fields,

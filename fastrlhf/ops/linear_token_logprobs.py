@@ -130,14 +130,6 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
                 yield *head, targets, temperature, kind, num_kept, False
 
 
-_forward = leaf(
-    f"linear_token_logprobs({SCHEMA}, Tensor targets, Tensor temperature, str kind, int num_kept, bool top1)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    ref=_forward_chunks,
-    fake=_fake,
-    cpu=_forward_chunks,  # native in that the logits of a chunk go through the kernels of token_logprobs
-    cuda=if_fused(_forward_chunks),
-)
 _gradient = leaf(
     f"linear_token_logprobs_backward({SCHEMA}, Tensor targets, Tensor temperature, Tensor? grad_logprobs,"
     " Tensor? grad_entropy, Tensor entropy, Tensor highest, Tensor log_sum, Tensor kept, str kind, bool[] wanted)"
@@ -148,7 +140,12 @@ _gradient = leaf(
     cuda=if_fused(_backward_chunks),
 )
 _op = op(
-    _forward,
+    f"linear_token_logprobs({SCHEMA}, Tensor targets, Tensor temperature, str kind, int num_kept, bool top1)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ref=_forward_chunks,
+    fake=_fake,
+    cpu=_forward_chunks,  # native in that the logits of a chunk go through the kernels of token_logprobs
+    cuda=if_fused(_forward_chunks),
     reference=linear_token_logprobs_ref,
     samples=samples,
     grads=Gradients._fields,

@@ -8,11 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, alike, contiguous, dtype_in, dtype_name, has_shape, same_device, widen
+from fastrlhf.ops._check import WIDE, address, alike, contiguous, dtype_in, dtype_name, has_shape, same_device, widen
 from fastrlhf.ops._launch import if_built, launch
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
-FLOATS = (torch.float32, torch.float64)
 NUM_PARTS = 512  # rows of the CUDA kernels' workspace
 
 
@@ -31,7 +30,7 @@ def masked_whiten_ref(x: Tensor, mask: Tensor | None, moments: Tensor | None, ce
 
 
 def _check(x: Tensor, mask: Tensor | None, moments: Tensor | None = None, *_: Any) -> None:
-    alike("masked_whiten", FLOATS, {"x": x}, mask)
+    alike("masked_whiten", WIDE, {"x": x}, mask)
     if moments is not None:
         same_device("masked_whiten", x=x, moments=moments)
         dtype_in("masked_whiten", "moments", moments, (torch.float64,))
@@ -66,8 +65,8 @@ def _cpu_whiten(x: Tensor, mask: Tensor | None, moments: Tensor | None, center: 
     x, mask, moments = contiguous(x, mask, moments)
     out = torch.empty_like(x)
     kernel = getattr(_cpu, f"masked_whiten_{dtype_name(x)}")
-    addresses = x.data_ptr(), address(mask), address(moments), out.data_ptr()
-    kernel(*addresses, x.numel(), center, eps, torch.get_num_threads())
+    num, threads = x.numel(), torch.get_num_threads()
+    kernel(x.data_ptr(), address(mask), address(moments), out.data_ptr(), num, center, eps, threads)
     return out
 
 
@@ -95,25 +94,21 @@ def samples_whiten(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]
 
 
 _moments = op(
-    leaf(
-        "masked_moments(Tensor x, Tensor? mask) -> Tensor",
-        ref=masked_moments_ref,
-        fake=_fake_moments,
-        check=_check,
-        cpu=_cpu_moments,
-        cuda=if_built(_cuda_moments),
-    ),
+    "masked_moments(Tensor x, Tensor? mask) -> Tensor",
+    ref=masked_moments_ref,
+    fake=_fake_moments,
+    check=_check,
+    cpu=_cpu_moments,
+    cuda=if_built(_cuda_moments),
     samples=samples_moments,
 )
 _whiten = op(
-    leaf(
-        "masked_whiten(Tensor x, Tensor? mask, Tensor? moments, bool center, float eps) -> Tensor",
-        ref=masked_whiten_ref,
-        fake=_fake_whiten,
-        check=_check,
-        cpu=_cpu_whiten,
-        cuda=if_built(_cuda_whiten),
-    ),
+    "masked_whiten(Tensor x, Tensor? mask, Tensor? moments, bool center, float eps) -> Tensor",
+    ref=masked_whiten_ref,
+    fake=_fake_whiten,
+    check=_check,
+    cpu=_cpu_whiten,
+    cuda=if_built(_cuda_whiten),
     samples=samples_whiten,
 )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
+    WIDE,
     address,
     contiguous,
     cu_seqlens_of,
@@ -21,7 +22,6 @@ from fastrlhf.ops._check import (
 )
 from fastrlhf.ops._registry import leaf, op
 
-FLOATS = (torch.float32, torch.float64)
 NAME = "packed_attention"
 
 
@@ -62,7 +62,7 @@ def _check(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, prefixes: Tensor | None, scale: float, window: int
 ) -> None:
     same_device(NAME, query=query, key=key, value=value, cu_seqlens=cu_seqlens, prefix_lengths=prefixes)
-    dtype_in(NAME, "query", query, FLOATS)
+    dtype_in(NAME, "query", query, WIDE)
     has_shape(NAME, "query", query, (None, None, None), "(T, H, K)")
     num_tokens, num_heads, width = query.shape
     has_shape(NAME, "key", key, (num_tokens, None, width), "(T, Hkv, K)")
@@ -165,13 +165,6 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, Tensor? prefixes"
-_forward = leaf(
-    f"packed_attention({_INPUTS}, float scale, int window) -> (Tensor, Tensor)",
-    ref=packed_attention_ref,
-    fake=_fake,
-    cpu=_cpu_forward,
-    check=_check,
-)
 _gradient = leaf(
     f"packed_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor log_sums, float scale, int window)"
     " -> (Tensor, Tensor, Tensor)",
@@ -181,7 +174,11 @@ _gradient = leaf(
     check=_check_backward,
 )
 _op = op(
-    _forward,
+    f"packed_attention({_INPUTS}, float scale, int window) -> (Tensor, Tensor)",
+    ref=packed_attention_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+    check=_check,
     samples=samples,
     grads=("query", "key", "value"),
     setup_context=_setup_context,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
+    WIDE,
     address,
     alike,
     contiguous,
@@ -24,9 +25,8 @@ from fastrlhf.ops._check import (
 )
 from fastrlhf.ops._launch import if_built, launch
 from fastrlhf.ops._loss import keep_gradients, named, scale_gradients
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
-FLOATS = (torch.float32, torch.float64)
 STATS = ("accuracy", "margin", "chosen", "rejected")
 
 
@@ -78,10 +78,10 @@ def _check(
     has_shape(name, "chosen", chosen, (None,), "(N,)")
     if chosen_rows is None and rejected_rows is None:
         given = {key: tensor for key, tensor in options.items() if tensor is not None}
-        return alike(name, FLOATS, {"chosen": chosen, "rejected": rejected, **given})
+        return alike(name, WIDE, {"chosen": chosen, "rejected": rejected, **given})
     rows = {"chosen_rows": chosen_rows, "rejected_rows": rejected_rows}
     same_device(name, chosen=chosen, rejected=rejected, **rows, **options)
-    dtype_in(name, "chosen", chosen, FLOATS)
+    dtype_in(name, "chosen", chosen, WIDE)
     for key, tensor in {"rejected": rejected, **options}.items():
         if tensor is not None:
             dtype_in(name, key, tensor, (chosen.dtype,))
@@ -147,7 +147,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     yield 50 * chosen, chosen * 50, None, None, None, None, weights, 0.0, 0.0, None
 
 
-_forward = leaf(
+_op = op(
     "pairwise_reward_loss(Tensor chosen, Tensor rejected, Tensor? chosen_rows, Tensor? rejected_rows,"
     " Tensor? margin, Tensor? targets, Tensor? weights, float label_smoothing, float center_coef, float? denominator)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -156,9 +156,6 @@ _forward = leaf(
     cpu=_cpu_forward,
     cuda=if_built(_cuda_forward),
     check=_check,
-)
-_op = op(
-    _forward,
     samples=samples,
     grads=("chosen", "rejected"),
     setup_context=keep_gradients,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
+    WIDE,
     address,
     bounds_rise,
     cu_seqlens_of,
@@ -23,11 +24,10 @@ from fastrlhf.ops._check import (
     widen,
 )
 from fastrlhf.ops._launch import if_built, launch
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 from fastrlhf.ops.gae import gae_ref
 from fastrlhf.ops.masked_whiten import masked_moments_ref, masked_whiten, masked_whiten_ref
 
-FLOATS = (torch.float32, torch.float64)
 STATS = ("kl", "rewards", "values", "returns", "advantages", "advantages_std", "explained_variance")
 EPS = 1e-8
 ROWS = (512, 9)  # the CUDA kernel's workspace
@@ -64,7 +64,7 @@ def _fits(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor
     """Raises unless the tensors go together, with responses of no tokens among them or not."""
     name, tokens = "ppo_advantages", {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
     same_device(name, scores=scores, **tokens, cu_seqlens=cu_seqlens)
-    dtype_in(name, "scores", scores, FLOATS)
+    dtype_in(name, "scores", scores, WIDE)
     for argument, tensor in tokens.items():
         dtype_in(name, argument, tensor, (scores.dtype,))
     has_shape(name, "logprobs", logprobs, (None,), "(R,)")
@@ -124,15 +124,13 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 _op = op(
-    leaf(
-        "ppo_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor cu_seqlens,"
-        " float kl_coef, float gamma, float lam, bool whiten) -> (Tensor, Tensor, Tensor, Tensor)",
-        ref=ppo_advantages_ref,
-        fake=_fake,
-        cpu=_cpu_forward,
-        cuda=if_built(_cuda_forward),
-        check=_check,
-    ),
+    "ppo_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor cu_seqlens,"
+    " float kl_coef, float gamma, float lam, bool whiten) -> (Tensor, Tensor, Tensor, Tensor)",
+    ref=ppo_advantages_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+    cuda=if_built(_cuda_forward),
+    check=_check,
     samples=samples,
 )
 

@@ -10,7 +10,7 @@ from fastrlhf import _cpu
 from fastrlhf.ops._check import address, contiguous, denominator_of, dtype_name, widen
 from fastrlhf.ops._launch import triton
 from fastrlhf.ops._loss import keep_gradients, named, scale_gradients
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 from fastrlhf.ops._surrogate import STATS, check, clip_bounds, fake, largest, surrogate
 from fastrlhf.ops.approx_kl import exp_minus_linear
 from fastrlhf.ops.ppo_sequence_loss import sequence_loss
@@ -55,11 +55,21 @@ def _cpu_forward(
     logprobs, old_logprobs, advantages = logprobs.contiguous(), old_logprobs.contiguous(), advantages.contiguous()
     mask = None if mask is None else mask.contiguous()
     loss, stats, grad = fake(logprobs)
-    inputs = logprobs.data_ptr(), old_logprobs.data_ptr(), advantages.data_ptr(), address(mask)
-    outputs = loss.data_ptr(), stats.data_ptr(), grad.data_ptr()
-    options = clip_low, clip_high, torch.inf if dual_clip is None else dual_clip, denominator or 0.0
-    kernel = getattr(_cpu, f"ppo_policy_loss_{dtype_name(logprobs)}")
-    kernel(*inputs, *outputs, logprobs.numel(), *options, torch.get_num_threads())
+    getattr(_cpu, f"ppo_policy_loss_{dtype_name(logprobs)}")(
+        logprobs.data_ptr(),
+        old_logprobs.data_ptr(),
+        advantages.data_ptr(),
+        address(mask),
+        loss.data_ptr(),
+        stats.data_ptr(),
+        grad.data_ptr(),
+        logprobs.numel(),
+        clip_low,
+        clip_high,
+        torch.inf if dual_clip is None else dual_clip,
+        denominator or 0.0,
+        torch.get_num_threads(),
+    )
     return loss, stats, grad
 
 
@@ -81,7 +91,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     yield logprobs, old_logprobs, advantages, torch.zeros_like(mask), 0.2, 0.2, None, None
 
 
-_forward = leaf(
+_op = op(
     "ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, float clip_low,"
     " float clip_high, float? dual_clip, float? denominator) -> (Tensor, Tensor, Tensor)",
     ref=ppo_policy_loss_ref,
@@ -89,9 +99,6 @@ _forward = leaf(
     cpu=_cpu_forward,
     cuda=_cuda_forward if triton_kernel else None,
     check=check,
-)
-_op = op(
-    _forward,
     samples=samples,
     grads=("logprobs",),
     setup_context=keep_gradients,

@@ -10,7 +10,7 @@ from fastrlhf import _cpu
 from fastrlhf.ops._check import address, contiguous, cu_seqlens_of, dtype_name, has_shape, same_device
 from fastrlhf.ops._launch import triton
 from fastrlhf.ops._loss import keep_gradients, scale_gradients
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 from fastrlhf.ops._surrogate import check, fake, largest, surrogate
 from fastrlhf.ops.approx_kl import exp_minus_linear
 
@@ -75,11 +75,22 @@ def _cpu_forward(
     logprobs, old_logprobs, advantages = logprobs.contiguous(), old_logprobs.contiguous(), advantages.contiguous()
     cu_seqlens, mask = cu_seqlens.contiguous(), None if mask is None else mask.contiguous()
     loss, stats, grad = fake(logprobs)
-    inputs = logprobs.data_ptr(), old_logprobs.data_ptr(), advantages.data_ptr(), cu_seqlens.data_ptr(), address(mask)
-    outputs = loss.data_ptr(), stats.data_ptr(), grad.data_ptr()
-    options = clip_low, clip_high, torch.inf if dual_clip is None else dual_clip, denominator or 0.0
-    kernel = getattr(_cpu, f"ppo_sequence_loss_{dtype_name(logprobs)}")
-    kernel(*inputs, *outputs, cu_seqlens.shape[0] - 1, *options, torch.get_num_threads())
+    getattr(_cpu, f"ppo_sequence_loss_{dtype_name(logprobs)}")(
+        logprobs.data_ptr(),
+        old_logprobs.data_ptr(),
+        advantages.data_ptr(),
+        cu_seqlens.data_ptr(),
+        address(mask),
+        loss.data_ptr(),
+        stats.data_ptr(),
+        grad.data_ptr(),
+        cu_seqlens.shape[0] - 1,
+        clip_low,
+        clip_high,
+        torch.inf if dual_clip is None else dual_clip,
+        denominator or 0.0,
+        torch.get_num_threads(),
+    )
     return loss, stats, grad
 
 
@@ -103,15 +114,13 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 _op = op(
-    leaf(
-        "ppo_sequence_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor cu_seqlens, Tensor? mask,"
-        " float clip_low, float clip_high, float? dual_clip, float? denominator) -> (Tensor, Tensor, Tensor)",
-        ref=ppo_sequence_loss_ref,
-        fake=fake,
-        cpu=_cpu_forward,
-        cuda=_cuda_forward if triton_kernel else None,
-        check=_check,
-    ),
+    "ppo_sequence_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor cu_seqlens, Tensor? mask,"
+    " float clip_low, float clip_high, float? dual_clip, float? denominator) -> (Tensor, Tensor, Tensor)",
+    ref=ppo_sequence_loss_ref,
+    fake=fake,
+    cpu=_cpu_forward,
+    cuda=_cuda_forward if triton_kernel else None,
+    check=_check,
     samples=samples,
     grads=("logprobs",),
     setup_context=keep_gradients,

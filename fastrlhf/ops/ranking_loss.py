@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
+    WIDE,
     address,
     contiguous,
     cu_seqlens_of,
@@ -24,9 +25,8 @@ from fastrlhf.ops._check import (
 )
 from fastrlhf.ops._launch import if_built, launch
 from fastrlhf.ops._loss import keep_gradients, named, scale_gradients
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
-FLOATS = (torch.float32, torch.float64)
 KINDS = ("plackett_luce", "pairwise")
 STATS = ("accuracy", "margin")
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -84,7 +84,7 @@ def ranking_loss_ref(
 
 def _check(scores: Tensor, cu_groups: Tensor, rows: Tensor | None, ties: Tensor | None, *_: Any) -> None:
     same_device("ranking_loss", scores=scores, cu_groups=cu_groups, rows=rows, ties=ties)
-    dtype_in("ranking_loss", "scores", scores, FLOATS)
+    dtype_in("ranking_loss", "scores", scores, WIDE)
     has_shape("ranking_loss", "scores", scores, (None,), "(N,)")
     if rows is not None:
         rows_of("ranking_loss", "rows", rows, scores.shape[0])
@@ -157,7 +157,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield 100 * scores, cu_groups, None, ties, kind, None
 
 
-_forward = leaf(
+_op = op(
     "ranking_loss(Tensor scores, Tensor cu_groups, Tensor? rows, Tensor? ties, str kind, float? denominator)"
     " -> (Tensor, Tensor, Tensor)",
     ref=ranking_loss_ref,
@@ -165,9 +165,6 @@ _forward = leaf(
     cpu=_cpu_forward,
     cuda=if_built(_cuda_forward),
     check=_check,
-)
-_op = op(
-    _forward,
     samples=samples,
     grads=("scores",),
     setup_context=keep_gradients,

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, dtype_in, dtype_name, has_shape, same_device, same_shape
+from fastrlhf.ops._check import FLOATS, address, dtype_in, dtype_name, has_shape, same_device, same_shape
 from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 
 triton_kernel = triton("rms_norm")
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHUNKS, CHUNK_ROWS = 64, 16  # the weight's gradient is summed by chunks of rows: at most so many, none smaller
 
 
@@ -120,14 +119,6 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield hidden.to(device, dtype), weight.to(device, dtype), eps
 
 
-_forward = leaf(
-    "rms_norm(Tensor hidden, Tensor weight, float eps) -> Tensor",
-    ref=rms_norm_ref,
-    fake=_fake,
-    cpu=_cpu_forward,
-    cuda=_cuda_forward if triton_kernel else None,
-    check=_check,
-)
 _gradient = leaf(
     "rms_norm_backward(Tensor grad, Tensor hidden, Tensor weight, float eps) -> (Tensor, Tensor)",
     ref=rms_norm_backward_ref,
@@ -137,7 +128,12 @@ _gradient = leaf(
     check=_check_backward,
 )
 _op = op(
-    _forward,
+    "rms_norm(Tensor hidden, Tensor weight, float eps) -> Tensor",
+    ref=rms_norm_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+    cuda=_cuda_forward if triton_kernel else None,
+    check=_check,
     samples=samples,
     grads=("hidden", "weight"),
     setup_context=_setup_context,

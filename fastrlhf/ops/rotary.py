@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, dtype_in, dtype_name, has_shape, same_device, same_shape
+from fastrlhf.ops._check import FLOATS, address, dtype_in, dtype_name, has_shape, same_device, same_shape
 from fastrlhf.ops._launch import triton
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
 triton_kernel = triton("rotary")
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def rotary_ref(states: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
@@ -60,7 +59,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return _forward(grad, *ctx.saved_tensors, not ctx.transposed), None, None, None
+    return _op.forward(grad, *ctx.saved_tensors, not ctx.transposed), None, None, None
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -73,16 +72,13 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield states, cos, sin, True
 
 
-_forward = leaf(
+_op = op(
     "rotary(Tensor states, Tensor cos, Tensor sin, bool transposed) -> Tensor",
     ref=rotary_ref,
     fake=_fake,
     cpu=_cpu_forward,
     cuda=_cuda_forward if triton_kernel else None,
     check=_check,
-)
-_op = op(
-    _forward,
     samples=samples,
     grads=("states",),
     setup_context=_setup_context,

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import dtype_in, dtype_name, has_shape, readable, same_device
+from fastrlhf.ops._check import FLOATS, dtype_in, dtype_name, has_shape, readable, same_device
 from fastrlhf.ops._launch import triton
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 from fastrlhf.ops.token_logprobs import rows_of
 
 triton_kernel = triton("sample_tokens")
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as an int64
 FIXED_POINT = 2.0**40
 
@@ -118,7 +117,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
             yield *rows, 0.8, *cut
 
 
-_forward = leaf(
+_op = op(
     "sample_tokens(Tensor logits, Tensor seeds, Tensor positions, float temperature, int top_k, float top_p,"
     " float min_p) -> (Tensor, Tensor, Tensor)",
     ref=sample_tokens_ref,
@@ -126,8 +125,8 @@ _forward = leaf(
     cpu=_cpu_forward,
     cuda=_cuda_forward if triton_kernel else None,
     check=_check,
+    samples=samples,
 )
-_op = op(_forward, samples=samples)
 
 
 def sample_tokens(

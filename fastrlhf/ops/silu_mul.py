@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, alike, dtype_name
+from fastrlhf.ops._check import FLOATS, address, alike, dtype_name
 from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, op
 
 triton_kernel = triton("silu_mul")
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def silu_mul_ref(gate: Tensor, up: Tensor) -> Tensor:
@@ -84,14 +83,6 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield gate.to(device, dtype), up.to(device, dtype)
 
 
-_forward = leaf(
-    "silu_mul(Tensor gate, Tensor up) -> Tensor",
-    ref=silu_mul_ref,
-    fake=_fake,
-    cpu=_cpu_forward,
-    cuda=_cuda_forward if triton_kernel else None,
-    check=_check,
-)
 _gradient = leaf(
     "silu_mul_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     ref=silu_mul_backward_ref,
@@ -101,7 +92,12 @@ _gradient = leaf(
     check=_check_backward,
 )
 _op = op(
-    _forward,
+    "silu_mul(Tensor gate, Tensor up) -> Tensor",
+    ref=silu_mul_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+    cuda=_cuda_forward if triton_kernel else None,
+    check=_check,
     samples=samples,
     grads=("gate", "up"),
     setup_context=_setup_context,

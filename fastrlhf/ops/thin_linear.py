@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import dtype_in, dtype_name, has_shape, same_device
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._check import WIDE, dtype_in, dtype_name, has_shape, same_device
+from fastrlhf.ops._registry import op
 
-FLOATS = (torch.float32, torch.float64)
 MOST_AT_ONCE = 64  # rows that the kernel takes in one reading of the weight
 
 
@@ -20,10 +19,10 @@ def thin_linear_ref(rows: Tensor, weight: Tensor) -> Tensor:
 
 def _check(rows: Tensor, weight: Tensor) -> None:
     alike = rows.dtype is weight.dtype and rows.device == weight.device and rows.ndim == weight.ndim == 2
-    if alike and rows.shape[1] == weight.shape[1] and rows.dtype in FLOATS:
+    if alike and rows.shape[1] == weight.shape[1] and rows.dtype in WIDE:
         return  # called on small tensors: what is wrong is only found out when something is
     same_device("thin_linear", rows=rows, weight=weight)
-    dtype_in("thin_linear", "rows", rows, FLOATS)
+    dtype_in("thin_linear", "rows", rows, WIDE)
     dtype_in("thin_linear", "weight", weight, (rows.dtype,))
     has_shape("thin_linear", "rows", rows, (None, None), "(T, D)")
     has_shape("thin_linear", "weight", weight, (None, rows.shape[1]), "(V, D)")
@@ -55,10 +54,14 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield rows.to(device, dtype), weight.to(device, dtype)
 
 
-_forward = leaf(
-    "thin_linear(Tensor rows, Tensor weight) -> Tensor", ref=thin_linear_ref, fake=_fake, cpu=_cpu_forward, check=_check
+_op = op(
+    "thin_linear(Tensor rows, Tensor weight) -> Tensor",
+    ref=thin_linear_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+    check=_check,
+    samples=samples,
 )
-_op = op(_forward, samples=samples)
 
 
 def thin_linear(rows: Tensor, weight: Tensor) -> Tensor:

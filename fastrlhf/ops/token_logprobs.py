@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastrlhf import _cpu
 from fastrlhf.ops._check import (
+    FLOATS,
     address,
     computed_in,
     dtype_in,
@@ -23,7 +24,6 @@ from fastrlhf.ops._launch import triton
 from fastrlhf.ops._registry import leaf, once, op
 
 triton_kernel = triton("token_logprobs")
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LOWEST = -1e4  # stands for log 0, so that 0 log 0 is 0
 
 
@@ -169,7 +169,7 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
-        output = _forward(logits, targets, temperature)
+        output = _op.forward(logits, targets, temperature)
         _setup_context(ctx, (logits, targets, temperature), output)
         return output
 
@@ -216,13 +216,6 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 _SAVED = "Tensor targets, Tensor temperature, Tensor entropy, Tensor highest, Tensor log_sum"
 _cpu_backward, _cpu_in_place = _gradients_by(_cpu_gradient)
 _cuda_backward, _cuda_in_place = _gradients_by(lambda *args: triton_kernel.token_logprobs_backward(*args))
-_forward = leaf(
-    "token_logprobs(Tensor logits, Tensor targets, Tensor temperature) -> (Tensor, Tensor, Tensor, Tensor)",
-    ref=token_logprobs_ref,
-    fake=_fake,
-    cpu=_cpu_forward,
-    cuda=_cuda_forward if triton_kernel else None,
-)
 _gradient = leaf(
     f"token_logprobs_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, {_SAVED}) -> Tensor",
     ref=token_logprobs_backward_ref,
@@ -238,7 +231,11 @@ _gradient_in_place = leaf(
     cuda=_cuda_in_place if triton_kernel else None,
 )
 _op = op(
-    _forward,
+    "token_logprobs(Tensor logits, Tensor targets, Tensor temperature) -> (Tensor, Tensor, Tensor, Tensor)",
+    ref=token_logprobs_ref,
+    fake=_fake,
+    cpu=_cpu_forward,
+    cuda=_cuda_forward if triton_kernel else None,
     samples=samples,
     grads=("logits",),
     setup_context=_setup_context,

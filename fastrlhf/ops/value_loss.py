@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from fastrlhf import _cpu
-from fastrlhf.ops._check import address, alike, contiguous, denominator_of, dtype_name, widen
+from fastrlhf.ops._check import WIDE, address, alike, contiguous, denominator_of, dtype_name, widen
 from fastrlhf.ops._launch import triton
 from fastrlhf.ops._loss import keep_gradients, named, scale_gradients
-from fastrlhf.ops._registry import leaf, op
+from fastrlhf.ops._registry import op
 
 triton_kernel = triton("value_loss")
-FLOATS = (torch.float32, torch.float64)
 STATS = ("clip_fraction", "error")
 
 
@@ -40,7 +39,7 @@ def value_loss_ref(
 
 
 def _check(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor | None, *_: Any) -> None:
-    alike("value_loss", FLOATS, {"values": values, "old_values": old_values, "returns": returns}, mask)
+    alike("value_loss", WIDE, {"values": values, "old_values": old_values, "returns": returns}, mask)
 
 
 def _fake(values: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,10 +58,19 @@ def _cpu_forward(
     values, old_values, returns = values.contiguous(), old_values.contiguous(), returns.contiguous()
     mask = None if mask is None else mask.contiguous()
     loss, stats, grad = _fake(values)
-    inputs = values.data_ptr(), old_values.data_ptr(), returns.data_ptr(), address(mask)
-    outputs = loss.data_ptr(), stats.data_ptr(), grad.data_ptr()
-    options = values.numel(), math.inf if clip_range is None else clip_range, denominator or 0.0
-    getattr(_cpu, f"value_loss_{dtype_name(values)}")(*inputs, *outputs, *options, torch.get_num_threads())
+    getattr(_cpu, f"value_loss_{dtype_name(values)}")(
+        values.data_ptr(),
+        old_values.data_ptr(),
+        returns.data_ptr(),
+        address(mask),
+        loss.data_ptr(),
+        stats.data_ptr(),
+        grad.data_ptr(),
+        values.numel(),
+        math.inf if clip_range is None else clip_range,
+        denominator or 0.0,
+        torch.get_num_threads(),
+    )
     return loss, stats, grad
 
 
@@ -84,7 +92,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     yield values, old_values, returns, torch.zeros_like(mask), 0.2, None
 
 
-_forward = leaf(
+_op = op(
     "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, float? clip_range, float? denominator)"
     " -> (Tensor, Tensor, Tensor)",
     ref=value_loss_ref,
@@ -92,9 +100,6 @@ _forward = leaf(
     cpu=_cpu_forward,
     cuda=_cuda_forward if triton_kernel else None,
     check=_check,
-)
-_op = op(
-    _forward,
     samples=samples,
     grads=("values",),
     setup_context=keep_gradients,
