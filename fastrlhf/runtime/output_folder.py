@@ -76,7 +76,7 @@ class OutputFolder:
             if (self.path / name).is_dir() or ((self.path / name).is_symlink() and not (self.path / name).exists()):
                 raise OutputError(f"output: {self.path / name} is no file, as a run has it: delete it to go on")
         self.lock = Lock(self.path) if hold else None
-        self.changes: list[str] = []
+        self.changes: dict[str, str] = {}
         try:
             check_free_above(self.path)
             self._check_writable()

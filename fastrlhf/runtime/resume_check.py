@@ -21,11 +21,12 @@ from fastrlhf.settings.values import dump, options_where
 CONFIG, INPUTS = "config.yaml", "inputs.json"
 
 
-def check_same(config: Any, saved: dict[str, Any], *, may_change: Collection[str] = ()) -> list[str]:
+def check_same(config: Any, saved: dict[str, Any], *, may_change: Collection[str] = ()) -> dict[str, str]:
     """Raises ValueError when settings, or the models and files that they name, are not those of the run in their output
     folder; warns when the source of a function is not. A folder may have moved, with what the run reads or alone.
-    Returns lines on those of may_change that differ."""
-    changes, differing = [], []
+    Returns a line on each option of may_change that differs, by its name."""
+    changes: dict[str, str] = {}
+    differing = []
     now, output = yaml.safe_load(dump(config)), Path(config.output)
     defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
     then_inputs, inputs = _saved_inputs(output), inputs_of(config)
@@ -34,7 +35,7 @@ def check_same(config: Any, saved: dict[str, Any], *, may_change: Collection[str
         before, after = saved.get(name, defaults.get(name)), now.get(name)
         same = name in free or before == after or (isinstance(before, tuple) and list(before) == after)
         if not same and name in may_change:
-            changes.append(f"{name} was {before} and is {after}")
+            changes[name] = f"{name} was {before} and is {after}"
         elif not same and not _moved(before, after, saved.get("output"), output):
             pieces = then_inputs.get(name, {}), inputs.get(name, {})
             if not (_without(before, pieces[0]) == _without(after, pieces[1]) and pieces[0] and pieces[1]):

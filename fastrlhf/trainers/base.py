@@ -117,7 +117,7 @@ class Trainer(Iterator[dict[str, float]]):
             self._load_checkpoint(self.checkpoint)
         elif changes and (self.output / "model").exists():
             raise UserError(
-                f"resume: {changes[0]}, but {config.output} has no checkpoint to go on from; start a run "
+                f"resume: {next(iter(changes.values()))}, but {config.output} has no checkpoint to go on from; start a run "
                 f"in another folder with model={config.output}/model, or --overwrite to start anew"
             )
         if distributed.is_main_process():
@@ -142,8 +142,10 @@ class Trainer(Iterator[dict[str, float]]):
         if self.num_steps < self.num_steps_done:
             steps = f"{self.num_steps} steps are asked for, but {self.num_steps_done} are done"
             raise UserError(f"resume: {steps}; give as many at least, or --overwrite to start anew")
-        if self.num_steps == self.num_steps_done and changes and not changes[0].startswith(("steps ", "epochs ")):
-            raise UserError(f"resume: {changes[0]}, but all {self.num_steps} steps are done; give more, too")
+        if self.num_steps == self.num_steps_done and changes and not {"steps", "epochs"} & {*changes}:
+            raise UserError(
+                f"resume: {next(iter(changes.values()))}, but all {self.num_steps} steps are done; give more, too"
+            )
 
     def _print_start(self) -> None:
         """Prints from where a resumed run goes on and what changed, and what of best/ is no longer right."""
@@ -154,7 +156,7 @@ class Trainer(Iterator[dict[str, float]]):
         done, changes = self.num_steps_done == self.num_steps, self.folder.changes
         extend = f": all {self.num_steps} steps are done; {extending(self.config)} extends the run"
         self.log.say(f"resuming from {self.checkpoint}{extend if done else ''}")
-        for change in changes:
+        for change in changes.values():
             self.log.say(f"resume: {change}")
         best, step = self.output / "best", step_of(self.output / "best")
         if self.best and not best.exists():

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from hooks import failing_update
 from loops import ROOT, demonstrations, model_folder, pairs, write_rows
 from transformers import AutoModelForCausalLM
 
@@ -169,29 +170,18 @@ def test_a_pipe_that_is_not_ours_breaks_with_a_message(arguments):
     assert (told.returncode, told.stderr) == (1, "still here\n")
 
 
-def test_an_error_that_is_not_ours_keeps_its_traceback(arguments, monkeypatch):
-    monkeypatch.setattr("fastrlhf.trainers.sft.SFT.step", lambda self: {}["missing"])
-    with pytest.raises(KeyError):
+def test_an_error_that_is_not_ours_keeps_its_traceback(arguments):
+    with failing_update(1, KeyError("missing")), pytest.raises(KeyError):
         main(["sft", *arguments])
 
 
-def test_interrupting_says_how_to_go_on(arguments, monkeypatch, capsys, tmp_path):
-    from fastrlhf.trainers.sft import SFT
-
-    step = SFT.step
-
-    def stop_at_three(self):
-        if self.num_steps_done == 2:
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(SFT, "step", stop_at_three)
-    assert main(["sft", *arguments, "--batch-size=4", "--save-every=1"]) == 130
+def test_interrupting_says_how_to_go_on(arguments, capsys, tmp_path):
+    with failing_update(3, KeyboardInterrupt()):
+        assert main(["sft", *arguments, "--batch-size=4", "--save-every=1"]) == 130
     told = capsys.readouterr().err.splitlines()
     newest, settings = (tmp_path / "out" / name for name in ("checkpoints/step-000002", "config.yaml"))
     assert told[0] == f"fastrlhf sft: interrupted; the newest checkpoint is {newest}"
     assert told[1:] == [f"go on with: fastrlhf sft --config {settings} --resume"]
-    monkeypatch.setattr(SFT, "step", step)
     assert main(["sft", *arguments, "--batch-size=4", "--save-every=1"]) == 1
     found = "is not empty: it holds a run of fastrlhf sft, 2 of 6 steps done, not finished; --resume (resume=True)"
     assert found in capsys.readouterr().err
@@ -262,23 +252,11 @@ def test_under_torchrun_the_command_to_go_on_with_is_torchruns(monkeypatch):
     assert shlex.join(command_line_of("sft", "out")) == expected
 
 
-def test_an_error_says_what_it_left(arguments, monkeypatch, capsys, tmp_path):
-    from fastrlhf.trainers.sft import SFT
-
-    step = SFT.step
-
-    def fails_at(number):
-        def failing(self):
-            if self.num_steps_done + 1 == number:
-                raise NonFiniteError("the loss is nan")
-            return step(self)
-
-        monkeypatch.setattr(SFT, "step", failing)
-
+def test_an_error_says_what_it_left(arguments, capsys, tmp_path):
     out, endings = tmp_path / "out", {}
     for number in (1, 2, 3):
-        fails_at(number)
-        assert main(["sft", *arguments, "--batch-size=4", "--save-every=2", "--overwrite"]) == 1
+        with failing_update(number, NonFiniteError("the loss is nan")):
+            assert main(["sft", *arguments, "--batch-size=4", "--save-every=2", "--overwrite"]) == 1
         endings[number] = capsys.readouterr().err.splitlines()[-2:]
     command = f"fastrlhf sft --config {out / 'config.yaml'}"
     assert endings == {

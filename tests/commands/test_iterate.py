@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from fake_server import serving
+from hooks import interrupted_in_step
 from judging import top_logprobs
 from loops import ROOT, model_folder, write_rows
 from transformers import AutoModelForSequenceClassification
@@ -24,7 +25,6 @@ from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.errors import DataError
 from fastrlhf.runtime.jsonl import read_jsonl
 from fastrlhf.settings.feedback import IterateConfig
-from fastrlhf.trainers.ppo.trainer import PPO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GOLD = """
@@ -189,19 +189,11 @@ def test_a_run_killed_in_a_reward_model_and_stopped_in_ppo_continues_to_the_same
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(read_jsonl(Path(settings["output"]) / "round-2/reward/metrics.jsonl")) == 2
-    step, done = PPO.step, []
-
-    def stop_in_the_second(loop):
-        done.append((Path(loop.config.output).parent.name, loop.num_steps_done))
-        if loop.num_steps_done == 1:
-            raise KeyboardInterrupt
-        return step(loop)
-
-    monkeypatch.setattr(PPO, "step", stop_in_the_second)
-    with pytest.raises(KeyboardInterrupt):
+    first, second = (Path(settings["output"]) / f"round-{n}/ppo/metrics.jsonl" for n in (1, 2))
+    written = first.stat().st_mtime_ns
+    with interrupted_in_step(2, second), pytest.raises(KeyboardInterrupt):
         run(settings, resume=True)
-    assert done == [("round-2", 0), ("round-2", 1)], "the first round was over"
-    monkeypatch.setattr(PPO, "step", step)
+    assert len(read_jsonl(second)) == 1 and first.stat().st_mtime_ns == written, "the first round was over"
     left = Path(settings["output"]) / "round-1/ppo/best"  # by a kill just before it is removed
     left.mkdir()
     (left / "model.safetensors").touch()

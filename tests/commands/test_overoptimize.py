@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+from hooks import interrupted_in_step
 from loops import model_folder, write_rows
 
 from benchmarks.overoptimization import config as toy
@@ -15,7 +16,6 @@ from fastrlhf.commands.overoptimize_report import METHODS, points_of, summarise,
 from fastrlhf.evaluation.labels import split_by_prompt
 from fastrlhf.runtime.jsonl import read_jsonl
 from fastrlhf.settings.best_of_n import OveroptimizeConfig
-from fastrlhf.trainers.ppo.trainer import PPO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GOLD = """
@@ -80,14 +80,12 @@ def test_a_study_leaves_its_points_and_a_stopped_one_comes_to_the_same(settings,
     turned = sum(row["gold_chosen"] < row["gold_rejected"] for row in pairs)
     assert 0 < turned < len(pairs) / 2
     assert "<svg" in (output / "report.html").read_text()
-    monkeypatch.setattr(PPO, "step", stop_in_the_second(PPO.step))
     changed = {**settings, "output": str(tmp_path / "stopped")}
-    assert main(["overoptimize", *arguments(changed)]) == 130
+    with interrupted_in_step(2, tmp_path / "stopped/ppo/metrics.jsonl"):
+        assert main(["overoptimize", *arguments(changed)]) == 130
     told = capsys.readouterr()
     assert told.err.splitlines()[-1].endswith(f"--config {changed['output']}/config.yaml --resume")
     assert "warning: 1 of the 4 prompts of" in told.out
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
     assert main(["overoptimize", *arguments(changed), "--resume"]) == 0
     assert results(changed["output"]) == results(settings["output"])
 
@@ -108,15 +106,6 @@ def test_a_study_of_many_responses_has_points_a_factor_apart(tmp_path):
     (tmp_path / "ppo.json").write_text(json.dumps({"points": []}))
     efforts = [row["effort"] for row in points_of(tmp_path)]
     assert efforts[:6] == [1, 2, 3, 4, 6, 8] and efforts[-3:] == [724, 1024, 1100]
-
-
-def stop_in_the_second(step):
-    def stepping(loop):
-        if loop.num_steps_done == 1:
-            raise KeyboardInterrupt
-        return step(loop)
-
-    return stepping
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hooks import interrupted_in_step
 from loops import model_folder, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -14,7 +15,6 @@ from fastrlhf.commands.pipeline import PRODUCTS, Run
 from fastrlhf.errors import DataError
 from fastrlhf.runtime.jsonl import read_jsonl
 from fastrlhf.settings.run import RunConfig
-from fastrlhf.trainers.ppo.trainer import PPO
 from fastrlhf.trainers.sft import SFT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,19 +110,12 @@ def test_a_complete_run_is_not_done_again_and_a_missing_stage_gives_the_same(set
     assert files_of(output) == first
 
 
-def test_a_run_stopped_within_a_loop_continues_to_the_same_result(settings, tmp_path, monkeypatch):
+def test_a_run_stopped_within_a_loop_continues_to_the_same_result(settings, tmp_path):
     run(settings, output=str(tmp_path / "whole"))
-    step = PPO.step
-
-    def stop_in_the_second(loop):
-        if loop.num_steps_done == 1:
-            raise KeyboardInterrupt
-        return step(loop)
-
-    monkeypatch.setattr(PPO, "step", stop_in_the_second)
-    with pytest.raises(KeyboardInterrupt):
+    metrics = Path(settings["output"]) / "ppo/metrics.jsonl"
+    with interrupted_in_step(2, metrics), pytest.raises(KeyboardInterrupt):
         run(settings)
-    monkeypatch.setattr(PPO, "step", step)
+    assert len(metrics.read_text().splitlines()) == 1
     run(settings, resume=True)
     assert files_of(settings["output"]) == files_of(tmp_path / "whole")
 

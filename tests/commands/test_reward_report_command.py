@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hooks import after_forward
 from html_page import Page
 from loops import model_folder, write_rows
 from tiny import tiny_tokenizer
@@ -141,10 +142,9 @@ def test_each_different_response_is_scored_once(files, tmp_path, monkeypatch):
     loop, model, scored = EvaluateReward(config), RewardModel.from_pretrained(files["a"]), []
     assert len(loop.pairs) == 90
     expected = [[model(pack([side])).item() for side in full_sequences(pair)] for pair in loop.pairs[:45]]
-    forward = RewardModel.forward
-    monkeypatch.setattr(RewardModel, "forward", lambda self, part: scored.append(part) or forward(self, part))
     monkeypatch.setattr("fastrlhf.commands.reward_report.command.can_share_prompts", lambda *_: True)
-    scores = loop.score("a", loop.scorers[0], loop.pairs)
+    with after_forward(RewardModel, lambda model, inputs, output: scored.append(inputs[0])):
+        scores = loop.score("a", loop.scorers[0], loop.pairs)
     torch.testing.assert_close(scores, torch.tensor(expected * 2).double(), rtol=1e-4, atol=1e-5)
     assert sum(part.num_sequences for part in scored) == 10
     prompt, response = len(loop.pairs[0].prompt), sum(len(answer) + 1 for answer in answers)

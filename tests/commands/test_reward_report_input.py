@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-import torch
+from hooks import after_forward
 from loops import model_folder
 from tiny import tiny_tokenizer
 from trust_files import make_files, report, settings
@@ -20,9 +20,11 @@ def files(tmp_path_factory):
     return make_files(tmp_path_factory.mktemp("files"))
 
 
-def refused(changes, error, message, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(RewardModel, "forward", lambda *_: pytest.fail("a pair was scored"))
-    with pytest.raises(error, match=message):
+def refused(changes, error, message, files, tmp_path):
+    def scored(*_):
+        pytest.fail("a pair was scored")
+
+    with after_forward(RewardModel, scored), pytest.raises(error, match=message):
         list(EvaluateReward(settings(files, tmp_path / "out", **changes)))
     assert not (tmp_path / "out").exists()
 
@@ -42,21 +44,21 @@ def refused(changes, error, message, files, tmp_path, monkeypatch):
         ({"max_length": 8}, ValueError, "rejected"),
     ],
 )
-def test_bad_input_is_named_before_anything_is_scored(changes, error, message, files, tmp_path, monkeypatch):
+def test_bad_input_is_named_before_anything_is_scored(changes, error, message, files, tmp_path):
     filled = {k: v.format(**files) if isinstance(v, str) else v for k, v in changes.items()}
-    refused({"plots": False, **filled}, error, message, files, tmp_path, monkeypatch)
+    refused({"plots": False, **filled}, error, message, files, tmp_path)
 
 
 def test_missing_matplotlib_is_named_before_anything_is_scored(files, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "available", lambda: False)
-    refused({}, ValueError, "pip install matplotlib.*--no-plots", files, tmp_path, monkeypatch)
+    refused({}, ValueError, "pip install matplotlib.*--no-plots", files, tmp_path)
 
 
-def test_a_model_of_another_vocabulary_is_refused(files, tmp_path, monkeypatch):
+def test_a_model_of_another_vocabulary_is_refused(files, tmp_path):
     other = model_folder(tmp_path / "other", vocab=320)
     RewardModel.from_pretrained(other, new_head=True).save_pretrained(other)
     tiny_tokenizer(320).save_pretrained(other)
-    refused({"plots": False, "model": f"{files['a']},{other}"}, ValueError, "vocabulary", files, tmp_path, monkeypatch)
+    refused({"plots": False, "model": f"{files['a']},{other}"}, ValueError, "vocabulary", files, tmp_path)
 
 
 def test_an_earlier_report_is_replaced_only_when_told(files, tmp_path):
@@ -75,7 +77,7 @@ def test_an_earlier_report_is_replaced_only_when_told(files, tmp_path):
 
 
 def test_a_score_that_is_no_number_is_named(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(RewardModel, "forward", lambda self, batch: torch.full((batch.num_sequences,), float("nan")))
     monkeypatch.setattr("fastrlhf.commands.reward_report.command.can_share_prompts", lambda *_: False)
-    with pytest.raises(ValueError, match=r"reward: the scores of pair 1 are \[nan, nan"):
+    nan = after_forward(RewardModel, lambda model, inputs, scores: scores * float("nan"))
+    with nan, pytest.raises(ValueError, match=r"reward: the scores of pair 1 are \[nan, nan"):
         list(EvaluateReward(settings(files, tmp_path / "out", plots=False)))

@@ -4,6 +4,7 @@ There is no GPU here. What stands in for its memory: on its way to rest every bi
 on its way back, so that a role that acted, or was written, while it rests would change the run."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny import tiny_tokenizer
 from torch import nn
 
 from fastrlhf import PPO, PPOConfig
+from fastrlhf.generation.engine import Engine
 from fastrlhf.models import offload as offload_module
 from fastrlhf.models.offload import check_offload, offload, onloaded
 from fastrlhf.models.policy import RewardModel
@@ -94,20 +96,29 @@ def test_a_run_that_is_resumed_is_the_same(folder, tmp_path, travels, monkeypatc
     assert_equal((first + rows, weights), expected)
 
 
-def test_between_the_phases_all_that_is_idle_rests(folder, tmp_path, travels):
-    trainer = PPO(config(folder, tmp_path / "out", offload="idle"))
-    generate, seen, steps = trainer.rollout.engine.generate, [], []
+class Watched:
+    """The engine on the policy, which calls `first` before it generates."""
 
-    def watched(*args, **options):
+    def __init__(self, first, policy):
+        self.first, self.engine = first, Engine(policy.model, eos_token_ids=(1,))
+
+    def generate(self, prompts, sampling, **options):
+        self.first()
+        return self.engine.generate(prompts, sampling, **options)
+
+
+def test_between_the_phases_all_that_is_idle_rests(folder, tmp_path, travels):
+    seen, steps = [], []
+
+    def before_generating(*_):
         idle = {trainer.reference, *(m for m, _ in (*trainer.scorer.models, *trainer.held_out.scorer.models))}
         seen.append(len(idle))
         assert {*idle, *trainer.learner.optimizers} <= {*offload_module._RESTING}
         assert not {trainer.policy, trainer.value_model} & {*offload_module._RESTING}
         states = [state for optimizer in trainer.learner.optimizers for state in optimizer.adam.state.values()]
         steps.append({turned(state["step"]).item() for state in states})
-        return generate(*args, **options)
 
-    trainer.rollout.engine.generate = watched
+    trainer = PPO(config(folder, tmp_path / "out", offload="idle"), backend=partial(Watched, before_generating))
     next(trainer)
     next(trainer)
     assert seen[:3] == [3, 3, 3]  # reference, reward model, judge

@@ -4,6 +4,7 @@ import pytest
 import torch
 from loops import demonstrations, model_folder, pairs, write_rows
 from tiny import tiny_tokenizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastrlhf import PPO, SFT, DPOConfig, PPOConfig, RewardConfig, RewardTrainer, SFTConfig
 from fastrlhf.models.policy import Policy, RewardModel, load_causal_lm
@@ -59,15 +60,14 @@ def nbytes(tensors):
 def test_models_gradients_and_moments_take_what_was_planned(folder, changes):
     files = {name: str(folder / changes[name]) for name in ("eval_data", "eval_reward") if name in changes}
     trainer = PPO(config(folder, **{**changes, **files}))
-    gradients, stepped = [], torch.optim.AdamW.step
+    gradients = []
 
-    def step(self, *args, **options):
-        gradients.extend(p.grad for group in self.param_groups for p in group["params"])
-        return stepped(self, *args, **options)
+    def note(optimizer, *_):
+        gradients.extend(p.grad for group in optimizer.param_groups for p in group["params"])
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", step)
-        next(trainer)
+    handle = register_optimizer_step_pre_hook(note)
+    next(trainer)
+    handle.remove()
     roles = [trainer.policy, trainer.reference, trainer.value_model, trainer.models.average]
     scorers = {trainer.scorer, trainer.held_out.scorer}
     roles += [model for scorer in scorers for model, _ in scorer.models]
@@ -222,20 +222,19 @@ def test_what_dpo_and_kto_load_first_is_planned_beside_the_policy(folder, change
     rows = [{"prompt": f"Say {n}", "completion": "x" * (1 + n % 2), "label": n % 2 == 0} for n in range(8)]
     data = pairs(folder / "p.jsonl") if changes.get("loss") != "kto" else write_rows(folder / "l.jsonl", rows)
     loaded = []
-    load = Policy.from_pretrained.__func__
 
-    def remember(cls, *args, **options):
-        loaded.append(load(cls, *args, **options))
+    def remember(*args, **options):
+        loaded.append(load_causal_lm(*args, **options))
         return loaded[-1]
 
-    monkeypatch.setattr(Policy, "from_pretrained", classmethod(remember))
+    monkeypatch.setattr("fastrlhf.models.policy.load_causal_lm", remember)
     settings = {"model": str(folder / "model"), "data": data, "output": str(folder / "dpo"), "template": "none"}
     plan = preference_loop(DPOConfig(**settings, batch_size=4, reference=wide, **changes)).plan
     assert plan.models[next(iter(plan.models))][0] + sum(plan.first.values()) == sum(map(weights, loaded))
 
 
-def weights(policy):
-    return nbytes(policy.model.parameters())
+def weights(model):
+    return nbytes(model.parameters())
 
 
 def test_of_what_comes_in_turn_the_plan_counts_the_larger():

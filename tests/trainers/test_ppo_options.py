@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hooks import after_forward
 from loops import demonstrations, model_folder, write_rows
 from ppo_runs import config, make_folder
 from transformers import AutoModelForCausalLM
@@ -101,9 +102,13 @@ def test_minibatches_keep_the_responses_to_a_prompt_together_where_the_loss_is_a
 ):
     changes = {"loss_mean": loss_mean, "estimator": "rloo", "batch_size": 20, "samples_per_prompt": 4, "minibatches": 3}
     ppo, seen = PPO(config(folder, **changes)), []
-    update = ppo.learner.update
-    ppo.learner.update = lambda minibatch, *args: seen.append(minibatch) or update(minibatch, *args)
-    next(ppo)
+
+    def note(policy, inputs, output):
+        if torch.is_grad_enabled():  # a minibatch is one micro-batch here
+            seen.append(inputs[0])
+
+    with after_forward(Policy, note):
+        next(ppo)
     assert len(seen) == 2 * 3
     for epoch in (seen[:3], seen[3:]):
         prompts = [set(minibatch["prompts"].tolist()) for minibatch in epoch]

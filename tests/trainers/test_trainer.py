@@ -6,10 +6,10 @@ import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
+from hooks import failing_update
 from loops import demonstrations, model_folder
 from ppo_runs import config as ppo_config
 from ppo_runs import make_folder, share_of_low_tokens
@@ -115,25 +115,23 @@ def test_whoever_leaves_early_can_save_and_go_on(name, request, tmp_path):
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_a_loop_closes_at_its_end_and_after_an_exception(sft, monkeypatch):
-    closed = []
-    monkeypatch.setattr("fastrlhf.runtime.metrics.MetricsLog.close", lambda self: closed.append(self))
-    loop = sft()
+def test_a_loop_closes_at_its_end_and_after_an_exception(sft, tmp_path):
+    held, loop = tmp_path / "out/.lock", sft()
+    assert held.exists() and not loop.is_closed
     assert len(list(loop)) == 5 and list(loop) == []
-    assert closed == [loop.log]
-    with pytest.raises(KeyError), sft(overwrite=True):
+    assert loop.is_closed and not held.exists()
+    with pytest.raises(KeyError), sft(overwrite=True) as loop:
+        assert held.exists()
         raise KeyError
-    assert len(closed) == 2
+    assert loop.is_closed and not held.exists()
 
 
-def test_a_step_that_was_broken_off_is_no_checkpoint_and_nothing_follows_it(sft, tmp_path, monkeypatch):
+def test_a_step_that_was_broken_off_is_no_checkpoint_and_nothing_follows_it(sft, tmp_path):
     loop = sft()
     next(loop)
     loop.save_checkpoint()
-    with monkeypatch.context() as broken:
-        broken.setattr(loop.optimizer, "step", lambda where: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            next(loop)
+    with failing_update(1, ZeroDivisionError()), pytest.raises(ZeroDivisionError):
+        next(loop)
     for go_on in (loop.save_checkpoint, loop.__next__):
         with pytest.raises(
             ValueError, match=r"step 2 was broken off half-way.*resume=True to go on from .*step-000001"
@@ -143,43 +141,45 @@ def test_a_step_that_was_broken_off_is_no_checkpoint_and_nothing_follows_it(sft,
 
 
 @pytest.mark.parametrize("error", [TimeoutError("reward: it hangs"), Interrupted(signal.SIGINT)])
-def test_ppo_keeps_the_steps_before_one_whose_reward_fails(ppo, tmp_path, monkeypatch, error):
+def test_ppo_keeps_the_steps_before_one_whose_reward_fails(ppo, tmp_path, error):
     """Nothing has changed when sampling or scoring fails, so it can be tried again, too."""
-    ppo(output=str(tmp_path / "whole")).run()
-    loop = ppo(save_every=0, save_minutes=0)
+    errors = []
+
+    def reward(*args, **columns):
+        if errors:
+            raise errors[0]
+        return share_of_low_tokens(*args, **columns)
+
+    ppo(output=str(tmp_path / "whole"), reward=reward).run()
+    loop = ppo(save_every=0, save_minutes=0, reward=reward)
     for _ in range(2):
         next(loop)
-    monkeypatch.setattr(loop, "scorer", SimpleNamespace(terms=failing(error), total=None))
+    errors.append(error)
     for _ in range(2):
         with pytest.raises(type(error)):
             next(loop)
     loop.close()
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-000002"]
-    ppo(resume=True).run()
+    errors.clear()
+    ppo(resume=True, reward=reward).run()
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_a_step_that_fails_in_its_update_leaves_no_checkpoint(ppo, tmp_path, monkeypatch):
+def test_a_step_that_fails_in_its_update_leaves_no_checkpoint(ppo, tmp_path):
     loop = ppo()
     next(loop)
-    monkeypatch.setattr(loop.learner, "train", failing(TimeoutError()))
-    with pytest.raises(TimeoutError):
+    with failing_update(1, TimeoutError()), pytest.raises(TimeoutError):
         next(loop)
     assert not (tmp_path / "out/checkpoints").exists()
 
 
-def failing(error):
-    def fail(*_, **__):
-        raise error
-
-    return fail
-
-
-def test_a_stop_iteration_in_a_step_does_not_pass_for_the_end_of_the_loop(sft, monkeypatch):
+def test_a_stop_iteration_in_a_step_does_not_pass_for_the_end_of_the_loop(sft):
     loop = sft()
     next(loop)
-    monkeypatch.setattr(loop.optimizer, "step", lambda where: next(iter(())))
-    with pytest.raises(RuntimeError, match="step 2 was broken off by a StopIteration"):
+    with (
+        failing_update(1, StopIteration()),
+        pytest.raises(RuntimeError, match="step 2 was broken off by a StopIteration"),
+    ):
         list(loop)
 
 
