@@ -111,13 +111,13 @@ class Trainer(Iterator[dict[str, float]]):
         """Takes up the checkpoint, if there is one, and opens the output folder.
 
         Raises: UserError when the data is not that of the checkpoint, or more steps are done than there are to be."""
-        config, changes = self.config, self.folder.changes
+        config, changes = self.config, [*self.folder.changes.values()]
         self.data_fingerprint = fingerprint(self.fingerprint_rows())
         if self.checkpoint is not None:
             self._load_checkpoint(self.checkpoint)
         elif changes and (self.output / "model").exists():
             raise UserError(
-                f"resume: {next(iter(changes.values()))}, but {config.output} has no checkpoint to go on from; start a run "
+                f"resume: {changes[0]}, but {config.output} has no checkpoint to go on from; start a run "
                 f"in another folder with model={config.output}/model, or --overwrite to start anew"
             )
         if distributed.is_main_process():
@@ -143,9 +143,8 @@ class Trainer(Iterator[dict[str, float]]):
             steps = f"{self.num_steps} steps are asked for, but {self.num_steps_done} are done"
             raise UserError(f"resume: {steps}; give as many at least, or --overwrite to start anew")
         if self.num_steps == self.num_steps_done and changes and not {"steps", "epochs"} & {*changes}:
-            raise UserError(
-                f"resume: {next(iter(changes.values()))}, but all {self.num_steps} steps are done; give more, too"
-            )
+            change = next(iter(changes.values()))
+            raise UserError(f"resume: {change}, but all {self.num_steps} steps are done; give more, too")
 
     def _print_start(self) -> None:
         """Prints from where a resumed run goes on and what changed, and what of best/ is no longer right."""
