@@ -1,7 +1,8 @@
 """The ops, one file each: documentation, checks, reference, native launchers, gradient, samples.
 
 Letters in shapes: T tokens of a pack, N sequences, R response tokens, V vocabulary, D hidden width, H query heads,
-K head width. A second derivative raises (k1 of `approx_kl`, a subtraction, has one).
+K head width. A second derivative raises (k1 of `approx_kl`, a subtraction, has one). Each op compiles to one graph
+(`torch.compile(fullgraph=True)`), backward included, with every option but `inplace_backward` of `token_logprobs`.
 """
 
 from fastrlhf.ops._named import names_arguments

@@ -114,18 +114,6 @@ def test_rows_kept_and_rows_left_out_go_together():
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk_size": 64, "batch_invariant": True}], ids=["plain", "invariant"])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_compiles_with_its_gradient(loss, options):
-    torch.compiler.reset()
-    hidden, weight, targets = inputs(70)
-    results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        results.append(torch.autograd.grad(3 * function(*leaves, targets, **options)[0], leaves))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_tied_weight_gets_both_its_gradients(loss):
     _, weight, targets = inputs(50)
