@@ -1,1 +1,1 @@
-"""Studies with several responses to each prompt: the best of n, two rewards over weights, over-optimisation."""
+"""What each command does: run, feedback, the report on a reward model, best-of-n, sweep, overoptimize, data tools."""

@@ -23,13 +23,7 @@ from fastrlhf.data.loading import (
     load_demonstrations,
     load_prompts,
 )
-from fastrlhf.data.statistics import (
-    chosen_is_longer,
-    digest,
-    percentiles,
-    repetitions,
-    shared_prompts,
-)
+from fastrlhf.data.statistics import chosen_is_longer, digest, percentiles, repetitions, shared_prompts
 from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.errors import DataError
 from fastrlhf.settings.data import DataCheckConfig

@@ -72,7 +72,7 @@ def sweep(config: SweepConfig) -> Iterator[str]:
 
 
 def standard(reward: str, unit: dict[str, float]) -> str:
-    """The reward in deviations within a prompt, among which best-of-n chooses, in the grammar of combining.py.
+    """The reward in deviations within a prompt, among which best-of-n chooses, in the grammar of combine.py.
 
     Raises: ValueError where all its scores of a prompt are the same."""
     if unit["deviation_within"] <= 0:

@@ -84,13 +84,7 @@ def load_prompts(
     return loaded
 
 
-def load_demonstrations(
-    path: str | Path,
-    tokenizer: Any,
-    *,
-    max_tokens: int,
-    **options: Any,
-) -> Loaded[Demonstration]:
+def load_demonstrations(path: str | Path, tokenizer: Any, *, max_tokens: int, **options: Any) -> Loaded[Demonstration]:
     """Returns the demonstrations of a file: completions, assistant turns, the chosen side of preference pairs, or whole
     texts, of which all tokens but the first are learned.
 

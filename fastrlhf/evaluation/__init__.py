@@ -1,1 +1,1 @@
-"""Jobs made of the loops: `fastrlhf run`, its evaluation and report; what other jobs share."""
+"""What commands share: responses to held-out prompts, labels, stages of a job, HTML, plots."""

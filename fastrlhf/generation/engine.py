@@ -189,7 +189,7 @@ class Engine:
                 self._graphs.clear()  # autocast drops its copies of the weights, which they read
 
     def _decoder(self, num_slots: int, whole: bool) -> Callable[[Tensor], Tensor]:
-        """The function that Run asks for logits: the model, or graphs of it."""
+        """The function that SlotDecoder asks for logits: the model, or graphs of it."""
         device = self.model.device
         record = recorder(device) if self.cuda_graphs else None
         autocast = torch.is_autocast_enabled(device.type)

@@ -1,7 +1,7 @@
 """What does not act rests in the memory of the CPU: models without gradients, and moments of optimizers.
 
 `rest(holder, device)` sends it there; whoever uses it does so within `awake(holder)`, which brings it to the device for
-that time. Of what never rests `awake` is nothing. Values travel as they are, so results are the same bit for bit.
+that time. Of what never rests `onloaded` is nothing. Values travel as they are, so results are the same bit for bit.
 """
 
 from __future__ import annotations

@@ -58,12 +58,7 @@ def _statistics(scores: Tensor, ranks: Tensor) -> Tensor:
 
 
 def ranking_loss_ref(
-    scores: Tensor,
-    cu_groups: Tensor,
-    rows: Tensor | None,
-    ties: Tensor | None,
-    kind: str,
-    denominator: float | None,
+    scores: Tensor, cu_groups: Tensor, rows: Tensor | None, ties: Tensor | None, kind: str, denominator: float | None
 ) -> Outputs:
     if rows is not None:
         loss, stats, grad = ranking_loss_ref(scores[rows], cu_groups, None, ties, kind, denominator)
@@ -115,12 +110,7 @@ def _addresses(scores: Tensor, *others: Tensor | None) -> tuple[list[int], Outpu
 
 
 def _cpu_forward(
-    scores: Tensor,
-    cu_groups: Tensor,
-    rows: Tensor | None,
-    ties: Tensor | None,
-    kind: str,
-    denominator: float | None,
+    scores: Tensor, cu_groups: Tensor, rows: Tensor | None, ties: Tensor | None, kind: str, denominator: float | None
 ) -> Outputs:
     addresses, outputs, _kept = _addresses(scores, cu_groups, rows, ties)
     kernel = getattr(_cpu, f"ranking_loss_{dtype_name(scores)}")
@@ -129,12 +119,7 @@ def _cpu_forward(
 
 
 def _cuda_forward(
-    scores: Tensor,
-    cu_groups: Tensor,
-    rows: Tensor | None,
-    ties: Tensor | None,
-    kind: str,
-    denominator: float | None,
+    scores: Tensor, cu_groups: Tensor, rows: Tensor | None, ties: Tensor | None, kind: str, denominator: float | None
 ) -> Outputs:
     addresses, outputs, _kept = _addresses(scores, cu_groups, rows, ties)
     sizes = scores.shape[0], _num_responses(scores, rows), cu_groups.shape[0] - 1

@@ -23,11 +23,7 @@ SILENT = re.compile(
 
 
 def plain_answer(
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    *,
-    finished: Sequence[bool],
-    **columns: Any,
+    prompts: Sequence[str], responses: Sequence[str], *, finished: Sequence[bool], **columns: Any
 ) -> list[float]:
     """Returns how plain and whole each answer is, from 0 to 1: a finished sentence on the topic, in easy words.
 

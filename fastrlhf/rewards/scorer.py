@@ -1,4 +1,4 @@
-"""What scores a response: a reward model, a Python function, or what is made of several such (combining.py)."""
+"""What scores a response: a reward model, a Python function, or what is made of several such (combine.py)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastrlhf.runtime import distributed
 
 
 class Scorer:
-    """Scores responses: what a reward of combining.py's grammar makes of the scores of its sources.
+    """Scores responses: what a reward of combine.py's grammar makes of the scores of its sources.
 
     A function is called as f(prompts, responses, *, response_ids, finished, **columns) and returns N numbers: prompts
     and responses are texts (special tokens left out), response_ids the token ids of each response, finished whether it

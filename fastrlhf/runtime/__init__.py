@@ -1,1 +1,1 @@
-"""What every run needs: options, metrics, checkpoints, whole files, optimizers, processes and shards."""
+"""The run: output folder, checkpoints, optimizer, metrics, processes, signals, HTTP."""

@@ -49,7 +49,7 @@ def unsharded_replica(model: M) -> M:
 
 @contextmanager
 def unsharded(model: M) -> Iterator[M]:
-    """Yields `twin(model)`, which has all weights meanwhile. All processes open this together."""
+    """Yields `unsharded_replica(model)`, which has all weights meanwhile. All processes open this together."""
     whole = unsharded_replica(model)
     pairs = [] if whole is model else list(zip(whole.parameters(), model.parameters(), strict=True))
     for ours, theirs in pairs:

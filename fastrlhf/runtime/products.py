@@ -1,6 +1,6 @@
 """What a run has finished, with fingerprints, by which a resumed run notices what was damaged or changed since.
 
-<output>/products.json    by name, what was made, and the fingerprints of its files (see inputs.py)
+<output>/products.json    by name, what was made, and the fingerprints of its files (see fingerprints.py)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def record(output: Path, name: str, product: str | None = None) -> None:
 
 
 def note_new(output: Path, name: str, product: str | None = None) -> None:
-    """`note` of what is not noted yet: a kill may have come between its making and that."""
+    """`record` of what is not noted yet: a kill may have come between its making and that."""
     if name not in recorded(output):
         record(output, name, product)
 

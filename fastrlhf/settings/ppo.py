@@ -128,9 +128,7 @@ class PPOConfig(ScoringConfig, LoopConfig):
     rollout_timeout: float = rare(600.0, "seconds for one response, retries included", above=0, resume="free")
     rollout_key_file: str | None = rare(None, "file with the API key of the servers", path="file", resume="free")
     weight_sync: str | Callable[..., Any] | None = rare(  # noqa: RUF009
-        None,
-        "brings weights to servers: lora, whole or module:function; stale: nothing does",
-        resume="free",
+        None, "brings weights to servers: lora, whole or module:function; stale: nothing does", resume="free"
     )
 
     def has_adapters(self) -> bool:

@@ -18,7 +18,7 @@ Prompts = Sequence[Sequence[int]]
 class Drift:
     """Two sets of prompts beside each other; a small p-value says that they are not draws of one distribution.
 
-    divergence: `js_divergence` of their tokens, bits, 0 to 1; divergence_by_chance: its mean over permutations
+    divergence: `js_terms` of their tokens, bits, 0 to 1; divergence_by_chance: its mean over permutations
     lengths: `ks_statistic` of their lengths, 0 to 1; lengths_by_chance: its mean over permutations
     divergence_p, lengths_p: (1 + permutations with as large a value) / (1 + permutations)
     shared: share of the second set's prompts that are in the first one, too

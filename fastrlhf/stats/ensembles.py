@@ -44,11 +44,7 @@ class Ensemble:
 
 
 def ensemble(
-    scores: Tensor,
-    labels: Tensor | None = None,
-    *,
-    clusters: Sequence[Hashable] | None = None,
-    num_bins: int = 5,
+    scores: Tensor, labels: Tensor | None = None, *, clusters: Sequence[Hashable] | None = None, num_bins: int = 5
 ) -> Ensemble:
     """Returns how models agree. scores: (M, N, 2) of chosen and rejected responses, M >= 2; labels: as for `hits`
 

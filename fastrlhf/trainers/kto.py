@@ -47,10 +47,7 @@ class KTO(PreferenceTrainer[Labelled]):
     def on_model_loaded(self) -> None:
         self.mismatched = {
             name: mismatched(rows, self.longest_row, what)
-            for name, rows, what in (
-                ("rows", self.rows, "rows used"),
-                ("held_out", self.held_out, "held-out rows"),
-            )
+            for name, rows, what in (("rows", self.rows, "rows used"), ("held_out", self.held_out, "held-out rows"))
         }
         if self.checkpoint is not None:
             return

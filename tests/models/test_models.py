@@ -6,11 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from fastrlhf.models.policy import Policy, RewardModel, ValueModel, load_causal_lm

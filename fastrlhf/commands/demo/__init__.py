@@ -1,1 +1,1 @@
-"""What the demo run needs and ships: a small model, questions, demonstrations, and a gold reward."""
+"""What the demo run ships: a small model, questions and demonstrations."""

@@ -19,15 +19,7 @@ from pathlib import Path
 
 from fastrlhf.commands.feedback.label import Label
 from fastrlhf.commands.feedback.rounds import accuracy, last_evaluated, round_line, round_row
-from fastrlhf.commands.feedback.rows import (
-    FeedbackRow,
-    Row,
-    as_pair,
-    as_prompt,
-    as_text,
-    check_share,
-    read_items,
-)
+from fastrlhf.commands.feedback.rows import FeedbackRow, Row, as_pair, as_prompt, as_text, check_share, read_items
 from fastrlhf.data import SPLIT, Prompt, Rejected, batch_rows, shuffled
 from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.errors import DataError

@@ -10,16 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastrlhf.data.importers import (
-    gsm8k,
-    helpsteer,
-    oasst,
-    pku_saferlhf,
-    sharegpt,
-    tldr,
-    ultrafeedback,
-    webgpt,
-)
+from fastrlhf.data.importers import gsm8k, helpsteer, oasst, pku_saferlhf, sharegpt, tldr, ultrafeedback, webgpt
 from fastrlhf.data.report import Rejected
 from fastrlhf.settings.data import DataConvertConfig
 

@@ -26,7 +26,7 @@ LOADERS: dict[str, tuple[Callable[..., Loaded[Any]], tuple[str, ...]]] = {
 
 
 def make_objective(name: str, *args: Any) -> Objective[Any]:
-    """The objective of a name of config.OBJECTIVES."""
+    """The objective of a name of settings.training.OBJECTIVES."""
     if name in ("plackett_luce", "all_pairs"):
         return Rankings(name, *args)
     return {"pairs": Pairs, "outcome": Outcomes, "ratings": Ratings}[name](*args)

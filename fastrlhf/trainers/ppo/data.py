@@ -37,11 +37,7 @@ def load_ptx(config: PPOConfig, tokenizer: Any) -> list[Demonstration]:
 
 
 def check_lengths(
-    config: PPOConfig,
-    tokenizer: Any,
-    models: Sequence[Role],
-    prompts: Sequence[Prompt],
-    ptx: Sequence[Demonstration],
+    config: PPOConfig, tokenizer: Any, models: Sequence[Role], prompts: Sequence[Prompt], ptx: Sequence[Demonstration]
 ) -> None:
     """Raises UserError unless the context of each model holds the longest prompt with its response, and that of the
     first one, the policy, the longest demonstration."""

@@ -29,7 +29,7 @@ def describe(
 
     batch: fields logprobs, sampled (those of the sampler) and ref_logprobs
     scores: (N,); terms: by name the scores (N,) that these are made of
-    shaped: what `estimate_advantages` says; stats: of the updates"""
+    shaped: what `with_advantages` says; stats: of the updates"""
     lengths = batch.cu_responses.diff().float()
     k3 = approx_kl(batch["logprobs"], batch["ref_logprobs"], estimator="k3")
     metrics = {

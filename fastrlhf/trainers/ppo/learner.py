@@ -198,11 +198,7 @@ class Learner:
         if not part.num_responses:
             return values.sum()
         loss, loss_stats = value_loss(
-            values,
-            part["values"],
-            part["returns"],
-            clip_range=self.config.clip_range_value,
-            denominator=num_tokens,
+            values, part["values"], part["returns"], clip_range=self.config.clip_range_value, denominator=num_tokens
         )
         stats.add("ppo/value/", {"loss": loss, **loss_stats})
         return self.config.value_coef * loss
