@@ -57,5 +57,7 @@ def _characters(value: Any) -> int:
 
 def _longest_entry(tokenizer: Any) -> int:
     """Characters of the longest token."""
-    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else ["a"]  # of CharacterTokenizer each has one
+    vocabulary = (
+        tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else ["a"]
+    )  # of CharacterTokenizer each has one
     return max(map(len, vocabulary))

@@ -30,7 +30,7 @@ def test_diversity_counts_distinct_tokens_pairs_and_responses_to_a_prompt():
 def test_the_metrics_of_a_step_by_hand():
     batch = pack([s.prompt + s.response for s in SAMPLES], prompt_lengths=[1] * 4)
     logprobs = -torch.arange(1.0, 14.0) / 10
-    batch = batch.with_fields(logprobs=logprobs, sampled=logprobs, ref_logprobs=logprobs - 0.2)
+    batch = batch.with_fields(logprobs=logprobs, rollout_logprobs=logprobs, ref_logprobs=logprobs - 0.2)
     first, second = Statistics(), Statistics()
     extremes = {"ratio_max": "max", "ratio_min": "min"}
     first.add("ppo/policy/", {"ratio_max": torch.tensor(1.0), "ratio_min": torch.tensor(0.99)}, extremes=extremes)
@@ -61,11 +61,11 @@ def test_the_metrics_of_a_step_by_hand():
 def test_the_difference_to_the_sampler_is_of_all_tokens_or_of_the_first_update():
     batch = pack([s.prompt + s.response for s in SAMPLES], prompt_lengths=[1] * 4)
     logprobs, first = torch.zeros(13), Statistics()
-    other = batch.with_fields(logprobs=logprobs, sampled=logprobs.index_fill(0, torch.tensor([2]), -0.13))
+    other = batch.with_fields(logprobs=logprobs, rollout_logprobs=logprobs.index_fill(0, torch.tensor([2]), -0.13))
     found = rollout_difference(other, first)
     assert found["rollout/logprob_difference"].item() == pytest.approx(0.01)
     assert found["rollout/logprob_difference_max"].item() == pytest.approx(0.13)
-    same = batch.with_fields(logprobs=logprobs, sampled=logprobs)
+    same = batch.with_fields(logprobs=logprobs, rollout_logprobs=logprobs)
     assert rollout_difference(same, first) == {}  # the value model's warm-up: the trainer has not read the tokens yet
     first.add("ppo/policy/", {"logprob_change": torch.tensor(0.25), "logprob_change_max": torch.tensor(0.5)})
     expected = {"rollout/logprob_difference": 0.25, "rollout/logprob_difference_max": 0.5}

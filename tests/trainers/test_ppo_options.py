@@ -111,7 +111,7 @@ def test_minibatches_keep_the_responses_to_a_prompt_together_where_the_loss_is_a
         next(ppo)
     assert len(seen) == 2 * 3
     for epoch in (seen[:3], seen[3:]):
-        prompts = [set(minibatch["prompts"].tolist()) for minibatch in epoch]
+        prompts = [set(minibatch["prompt_ids"].tolist()) for minibatch in epoch]
         assert set().union(*prompts) == set(range(5)) and sum(m.num_sequences for m in epoch) == 20
         assert (sum(map(len, prompts)) == 5) == together
         if together:

@@ -22,14 +22,14 @@ def describe(
     samples: Sequence[Sample],
     scores: Tensor,
     terms: dict[str, Tensor],
-    shaped: dict[str, Tensor],
+    advantage_stats: dict[str, Tensor],
     stats: Sequence[Statistics],
 ) -> dict[str, Any]:
     """The metrics of a step under the names the field knows.
 
-    batch: fields logprobs, sampled (those of the sampler) and ref_logprobs
+    batch: fields logprobs, rollout_logprobs (those of the sampler) and ref_logprobs
     scores: (N,); terms: by name the scores (N,) that these are made of
-    shaped: what `with_advantages` says; stats: of the updates"""
+    advantage_stats: what `with_advantages` says; stats: of the updates"""
     lengths = batch.cu_responses.diff().float()
     k3 = approx_kl(batch["logprobs"], batch["ref_logprobs"], estimator="k3")
     metrics = {
@@ -38,10 +38,10 @@ def describe(
         **(scores_of(terms) if len(terms) > 1 else {}),
         "objective/kl": mean_kl(batch),
         "objective/kl_k3": k3.sum() / batch.num_sequences,
-        "objective/rlhf_reward": shaped["rewards"],
+        "objective/rlhf_reward": advantage_stats["rewards"],
         "objective/entropy": -batch["logprobs"].mean(),
-        "objective/advantages": shaped["advantages"],
-        "objective/advantages_std": shaped["advantages_std"],
+        "objective/advantages": advantage_stats["advantages"],
+        "objective/advantages_std": advantage_stats["advantages_std"],
         "response/length": lengths.mean(),
         "response/length_p50": lengths.quantile(0.5),
         "response/length_p90": lengths.quantile(0.9),
@@ -56,8 +56,8 @@ def describe(
         ("ppo/value/explained_variance", "explained_variance"),
         ("objective/frac_reward_zero_std", "equal_groups"),
     ):
-        if value in shaped:
-            metrics[name] = shaped[value]
+        if value in advantage_stats:
+            metrics[name] = advantage_stats[value]
     if "ppo/policy/ratio_max" in stats[0].values:  # before the first update
         metrics["ppo/policy/first_ratio_max"] = stats[0].values["ppo/policy/ratio_max"]
         metrics["ppo/policy/first_ratio_min"] = stats[0].values["ppo/policy/ratio_min"]
@@ -78,7 +78,7 @@ def scores_of(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 def rollout_difference(batch: Packed, first: Statistics) -> dict[str, Tensor]:
     """Mean and maximum of |log p of the trainer - log p of the sampler| over tokens that both have computed anyway: all
     of them, or, where the trainer took over the sampler's, those of the first update, if it is one of the policy."""
-    gaps = (batch["logprobs"] - batch["sampled"]).abs()
+    gaps = (batch["logprobs"] - batch["rollout_logprobs"]).abs()
     found = {"": gaps.mean(), "_max": gaps.max()}
     if not gaps.any():
         prefix = "ppo/policy/logprob_change"

@@ -145,7 +145,7 @@ class Learner:
         num_tokens, stats = minibatch.num_responses, Statistics()
         loss_mean, longest = self.config.loss_mean, self.config.max_new_tokens
         weights = token_weights(
-            minibatch.cu_responses, minibatch["prompts"], loss_mean=loss_mean, max_new_tokens=longest
+            minibatch.cu_responses, minibatch["prompt_ids"], loss_mean=loss_mean, max_new_tokens=longest
         )
         minibatch = minibatch.with_fields(weights=weights, advantages=weights * minibatch["advantages"])
         self.policy.train()

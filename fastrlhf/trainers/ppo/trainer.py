@@ -107,7 +107,7 @@ class PPO(Trainer):
         self.learner = Learner(config, self.models, self.budget, ptx=self.ptx)
         if config.offload == "idle":
             self.learner.offload_moments()
-        self.kl_coef, self.moments = config.kl_coef, RunningMoments()
+        self.kl_coef, self.score_moments = config.kl_coef, RunningMoments()
         synced = config.rollout_url is not None and config.weight_sync != STALE
         self.health = HealthChecks(ratios_start_at_one=config.truncation != "sampler", weights_are_synced=synced)
 
@@ -135,8 +135,8 @@ class PPO(Trainer):
         if self.num_steps_done == 0:
             self.check_first_step(batch, samples)
         self.is_in_step = True  # an error before this line leaves a checkpoint of the steps before
-        self.moments.add(scores)
-        batch, shaped = with_advantages(
+        self.score_moments.add(scores)
+        batch, advantage_stats = with_advantages(
             config,
             batch,
             self.shaped_scores(samples, batch, scores),
@@ -146,7 +146,7 @@ class PPO(Trainer):
         with self.log.timer("update"), self.log.progress("update", config.epochs * batch.num_tokens_unshared) as done:
             updates = self.learner.train(batch, step=self.num_steps_done, kl_coef=self.kl_coef, done=done)
             self.log.timer.count(config.epochs * batch.num_tokens_unshared)
-        metrics = self.describe(batch, samples, scores, terms, shaped, updates)
+        metrics = self.describe(batch, samples, scores, terms, advantage_stats, updates)
         self.kl_coef = next_kl_coef(config, self.kl_coef, mean_kl(batch).item(), self.num_steps_done + 1)
         self.models.end_step(self.num_steps_done + 1)
         return metrics
@@ -180,12 +180,12 @@ class PPO(Trainer):
         number = torch.arange(batch.num_sequences, device=self.device) // self.config.samples_per_prompt
         batch = batch.with_fields(
             logprobs=logprobs,
-            sampled=sampled,
+            rollout_logprobs=sampled,
             old_logprobs=self.per_response_token([sample.sampler_logprobs for sample in samples])
             if by_sampler
             else logprobs,
             ref_logprobs=self.logprobs(self.reference, batch),
-            prompts=per_token(number, batch.cu_responses, batch.num_responses),
+            prompt_ids=per_token(number, batch.cu_responses, batch.num_responses),
         )
         if self.value_model is not None:
             batch = batch.with_fields(values=self.compute_in_microbatches(batch, self.value_model))
@@ -209,7 +209,7 @@ class PPO(Trainer):
     def shaped_scores(self, samples: list[Sample], batch: Packed, scores: Tensor) -> Tensor:
         """The shaped scores (N,) of the responses."""
         finished = torch.tensor([sample.finished for sample in samples], device=self.device)
-        return shaped_scores(self.config, scores, batch.cu_responses.diff(), finished, self.moments)
+        return shaped_scores(self.config, scores, batch.cu_responses.diff(), finished, self.score_moments)
 
     def pack(self, samples: list[Sample]) -> Packed:
         """The pack of prompts and responses; a prompt is in it once for neighbours that answer it."""
@@ -250,12 +250,12 @@ class PPO(Trainer):
         samples: list[Sample],
         scores: Tensor,
         terms: list[Tensor],
-        shaped: dict[str, Tensor],
+        advantage_stats: dict[str, Tensor],
         updates: list[Update],
     ) -> dict[str, float]:
         """The metrics of a step; leaves some responses in samples.jsonl when that is due."""
         named = dict(zip(self.scorer.names, terms, strict=True))
-        described = describe(batch, samples, scores, named, shaped, [update.stats for update in updates])
+        described = describe(batch, samples, scores, named, advantage_stats, [update.stats for update in updates])
         metrics = {"objective/kl_coef": self.kl_coef, **{name: float(value) for name, value in described.items()}}
         every = self.config.samples_every
         if every and self.num_steps_done % every == 0:
@@ -283,13 +283,13 @@ class PPO(Trainer):
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step besides the models."""
-        own = {"kl_coef": self.kl_coef, "moments": asdict(self.moments), "health": self.health.state}
+        own = {"kl_coef": self.kl_coef, "moments": asdict(self.score_moments), "health": self.health.state}
         own["held_out"] = self.held_out.state_dict()
         return {**self.learner.state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learner.load_state_dict(state)
-        self.kl_coef, self.moments = state["kl_coef"], RunningMoments(**state["moments"])
+        self.kl_coef, self.score_moments = state["kl_coef"], RunningMoments(**state["moments"])
         self.health.state = state["health"]
         self.held_out.load_state_dict(state["held_out"])
 
