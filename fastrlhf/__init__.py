@@ -1,4 +1,8 @@
-"""RLHF on one machine: SFT, reward models and PPO over Hugging Face models, packed, on native kernels."""
+"""RLHF on one machine: SFT, reward models, PPO, DPO and KTO over Hugging Face models, packed, on native kernels.
+
+Trainers: SFT, RewardTrainer, PPO, DPO, KTO; their settings: SFTConfig, RewardConfig, PPOConfig, DPOConfig, KTOConfig
+(docs/python.md). Ops: functions of tensors (docs/ops.md).
+"""
 
 import fastrlhf._start  # noqa: F401  first, for a Ctrl-C while the rest is imported
 
@@ -10,9 +14,14 @@ from fastrlhf.ops import *  # noqa: F403
 from fastrlhf.ops import __all__ as _ops
 
 if TYPE_CHECKING:
+    from fastrlhf.data.rows import Prompt
+    from fastrlhf.errors import DataError, MachineError, UserError
+    from fastrlhf.generation.sampling import RolloutBackend, Sample, Sampling
     from fastrlhf.integrations import patch, unpatch
+    from fastrlhf.models.policy import Policy, RewardModel, ValueModel
     from fastrlhf.settings.ppo import PPOConfig
-    from fastrlhf.settings.training import DPOConfig, RewardConfig, SFTConfig
+    from fastrlhf.settings.training import DPOConfig, KTOConfig, RewardConfig, SFTConfig
+    from fastrlhf.trainers.base import Trainer
     from fastrlhf.trainers.dpo import DPO
     from fastrlhf.trainers.kto import KTO
     from fastrlhf.trainers.ppo.trainer import PPO
@@ -20,19 +29,22 @@ if TYPE_CHECKING:
     from fastrlhf.trainers.sft import SFT
 
 __version__ = "0.1.0"
-# imported when first asked for: the loops bring transformers, which takes seconds that a user of the ops need not wait
+# imported when first asked for: the trainers bring transformers, which takes seconds that a user of the ops need not
+# wait
 _LATER = {
-    "DPO": "trainers.dpo",
-    "DPOConfig": "settings.training",
-    "KTO": "trainers.kto",
-    "PPO": "trainers.ppo.trainer",
-    "PPOConfig": "settings.ppo",
-    "RewardConfig": "settings.training",
-    "RewardTrainer": "trainers.reward",
-    "SFT": "trainers.sft",
-    "SFTConfig": "settings.training",
-    "patch": "integrations",
-    "unpatch": "integrations",
+    "data.rows": "Prompt",
+    "errors": "DataError MachineError UserError",
+    "generation.sampling": "RolloutBackend Sample Sampling",
+    "integrations": "patch unpatch",
+    "models.policy": "Policy RewardModel ValueModel",
+    "settings.ppo": "PPOConfig",
+    "settings.training": "DPOConfig KTOConfig RewardConfig SFTConfig",
+    "trainers.base": "Trainer",
+    "trainers.dpo": "DPO",
+    "trainers.kto": "KTO",
+    "trainers.ppo.trainer": "PPO",
+    "trainers.reward": "RewardTrainer",
+    "trainers.sft": "SFT",
 }
 __all__ = [
     "DPO",
@@ -40,10 +52,22 @@ __all__ = [
     "PPO",
     "SFT",
     "DPOConfig",
+    "DataError",
+    "KTOConfig",
+    "MachineError",
     "PPOConfig",
+    "Policy",
+    "Prompt",
     "RewardConfig",
+    "RewardModel",
     "RewardTrainer",
+    "RolloutBackend",
     "SFTConfig",
+    "Sample",
+    "Sampling",
+    "Trainer",
+    "UserError",
+    "ValueModel",
     *_ops,
     "patch",
     "unpatch",
@@ -51,6 +75,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(importlib.import_module(f"fastrlhf.{_LATER[name]}"), name)
+    for module, names in _LATER.items():
+        if name in names.split():
+            return getattr(importlib.import_module(f"fastrlhf.{module}"), name)
     raise AttributeError(f"module 'fastrlhf' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,7 +10,7 @@ from fastrlhf.settings.feedback import IterateConfig, LabelConfig, ReviseConfig
 from fastrlhf.settings.info import CheckConfig, InfoConfig
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.run import RunConfig
-from fastrlhf.settings.training import DPOConfig, RewardConfig, SFTConfig
+from fastrlhf.settings.training import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from fastrlhf.settings.trust import EvaluateRewardConfig
 
 LOOP_PRODUCTS = {"model": "model", "metrics": "metrics.jsonl"}
@@ -45,10 +45,11 @@ COMMANDS = {
     ),
     "ppo": Command("train a model against a reward, with PPO", PPOConfig, "trainers.ppo.trainer:PPO"),
     "dpo": Command(
-        "train a model on preferences directly (DPO, IPO, SimPO, ORPO, KTO, ...)",
+        "train a model on preferences directly (DPO, IPO, SimPO, ORPO, ...)",
         DPOConfig,
         "trainers.kto:preference_loop",
     ),
+    "kto": Command("train a model on labelled responses directly (KTO)", KTOConfig, "trainers.kto:KTO"),
     "evaluate reward": Command(
         "how far a reward model can be trusted: a page and JSON",
         EvaluateRewardConfig,

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.data.json_rows import json_rows
+from fastrlhf.data.objects import rows_of
 from fastrlhf.data.parquet_rows import parquet_rows
 from fastrlhf.errors import DataError
+from fastrlhf.settings.objects import GivenObject, RowsSource, given
 
 __all__ = ["DataError", "Place", "data_files", "folders_left_out", "read_rows"]
 
@@ -43,17 +45,18 @@ class Place(int):
         return self.text
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: RowsSource) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (number, row) of a .jsonl, .json or .parquet file (the first two also as .gz): the number of its line, or
     of its row, from 1. Of several files (see `data_files`) it is a `Place`.
 
-    Blank lines are no rows. A file of JSON holds an array of objects, or an object a line; in UTF-8, or in UTF-16 or
-    UTF-32 as its first bytes say.
+    path: or rows themselves. Blank lines are no rows. A file of JSON holds an array of objects, or an object a line; in
+    UTF-8, or in UTF-16 or UTF-32 as its first bytes say.
 
     Raises: DataError for a file that is missing, damaged or of another kind, and for a line that is no JSON object."""
-    files = data_files(path)
-    if len(files) == 1:
-        yield from _rows(files[0])
+    source = given("data", path, "rows")
+    files = data_files(source)
+    if len(files) < 2:
+        yield from _rows(files[0]) if files else rows_of(source)
         return
     last = before = 0  # the last number so far, and that before this file: each row has a number of its own
     for file in files:
@@ -64,9 +67,12 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def data_files(path: str | Path) -> list[Path]:
-    """Returns the files that a path names, in sorted order: itself, those in a folder, or those that match a glob.
+    """Returns the files that a path names, in sorted order: itself, those in a folder, or those that match a glob; of
+    rows that are an object none.
 
     Raises: DataError where there is none, for a folder of several splits, and for one with rows that are not read."""
+    if isinstance(path, GivenObject):
+        return []
     path = Path(os.path.expanduser(path))
     if path.is_file():
         return [path]
@@ -87,12 +93,17 @@ def data_files(path: str | Path) -> list[Path]:
 def folders_left_out(path: str | Path, files: Sequence[Path]) -> list[str]:
     """The folders with rows that a folder holds, or that a glob matches, besides the files that it stands for."""
     path = Path(os.path.expanduser(path))
-    if path.is_file():
+    if path.is_file() or not files:
         return []
     inside = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
     read = {file.parent for file in files}
     folders = (each for each in inside if each.is_dir() and not each.name.startswith((".", "_")) and each not in read)
     return sorted(str(each) for each in folders if any(_is_data(file) for file in each.rglob("*") if file.is_file()))
+
+
+def how_to_check(path: RowsSource) -> str:
+    """What says more of files than an error does."""
+    return "" if isinstance(path, GivenObject) else f" (fastrlhf data check {path} says what it holds)"
 
 
 def _in_folder(folder: Path) -> list[Path]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fastrlhf.data.columns import finished_of, head_name, head_of, margin_of, probability_of, rating_of, weight_of
 from fastrlhf.data.conversations import preference_of, prompt_of, response_of, tools_of
-from fastrlhf.data.files import read_rows
+from fastrlhf.data.files import how_to_check, read_rows
 from fastrlhf.data.loading import Columns, Row, answers_of, load_responses
 from fastrlhf.data.report import Reason, Rejected
 from fastrlhf.data.rows import Loaded
 from fastrlhf.data.template import Renderer
 from fastrlhf.errors import DataError
+from fastrlhf.settings.objects import RowsSource, given
 
 # by layout, the columns that its loader takes; the first that fits a file's first row tells its layout
 LAYOUTS: dict[str, tuple[Columns, ...]] = {
@@ -100,22 +100,22 @@ def verdict_of(row: Any) -> str:
     return repr(said) if said else ""
 
 
-def layout_of(path: str | Path) -> str:
+def layout_of(path: RowsSource) -> str:
     """Which of LAYOUTS the first row of a file has.
 
     Raises: DataError for none of them."""
+    path = given("data", path, "rows")
     row = next((row for _, row in read_rows(path)), {})
     found = [name for name, accepted in LAYOUTS.items() if any(row.keys() >= set(columns) for columns in accepted)]
     if found:
         return found[0]
     expected = "; ".join(f"{name}: {' + '.join(accepted[0])}" for name, accepted in LAYOUTS.items())
     raise DataError(
-        f"data: {path} has the columns {', '.join(row) or '(none)'}; expected {expected} "
-        f"(fastrlhf data check {path} says what it holds)"
+        f"data: {path} has the columns {', '.join(row) or '(none)'}; expected {expected}{how_to_check(path)}"
     )
 
 
-def load_pairs(path: str | Path, tokenizer: Any, *, max_tokens: int, **options: Any) -> Loaded[Pair]:
+def load_pairs(path: RowsSource, tokenizer: Any, *, max_tokens: int, **options: Any) -> Loaded[Pair]:
     """Returns the preference pairs of a file.
 
     max_tokens: pairs with a longer side are rejected; options: template and template_kwargs (see `Renderer`),
@@ -153,7 +153,7 @@ def load_pairs(path: str | Path, tokenizer: Any, *, max_tokens: int, **options: 
     )
 
 
-def load_rankings(path: str | Path, tokenizer: Any, *, max_tokens: int, **options: Any) -> Loaded[Ranking]:
+def load_rankings(path: RowsSource, tokenizer: Any, *, max_tokens: int, **options: Any) -> Loaded[Ranking]:
     """Returns the rankings of a file; the options are those of load_pairs.
 
     Raises: DataError."""
@@ -187,7 +187,7 @@ def check_ranks(responses: Sequence[Hashable], ranks: Sequence[int]) -> None:
             raise Rejected(Reason.TWO_RANKS, f"{found[response]} and {rank}")
 
 
-def load_labelled(path: str | Path, tokenizer: Any, *, max_tokens: int, **options: Any) -> Loaded[Labelled]:
+def load_labelled(path: RowsSource, tokenizer: Any, *, max_tokens: int, **options: Any) -> Loaded[Labelled]:
     """Returns the labelled responses of a file; the options are those of load_pairs.
 
     Raises: DataError."""
@@ -203,7 +203,7 @@ def load_labelled(path: str | Path, tokenizer: Any, *, max_tokens: int, **option
     )
 
 
-def load_ratings(path: str | Path, tokenizer: Any, *, max_tokens: int, **options: Any) -> Loaded[Rated]:
+def load_ratings(path: RowsSource, tokenizer: Any, *, max_tokens: int, **options: Any) -> Loaded[Rated]:
     """Returns the rated responses of a file, the rating of a column `rating` under that name; an attribute that is null
     is as if it were not there. The options are those of load_pairs.
 

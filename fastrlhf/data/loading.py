@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fastrlhf.data.conversations import (
@@ -20,13 +19,14 @@ from fastrlhf.data.conversations import (
     text_of,
     tools_of,
 )
-from fastrlhf.data.files import data_files, folders_left_out, read_rows
+from fastrlhf.data.files import data_files, folders_left_out, how_to_check, read_rows
 from fastrlhf.data.lengths import check_characters, measured
 from fastrlhf.data.rendering import Message
 from fastrlhf.data.report import Reason, Rejected, Report
 from fastrlhf.data.rows import REWARD_ARGUMENTS, Demonstration, Loaded, Prompt
 from fastrlhf.data.template import Renderer
 from fastrlhf.errors import DataError, UserError
+from fastrlhf.settings.objects import RowsSource, given
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
@@ -44,7 +44,7 @@ DEMONSTRATION_COLUMNS: tuple[Columns, ...] = (
 
 
 def load_prompts(
-    path: str | Path,
+    path: RowsSource,
     tokenizer: Any,
     *,
     max_prompt_tokens: int,
@@ -84,7 +84,7 @@ def load_prompts(
     return loaded
 
 
-def load_demonstrations(path: str | Path, tokenizer: Any, *, max_tokens: int, **options: Any) -> Loaded[Demonstration]:
+def load_demonstrations(path: RowsSource, tokenizer: Any, *, max_tokens: int, **options: Any) -> Loaded[Demonstration]:
     """Returns the demonstrations of a file: completions, assistant turns, the chosen side of preference pairs, or whole
     texts, of which all tokens but the first are learned.
 
@@ -116,7 +116,7 @@ def load_demonstrations(path: str | Path, tokenizer: Any, *, max_tokens: int, **
 
 
 def load_responses(
-    path: str | Path,
+    path: RowsSource,
     tokenizer: Any,
     wanted: str,
     accepted: Sequence[Columns],
@@ -139,7 +139,7 @@ def load_responses(
 
 
 def _load(
-    path: str | Path,
+    path: RowsSource,
     wanted: str,
     accepted: Sequence[Columns],
     make: Callable[[Row, Columns], T],
@@ -161,19 +161,20 @@ def _load(
             "data: max_rejected must be between 0 and 1, offset at least 0 and limit at least 1, got "
             f"{max_rejected}, {offset} and {limit}"
         )
-    report, rows, used = Report(str(path)), [], None
-    files = data_files(path)
+    source = given("data", path, "rows")
+    report, rows, used = Report(str(source)), [], None
+    files = data_files(source)
     if len(files) > 1:
         report.notes.append(f"{len(files)} files: {', '.join(file.name for file in files)}")
-    if left := folders_left_out(path, files):
+    if left := folders_left_out(source, files):
         report.notes.append(f"folders with rows that are not read: {', '.join(left[:5])}{', ...' if left[5:] else ''}")
-    for place, (number, row) in enumerate(read_rows(path)):
+    for place, (number, row) in enumerate(read_rows(source)):
         if place < offset:
             continue
         if report.num_rows == limit:
             break
         if used is None:
-            used = _columns(path, row, wanted, accepted)
+            used = _columns(source, row, wanted, accepted)
             report.notes += [*_notes(wanted, row, used, known), *notes]
         report.num_rows += 1
         try:
@@ -201,17 +202,16 @@ def _check(report: Report, max_rejected: float, offset: int) -> None:
         )
 
 
-def _columns(path: str | Path, row: Row, wanted: str, accepted: Sequence[Columns]) -> Columns:
+def _columns(path: RowsSource, row: Row, wanted: str, accepted: Sequence[Columns]) -> Columns:
     for columns in accepted:
         if row.keys() >= set(columns):
             return columns
     layouts = "; ".join(" + ".join(columns) for columns in accepted)
     labelled = wanted == "preference pairs" and row.keys() >= {"prompt", "completion", "label"}
-    hint = "; dpo reads labelled responses with --loss kto, reward with --objective outcome" if labelled else ""
+    hint = "; kto reads labelled responses, and reward with --objective outcome" if labelled else ""
     found = ", ".join(row) or "(none)"
     raise DataError(
-        f"data: {path} has the columns {found}; {wanted} are read from: {layouts}{hint} "
-        f"(fastrlhf data check {path} says what it holds)"
+        f"data: {path} has the columns {found}; {wanted} are read from: {layouts}{hint}{how_to_check(path)}"
     )
 
 

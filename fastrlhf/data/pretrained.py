@@ -13,7 +13,9 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
+from fastrlhf.data.objects import copy_of
 from fastrlhf.errors import MissingFileError, UserError
+from fastrlhf.settings.objects import GivenObject, ModelSource, given
 
 CONFIG = "config.json"
 # what a folder holds that each of transformers' Auto classes reads: of each line one, by the start of the class's name
@@ -24,17 +26,20 @@ NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def read_pretrained(auto: Any, path: str | Path, **options: Any) -> Any:
-    """Returns auto.from_pretrained(path), of an Auto class of transformers.
+def read_pretrained(auto: Any, path: ModelSource, **options: Any) -> Any:
+    """Returns auto.from_pretrained(path), of an Auto class of transformers; of an object a copy.
 
     Raises: FileNotFoundError for a folder that is not there or lacks files, or a hub id that cannot be fetched;
     ValueError for files that cannot be read. Both name the path."""
-    text = os.fspath(path)
-    what, is_folder = "tokenizer" if auto.__name__ == "AutoTokenizer" else "model", os.path.isdir(text)
-    if not is_folder:
+    what = "tokenizer" if auto.__name__ == "AutoTokenizer" else "model"
+    source = given(what, path, what)
+    text, is_folder = os.fspath(source), os.path.isdir(source)
+    if not is_folder and not isinstance(source, GivenObject):
         _check_hub_id(text)
     try:
         with without_progress_bars():
+            if isinstance(source, GivenObject):
+                return copy_of(auto, source, **options)
             return auto.from_pretrained(text, **options)
     except Exception as error:  # each file format has its own
         lacks = _lacks(auto, Path(text)) if is_folder else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -18,10 +17,11 @@ from fastrlhf.data.rendering import ChatTemplate, Message
 from fastrlhf.data.report import Reason, Rejected
 from fastrlhf.data.turns import Turns
 from fastrlhf.errors import UserError
+from fastrlhf.settings.objects import GivenObject, ModelSource
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """Returns the tokenizer in a folder or of a hub id.
+def load_tokenizer(path: ModelSource) -> Any:
+    """Returns the tokenizer in a folder or of a hub id; of one that is an object (`GivenObject`) a copy.
 
     Raises: as `read_pretrained`; ValueError for one without an end-of-sequence token."""
     tokenizer = read_pretrained(AutoTokenizer, path)
@@ -266,6 +266,12 @@ def _start_tokens(tokenizer: Any) -> list[int]:
     """What the tokenizer itself puts before a text: BOS, or nothing."""
     bare, full = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     return list(full[: next((n for n in range(len(full)) if full[n : n + len(bare)] == bare), 0)])
+
+
+def check_reads_ids_of(tokenizer: Any, source: ModelSource, what: str) -> None:
+    """Raises ValueError unless a model has the tokenizer's vocabulary; an object has no tokenizer that would tell."""
+    if not isinstance(source, GivenObject):
+        check_same_vocabulary(tokenizer, load_tokenizer(source), f"{what} {source}")
 
 
 def check_same_vocabulary(policy: Any, other: Any, name: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from fastrlhf.data.objects import ModelSource
 from fastrlhf.data.pretrained import read_pretrained
 from fastrlhf.errors import UserError
 from fastrlhf.models.attention import ATTENTION
@@ -69,7 +70,7 @@ def load_causal_lm(
 
 
 def load_scalar(
-    path: str | Path,
+    path: ModelSource,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -106,7 +107,7 @@ def load_scalar(
     )
 
 
-def heads_in(path: str | Path) -> tuple[str, ...]:
+def heads_in(path: ModelSource) -> tuple[str, ...]:
     """The names of the heads of the model in a folder or of a hub id; none of one that is no classification model.
 
     Raises: as `read_pretrained`."""
@@ -225,7 +226,7 @@ def attach(
     return model
 
 
-def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load(auto: Any, path: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     """from_pretrained that refuses to make up weights that the folder lacks."""
     model, info = read_pretrained(auto, path, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastrlhf.data.objects import ModelSource
 from fastrlhf.data.pretrained import without_progress_bars
 from fastrlhf.errors import UserError
 from fastrlhf.models.heads import autocasting, head_logprobs, head_scores, hidden_states, offsets_of
@@ -54,7 +55,7 @@ class Role(nn.Module):
         return hidden_states(self.model, batch, rows, self.autocast, self.adapter)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **options: Any) -> Any:
+    def from_pretrained(cls, path: ModelSource, **options: Any) -> Any:
         raise NotImplementedError
 
     def adapt(self, saved: str | Path | None, **options: Any) -> Self:
@@ -101,7 +102,7 @@ class Policy(Role):
     model: what `load_causal_lm` returned"""
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, autocast: torch.dtype | None = None, **options: Any) -> Policy:
+    def from_pretrained(cls, path: ModelSource, *, autocast: torch.dtype | None = None, **options: Any) -> Policy:
         """Returns the policy in a folder or of a hub id (see `load_causal_lm` for the options and errors)."""
         return cls(load_causal_lm(path, **options), autocast=autocast)
 
@@ -118,7 +119,7 @@ class ScalarModel(Role):
     loads anywhere. The offset of a head, `reward_bias` in its config, is ours; other readers see scores without it."""
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, autocast: torch.dtype | None = None, **options: Any) -> Any:
+    def from_pretrained(cls, path: ModelSource, *, autocast: torch.dtype | None = None, **options: Any) -> Any:
         """Returns the model in a folder or of a hub id (see `load_scalar` for the options and errors)."""
         return cls(load_scalar(path, **options), autocast=autocast)
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastrlhf.data.objects import GivenObject
 from fastrlhf.errors import UserError
 
 QUERY = re.compile(r"https?://[^,|;()]*\?[^,|;()]*", re.IGNORECASE)  # of a URL
@@ -102,6 +103,8 @@ def parse_reward(text: str) -> Combined:
     """Returns the sum that a text of the grammar above stands for.
 
     Raises: ValueError for a text that is none, naming the part."""
+    if isinstance(text, GivenObject):
+        return Combined("sum", (text,), (1.0,))
     if not text:
         raise UserError("reward: give a reward model folder, module:function or http(s)://URL")
     if query := QUERY.search(text):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastrlhf.data import Prompt
-from fastrlhf.data.template import check_same_vocabulary, load_tokenizer
+from fastrlhf.data.objects import ModelSource, given
+from fastrlhf.data.template import check_reads_ids_of
 from fastrlhf.errors import UserError
 from fastrlhf.generation.engine import Sample
 from fastrlhf.models.loading import heads_in
@@ -50,7 +51,7 @@ class Scorer:
 
     def __init__(
         self,
-        reward: str | RewardFunction,
+        reward: ModelSource | RewardFunction,
         tokenizer: Any,
         *,
         max_tokens: int,
@@ -62,6 +63,7 @@ class Scorer:
         reward_batch: int | None = None,
         reward_key_file: str | None = None,
     ) -> None:
+        reward = given("reward", reward, "reward")
         check_reward(reward)
         self.timeout = reward_timeout
         self.tokenizer = tokenizer
@@ -151,7 +153,7 @@ def load_reward_model(
 
     Raises: as `load_scalar`, of which `check_reward` found most."""
     heads = [split_head(source)[1] for source in sources]
-    check_same_vocabulary(tokenizer, load_tokenizer(folder), f"reward model {folder}")
+    check_reads_ids_of(tokenizer, folder, "reward model")
     adapter = Path(folder) / ADAPTER
     if base is not None and heads == [None] and is_on(base, adapter):
         model: RewardModel = RewardModel.from_adapter(adapter, base).requires_grad_(False)

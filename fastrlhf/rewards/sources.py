@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastrlhf.data.objects import GivenObject
 from fastrlhf.errors import MissingFileError, UserError
 from fastrlhf.models.loading import NO_HEAD, check_heads, heads_in
 from fastrlhf.rewards.combine import parse_reward, sources_of
@@ -32,7 +33,7 @@ def is_model(source: str) -> bool:
     folder, head = split_head(source)
     if head == "":
         raise UserError(f"reward: no head in {source!r}; write FOLDER#HEAD")
-    if Path(folder).is_dir():
+    if isinstance(source, GivenObject) or Path(folder).is_dir():
         return True
     if is_server(source):
         return False

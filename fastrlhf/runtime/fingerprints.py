@@ -23,6 +23,8 @@ import huggingface_hub
 
 from fastrlhf.data.files import data_files
 from fastrlhf.errors import DataError
+from fastrlhf.runtime.object_fingerprints import fingerprint_of_object
+from fastrlhf.settings.objects import GivenObject
 from fastrlhf.settings.values import options_where
 
 Files = dict[str, str]  # what each file holds, by its name
@@ -48,6 +50,9 @@ def inputs_of(config: Any) -> dict[str, dict[str, Files]]:
 
 def pieces_of(value: Any) -> Iterator[str]:
     """The paths, hub ids and functions in the value of a setting: it all, or parts of a reward such as a=1,b#head=2."""
+    if isinstance(value, GivenObject):
+        yield value
+        return
     if callable(value):
         yield f"{value.__module__}:{getattr(value, '__qualname__', type(value).__qualname__)}"
     for text in value if isinstance(value, tuple) else (value,):
@@ -64,6 +69,8 @@ def pieces_of(value: Any) -> Iterator[str]:
 
 def files_of(piece: str) -> Files:
     """The fingerprint of each file of a model, of data (see `data_files`), or of a module; empty if there is none."""
+    if isinstance(piece, GivenObject):
+        return fingerprint_of_object(piece)
     path = Path(piece)
     if FUNCTION.fullmatch(piece) and not path.exists():
         source = _source_of(piece.partition(":")[0])

@@ -13,7 +13,7 @@ from typing import Any
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.checkpoint import newest_checkpoint
 
-LOOPS = ("sft", "reward", "dpo", "ppo")
+LOOPS = ("sft", "reward", "dpo", "kto", "ppo")
 # the last file that a command writes; of the others summary.json
 LAST = {"run": "report.html", "overoptimize": "report.html", "sweep": "sweep.json"}
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from fastrlhf.errors import UserError
+from fastrlhf.settings.objects import GivenObject, descriptions, given
 from fastrlhf.settings.option import check
 from fastrlhf.settings.values import convert, expand, field_types
 
@@ -20,12 +21,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         self.fill_in()
+        if described := descriptions(vars(self)):
+            raise UserError(
+                f"{', '.join(described)}: objects that a Python program gave, which a file or a command line cannot "
+                "give; go on in Python, with the same objects and resume=True"
+            )
         kinds = field_types(type(self))
         for field in fields(self):
-            value = getattr(self, field.name)
-            value = convert(
-                field.name, expand(field.name, value) if field.metadata["path"] else value, kinds[field.name]
-            )
+            value, rules = getattr(self, field.name), field.metadata
+            value = given(field.name, value, rules["object"]) if rules["object"] else value
+            if not isinstance(value, GivenObject):
+                value = expand(field.name, value) if rules["path"] else value
+                value = convert(field.name, value, kinds[field.name])
             object.__setattr__(self, field.name, value)
             check(field, value)
         for message in self.conflicts():

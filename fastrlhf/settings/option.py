@@ -2,6 +2,7 @@
 
 bounds     at_least, above, at_most, below, between=(low, high): of numbers; choices: of texts
 path       input: what the run reads, and a resumed run finds the same; file: read too, not compared; output: written
+object     what it may be in Python besides text (settings/objects.py): model, tokenizer, rows, reward
 resume     same: as the run began; plan: may be changed, stays as planned where it is not given; free: how the run runs,
            not what it computes
 rare       --help leaves it out, --help-all does not
@@ -34,6 +35,7 @@ def option(
     below: float | None = None,
     between: tuple[float, float] | None = None,
     path: Literal["", "input", "file", "output"] = "",
+    object: Literal["", "model", "tokenizer", "rows", "reward"] = "",
     resume: Literal["same", "plan", "free"] = "same",
     rare: bool = False,
     positional: bool = False,

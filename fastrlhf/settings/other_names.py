@@ -32,6 +32,7 @@ OTHERS: tuple[tuple[str, ...], ...] = (
     ("model_name_or_path model_name model_path pretrained", "--model"),
     ("reward_model_path reward_model reward_funcs", "--reward"),
     ("ref_model ref_model_path", "--reference"),
+    ("processing_class tokenizer_name tokenizer_name_or_path tokenizer_path", "--tokenizer"),
     ("dataset dataset_name train_dataset train_file train_files", "--data"),
     ("eval_dataset val_files validation_file", "--eval-data"),
     ("eval_strategy evaluation_strategy", "--eval-every"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastrlhf.errors import UserError
 from fastrlhf.settings import ppo_rules
+from fastrlhf.settings.objects import ModelSource, RowsSource
 from fastrlhf.settings.option import REQUIRED, check, option, rare, reads
 from fastrlhf.settings.training import SCHEDULES, LoopConfig, ScoringConfig
 
@@ -43,10 +44,10 @@ KL_OF = {"grpo": ("loss", "k3"), "dr_grpo": ("loss", "k3"), "reinforce++_baselin
 class PPOConfig(ScoringConfig, LoopConfig):
     """PPO against a reward with a KL penalty."""
 
-    reward: str | Callable[..., Any] = reads(  # noqa: RUF009
-        REQUIRED, "reward model folder, module:function, URL, or several (docs/combining.md)"
+    reward: ModelSource | Callable[..., Any] = reads(
+        REQUIRED, "reward model folder, module:function, URL, or several (docs/combining.md)", object="reward"
     )
-    reference: str | None = reads(None, "model that the KL is measured to; default: model")
+    reference: ModelSource | None = reads(None, "model that the KL is measured to; default: model", object="model")
     preset: str = option("summarize", "{}: which of the defaults a | b hold", choices=tuple(PRESETS))
     steps: int = option(100, "PPO steps", at_least=1, resume="plan")
     # the preset fills in what is None here
@@ -89,7 +90,9 @@ class PPOConfig(ScoringConfig, LoopConfig):
     entropy_coef: float = option(0.0, "weight of the entropy bonus", at_least=0)
     loss_mean: str = rare("token", "of the policy's loss, over each {}", choices="token sequence prompt max_length")
     max_update_kl: float | None = rare(None, "a step's updates end at this KL (nats a token) from its start", above=0)
-    ptx_data: str | None = reads(None, "demonstrations whose loss is added to the policy's (PPO-ptx)", rare=True)
+    ptx_data: RowsSource | None = rare(
+        None, "demonstrations whose loss is added to the policy's (PPO-ptx)", path="input", object="rows"
+    )
     ptx_coef: float = rare(1.0, "weight of that loss", at_least=0)
     ema_decay: float | None = rare(None, "the final model is a moving average of the policies", between=(0, 1))
     value_warmup_steps: int | None = rare(
@@ -97,9 +100,13 @@ class PPOConfig(ScoringConfig, LoopConfig):
     )
     samples_every: int = rare(10, "steps between responses in samples.jsonl; 0: none", at_least=0, resume="free")
     # held-out prompts
-    eval_data: str | None = reads(None, "held-out prompts, answered every eval_every steps; the best model is in best/")
+    eval_data: RowsSource | None = reads(
+        None, "held-out prompts, answered every eval_every steps; the best model is in best/", object="rows"
+    )
     eval_every: int = option(10, "steps between two such answers; the last step has them too", at_least=1)
-    eval_reward: str | Callable[..., Any] | None = reads(None, "what scores them; default: reward", rare=True)  # noqa: RUF009
+    eval_reward: ModelSource | Callable[..., Any] | None = rare(
+        None, "what scores them; default: reward", path="input", object="reward"
+    )
     eval_limit: int | None = rare(None, "use only so many held-out prompts", at_least=1)
     eval_greedy: bool = rare(False, "take the likeliest tokens in place of draws, which have the same seeds each time")
     # sampling
@@ -127,7 +134,7 @@ class PPOConfig(ScoringConfig, LoopConfig):
     rollout_logprobs: str = rare("raw_logprobs", "their --logprobs-mode: {}", choices="raw_logprobs processed_logprobs")
     rollout_timeout: float = rare(600.0, "seconds for one response, retries included", above=0, resume="free")
     rollout_key_file: str | None = rare(None, "file with the API key of the servers", path="file", resume="free")
-    weight_sync: str | Callable[..., Any] | None = rare(  # noqa: RUF009
+    weight_sync: str | Callable[..., Any] | None = rare(
         None, "brings weights to servers: lora, whole or module:function; stale: nothing does", resume="free"
     )
 

@@ -11,6 +11,7 @@ import torch
 
 from fastrlhf.errors import UserError
 from fastrlhf.settings.base import Settings
+from fastrlhf.settings.objects import GivenObject, ModelSource, RowsSource
 from fastrlhf.settings.option import REQUIRED, option, rare, reads
 
 REWARDS = ("reward", "eval_reward", "gold", "first", "second", "model")  # settings that may be the URL of a server
@@ -87,9 +88,12 @@ class ScoringConfig(JobConfig):
 class LoopConfig(JobConfig):
     """What every loop needs."""
 
-    model: str = reads(REQUIRED, "folder or hub id of the model to start from")
-    data: str = reads(REQUIRED, "JSONL, JSON or Parquet file, or a folder or glob of such (docs/data.md)")
+    model: ModelSource = reads(REQUIRED, "folder or hub id of the model to start from", object="model")
+    data: RowsSource = reads(REQUIRED, "JSONL, JSON or Parquet: file, folder or glob (docs/data.md)", object="rows")
     output: str = option(REQUIRED, "folder for checkpoints, metrics and the final model", path="output", resume="free")
+    tokenizer: str | Any | None = rare(
+        None, "folder or hub id of the tokenizer; default: that of model", path="input", object="tokenizer"
+    )
     batch_size: int = option(32, "sequences (reward: pairs; ppo: responses) a step", at_least=1)
     learning_rate: float = option(1e-5, "peak learning rate of AdamW", above=0, resume="plan")
     schedule: str = option("cosine", "of the learning rate: {} (to 0)", choices=SCHEDULES, resume="plan")
@@ -125,6 +129,8 @@ class LoopConfig(JobConfig):
 
     def conflicts(self) -> Iterator[str]:
         yield from super().conflicts()
+        if isinstance(self.model, GivenObject) and self.tokenizer is None:
+            yield "tokenizer: a model that is an object brings none: give its folder, hub id, or the tokenizer itself"
         if not self.has_adapters() and (self.lora_alpha, self.lora_targets) != (32.0, "all"):
             yield "lora_alpha and lora_targets are of adapters, and there is none: set lora_rank"
         if self.parallel == "fsdp" and self.optimizer == "adamw8bit":
@@ -147,7 +153,9 @@ class TuningConfig(LoopConfig):
 
     epochs: int = option(1, "passes over the data", at_least=1, resume="plan")
     max_length: int = option(1024, "rows with a longer sequence are rejected", at_least=2)
-    eval_data: str | None = reads(None, "held-out file; metrics on it are reported after each epoch")
+    eval_data: RowsSource | None = reads(
+        None, "held-out file; metrics on it are reported after each epoch", object="rows"
+    )
     eval_fraction: float = option(0.0, "without eval_data: hold out this last share of the data", between=(0, 0.9))
     eval_limit: int | None = option(None, "use only so many held-out rows", at_least=1)
     eval_every: int = option(0, "also evaluate after every so many steps; 0: after each epoch only", at_least=0)
@@ -174,7 +182,9 @@ class RewardConfig(TuningConfig):
     label_smoothing: float = option(0.0, "pairs: share of labels believed wrong", between=(0, 0.5))
     center_coef: float = option(0.0, "pairs: weight of the mean squared sum of a pair's scores (say 0.01)", at_least=0)
     center_bias: bool = option(True, "at the end, shift scores: the best responses (of comparisons) score 0 on average")
-    center_data: str | None = reads(None, "demonstrations that are to score 0 on average in place of those", rare=True)
+    center_data: RowsSource | None = rare(
+        None, "demonstrations that are to score 0 on average in place of those", path="input", object="rows"
+    )
     ties: str = rare("skip", "all_pairs: of equal rank: skip, or half (a pair with target 1/2)", choices="skip half")
     head_init: str = rare("normal", "weights of a new head: N(0, 1 / (width + 1)), or zero", choices="normal zero")
 
@@ -199,13 +209,28 @@ class RewardConfig(TuningConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(TuningConfig):
-    """A policy from preference pairs or labelled responses."""
+class PreferenceConfig(TuningConfig):
+    """What DPO and KTO need: training of a policy beside a reference."""
 
     learning_rate: float = option(1e-6, "peak learning rate of AdamW", above=0, resume="plan")
+    reference: ModelSource | None = reads(None, "folder or hub id of the reference (default: model)", object="model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTOConfig(PreferenceConfig):
+    """A policy from labelled responses."""
+
+    beta: float = option(0.1, "tie to the reference", above=0)
+    desirable_weight: float = option(1.0, "weight of the responses that are wanted", at_least=0)
+    undesirable_weight: float = option(1.0, "weight of the others", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(PreferenceConfig):
+    """A policy from preference pairs or labelled responses."""
+
     loss: str = option("sigmoid", "sigmoid (DPO), ipo, hinge, simpo, orpo; of labelled responses: kto", choices=LOSSES)
     beta: float = option(0.1, "tie to the reference (simpo: scale, often 2; orpo: weight of the odds)", above=0)
-    reference: str | None = reads(None, "folder or hub id of the reference (default: model)")
     reference_free: bool = rare(False, "no reference (simpo, orpo: never one)")
     length_normalized: bool = rare(False, "means over tokens in place of sums (simpo, orpo: always)")
     share_prompts: bool = rare(True, "read a prompt once for all its responses, where models allow it", resume="free")

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from fastrlhf.errors import UserError, UserTypeError
+from fastrlhf.settings.objects import GivenObject
 
 HOME = re.compile(r"(?<![^,|(=\s])~[\w.-]*(?=[/,|)=#;]|$)")  # where a path begins, in a reward of several too
 
@@ -105,9 +106,11 @@ def options_where(config: Any, **rules: Any) -> set[str]:
 
 
 def dump(config: Any) -> str:
-    """The configuration as YAML; a function is written as module:function."""
+    """The configuration as YAML; a function is written as module:function, another object by what it is."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for name, value in values.items():
-        if callable(value):
+        if isinstance(value, GivenObject):
+            values[name] = str(value)
+        elif callable(value):
             values[name] = f"{value.__module__}:{getattr(value, '__qualname__', type(value).__qualname__)}"
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

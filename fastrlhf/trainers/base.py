@@ -58,7 +58,7 @@ class Trainer(Iterator[dict[str, float]]):
         self.num_steps_done = 0
         self.output, self.folder = Path(config.output), start_run(config)
         self.checkpoint = self.folder.checkpoint  # that the run goes on from; None for a new run
-        self.placement, self.tokenizer = config.placement(), load_tokenizer(config.model)
+        self.placement, self.tokenizer = config.placement(), load_tokenizer(config.tokenizer or config.model)
         self.device = self.placement["device"]
         self.budget = TokenBudget(config.max_tokens)
         self.set_up()

@@ -19,6 +19,7 @@ from fastrlhf.runtime.checkpoint import bytes_of
 from fastrlhf.runtime.fsdp import shard
 from fastrlhf.runtime.metrics import Statistics
 from fastrlhf.runtime.optim import check_finite
+from fastrlhf.settings.objects import ModelSource, RowsSource
 from fastrlhf.settings.training import TuningConfig
 from fastrlhf.trainers.base import Trainer
 from fastrlhf.trainers.loading import check_fits, load_with_held_out, make_optimizer
@@ -66,7 +67,7 @@ class DatasetTrainer(Trainer, Generic[C, T, M]):
         self.optimizer = make_optimizer(self.config, self.model, num_steps=self.num_steps)
 
     @abstractmethod
-    def read(self, path: str | Path, tokenizer: Any, **options: Any) -> Loaded[T]:
+    def read(self, path: RowsSource, tokenizer: Any, **options: Any) -> Loaded[T]:
         """The rows of a file."""
 
     @abstractmethod
@@ -78,7 +79,7 @@ class DatasetTrainer(Trainer, Generic[C, T, M]):
         """How many heads of scores the model has; 0: it has one of words instead."""
         return 0
 
-    def transient_model(self) -> str | None:
+    def transient_model(self) -> ModelSource | None:
         """What is loaded beside the model, and gone before the first step."""
         return None
 

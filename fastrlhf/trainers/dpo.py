@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +18,15 @@ from fastrlhf.ops import linear_dpo_loss
 from fastrlhf.packing import Packed
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.metrics import Statistics
+from fastrlhf.settings.objects import RowsSource
+from fastrlhf.settings.training import DPOConfig
 from fastrlhf.stats.accuracy import is_right
 from fastrlhf.trainers.objectives.pairwise import accuracy_of_pairs
 from fastrlhf.trainers.preference import PreferenceTrainer
 from fastrlhf.trainers.reward import full_sequences, microbatches_with_rows, pack_rows
 
 
-class DPO(PreferenceTrainer[Pair]):
+class DPO(PreferenceTrainer[DPOConfig, Pair]):
     """Trains a policy on preference pairs; iterate over it to train. What the reference makes of them is computed once.
 
     for metrics in DPO(DPOConfig(model="sft/model", data="pairs.jsonl", output="dpo")):
@@ -33,7 +34,7 @@ class DPO(PreferenceTrainer[Pair]):
 
     Source: Rafailov et al., arXiv 2305.18290; the other losses: preferences.py."""
 
-    def read(self, path: str | Path, tokenizer: Any, **options: Any) -> Loaded[Pair]:
+    def read(self, path: RowsSource, tokenizer: Any, **options: Any) -> Loaded[Pair]:
         if self.config.loss == "kto":
             raise UserError("loss kto is of labelled responses: fastrlhf.KTO(config) trains on such")
         loaded = load_pairs(path, tokenizer, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +15,15 @@ from fastrlhf.models.policy import Policy
 from fastrlhf.packing import Packed
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.metrics import Statistics
-from fastrlhf.settings.training import DPOConfig
+from fastrlhf.settings.objects import RowsSource
+from fastrlhf.settings.training import DPOConfig, KTOConfig
 from fastrlhf.trainers.dpo import DPO
 from fastrlhf.trainers.objectives.base import accuracy_of
 from fastrlhf.trainers.preference import PreferenceTrainer
 from fastrlhf.trainers.reward import full_sequences, pack_rows
 
 
-class KTO(PreferenceTrainer[Labelled]):
+class KTO(PreferenceTrainer[KTOConfig | DPOConfig, Labelled]):
     """Trains a policy on labelled responses; iterate over it to train.
 
     for metrics in KTO(DPOConfig(model="sft/model", data="labelled.jsonl", output="kto", loss="kto")):
@@ -33,8 +33,8 @@ class KTO(PreferenceTrainer[Labelled]):
     rows of the step, each prompt with a response to another prompt, or 0 if it is negative. It gets no gradient.
     Source: Ethayarajh et al., arXiv 2402.01306, equation 8; kl as in TRL's KTOTrainer, but of the whole step."""
 
-    def read(self, path: str | Path, tokenizer: Any, **options: Any) -> Loaded[Labelled]:
-        if self.config.loss != "kto":
+    def read(self, path: RowsSource, tokenizer: Any, **options: Any) -> Loaded[Labelled]:
+        if isinstance(self.config, DPOConfig) and self.config.loss != "kto":
             raise UserError(f"loss {self.config.loss} is of pairs: fastrlhf.DPO(config) trains on such")
         loaded = load_labelled(path, tokenizer, **options)
         if any(row.head is not None for row in loaded.rows):

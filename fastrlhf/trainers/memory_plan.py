@@ -27,6 +27,7 @@ from fastrlhf.packing import pack
 from fastrlhf.rewards.sources import reward_folders
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.metrics import peak_memory_gib, reset_peak_memory
+from fastrlhf.settings.objects import ModelSource
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.training import LoopConfig
 
@@ -103,7 +104,12 @@ class Plan:
 
 
 def plan_training(
-    config: LoopConfig, placement: dict[str, Any], *, num_tokens: int, num_heads: int = 0, reference: str | None = None
+    config: LoopConfig,
+    placement: dict[str, Any],
+    *,
+    num_tokens: int,
+    num_heads: int = 0,
+    reference: ModelSource | None = None,
 ) -> Plan:
     """The plan of a loop on a file of rows.
 
@@ -206,7 +212,7 @@ def available_bytes(device: torch.device) -> float:
 class _Model:
     """Sizes of a model, from its configuration."""
 
-    def __init__(self, path: str, config: LoopConfig, half: torch.dtype | None) -> None:
+    def __init__(self, path: ModelSource, config: LoopConfig, half: torch.dtype | None) -> None:
         self.config, self.half = read_pretrained(AutoConfig, path), half
         self.targets, text = config.lora_targets, self.config.get_text_config()
         with torch.device("meta"):

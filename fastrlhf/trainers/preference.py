@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from fastrlhf.data.template import check_same_vocabulary, load_tokenizer
+from fastrlhf.data.template import check_reads_ids_of
 from fastrlhf.models.policy import Policy
-from fastrlhf.settings.training import DPOConfig
+from fastrlhf.settings.objects import ModelSource
+from fastrlhf.settings.training import PreferenceConfig
 from fastrlhf.trainers.dataset_trainer import DatasetTrainer
 from fastrlhf.trainers.loading import check_fits, load_trained
 
+C = TypeVar("C", bound=PreferenceConfig)
 T = TypeVar("T")
 
 
-class PreferenceTrainer(DatasetTrainer[DPOConfig, T, Policy]):
+class PreferenceTrainer(DatasetTrainer[C, T, Policy], Generic[C, T]):
     """What DPO and KTO share. reference_logprobs, by what they are of, are kept in checkpoints, so that a resumed run
     needs no reference; `on_model_loaded` of a subclass fills them, when there are no gradients and moments yet."""
 
@@ -27,7 +29,7 @@ class PreferenceTrainer(DatasetTrainer[DPOConfig, T, Policy]):
         """Whether the loss has a reference."""
         return True
 
-    def transient_model(self) -> str | None:
+    def transient_model(self) -> ModelSource | None:
         if self.checkpoint is not None or not self.needs_reference():
             return None
         return self.config.reference or (None if self.config.lora_rank else self.config.model)
@@ -38,7 +40,7 @@ class PreferenceTrainer(DatasetTrainer[DPOConfig, T, Policy]):
         if source is None:
             return Policy(self.model.model, autocast=self.model.autocast)
         if config.reference:
-            check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
+            check_reads_ids_of(self.tokenizer, config.reference, "reference")
         reference = Policy.from_pretrained(source, freeze=True, **self.placement)
         check_fits(reference.model, self.tokenizer, longest_row=self.longest_row)
         return reference

@@ -18,6 +18,7 @@ from fastrlhf.models.shared_prompts import can_share_prompts, pack_responses
 from fastrlhf.packing import Packed, pack
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.metrics import Statistics
+from fastrlhf.settings.objects import RowsSource
 from fastrlhf.settings.training import RewardConfig
 from fastrlhf.trainers.dataset_trainer import DatasetTrainer
 from fastrlhf.trainers.loading import check_fits, load_trained
@@ -32,7 +33,7 @@ class RewardTrainer(DatasetTrainer[RewardConfig, Judged, RewardModel]):
     for metrics in RewardTrainer(RewardConfig(model="sft/model", data="pairs.jsonl", output="reward")):
         print(metrics["accuracy"])"""
 
-    def read(self, path: str | Path, tokenizer: Any, **options: Any) -> Loaded[Any]:
+    def read(self, path: RowsSource, tokenizer: Any, **options: Any) -> Loaded[Any]:
         name = self.config.objective
         if name == "auto":
             name = LOADERS[layout_of(self.config.data)][1][0]

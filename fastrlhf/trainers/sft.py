@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from fastrlhf.models.policy import Policy
 from fastrlhf.packing import Packed, pack
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.metrics import Statistics
+from fastrlhf.settings.objects import RowsSource
 from fastrlhf.settings.training import SFTConfig
 from fastrlhf.trainers.dataset_trainer import DatasetTrainer
 from fastrlhf.trainers.loading import load_trained
@@ -27,7 +27,7 @@ class SFT(DatasetTrainer[SFTConfig, Demonstration, Policy]):
     loss = -sum of the response tokens' log-probabilities / their number in the whole step, so that neither packing nor
     micro-batches change it."""
 
-    def read(self, path: str | Path, tokenizer: Any, **options: Any) -> Loaded[Demonstration]:
+    def read(self, path: RowsSource, tokenizer: Any, **options: Any) -> Loaded[Demonstration]:
         return load_demonstrations(path, tokenizer, **options)
 
     def sequences(self, row: Demonstration) -> list[list[int]]:

@@ -170,5 +170,5 @@ def test_a_loss_of_the_other_kind_of_rows_is_refused(settings):
 
 
 def test_labelled_responses_under_a_loss_of_pairs_are_pointed_to_kto(settings):
-    with pytest.raises(DataError, match="dpo reads labelled responses with --loss kto"):
+    with pytest.raises(DataError, match="kto reads labelled responses"):
         DPO(DPOConfig(**{**settings, "loss": "sigmoid"}))

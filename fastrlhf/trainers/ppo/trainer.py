@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.data import Prompt, batch_rows, load_prompts
-from fastrlhf.data.template import check_same_vocabulary, load_tokenizer
+from fastrlhf.data.template import check_reads_ids_of
 from fastrlhf.formulas.advantages import per_token
 from fastrlhf.generation.sampling import RolloutBackend, Sample
 from fastrlhf.models.offload import check_offload, onloaded
@@ -86,7 +86,7 @@ class PPO(Trainer):
         self.held_out = HeldOut(config, self.eval_prompts, trained=self.scorer, scorer=eval_scorer)
         self.best = self.held_out.best
         if config.reference:
-            check_same_vocabulary(self.tokenizer, load_tokenizer(config.reference), f"reference {config.reference}")
+            check_reads_ids_of(self.tokenizer, config.reference, "reference")
         reward_models = [model for model, _ in self.scorer.models]
         scoring = [*reward_models, *(model for model, _ in eval_scorer.models)]
         self.models = PPOModels(config, reward_models, self.checkpoint, base, **self.placement)
