@@ -9,7 +9,7 @@ from typing import Any
 from fastrlhf.data.objects import rows_of
 from fastrlhf.settings.objects import GivenObject
 
-SAMPLES = 4096  # numbers of a tensor that are looked at, evenly spread
+SAMPLES = 2**16  # numbers of a tensor that are looked at, evenly spread; all of a small one
 # of a model's settings: no part of what it computes
 NO_PART = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
@@ -34,7 +34,7 @@ def _of_weights(model: Any) -> int:
     for name, tensor in model.state_dict().items():
         checksum = zlib.crc32(f"{name} {tuple(tensor.shape)}".encode(), checksum)
         flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu().contiguous()
+        sample = flat[:: -(-flat.numel() // SAMPLES) or 1].float().cpu().contiguous()
         checksum = zlib.crc32(sample.numpy().tobytes(), checksum)
     return checksum
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +46,16 @@ def given(name: str, value: Any, kind: str) -> Any:
     kind: what the option takes besides text: model, tokenizer, rows, or reward (a model; functions stay as they are)
 
     Raises: TypeError for another object; ValueError for a model whose weights cannot be copied."""
-    if value is None or isinstance(value, (str, os.PathLike)):
+    if value is None or isinstance(value, (str, int, float, os.PathLike)):  # a file of settings may have a folder 123
         return value
     if kind == "rows":
         return _rows(name, value)
     is_model = isinstance(value, nn.Module) and hasattr(value, "config" if not hasattr(value, "adapter") else "model")
     if kind == "reward" and callable(value) and not is_model:
         return value
-    if kind == "tokenizer" and not hasattr(value, "convert_ids_to_tokens"):
-        raise UserTypeError(f"{name} must be a folder, a hub id or a tokenizer of transformers, got {_class(value)}")
-    if kind != "tokenizer" and not is_model:
-        raise UserTypeError(f"{name} must be a folder, a hub id or a model of transformers, got {_class(value)}")
+    if not (hasattr(value, "convert_ids_to_tokens") if kind == "tokenizer" else is_model):
+        expected = "text, a function or a model" if kind == "reward" else f"a folder, a hub id or a {kind}"
+        raise UserTypeError(f"{name} must be {expected} of transformers, got {value!r:.80}")
     value = value if kind == "tokenizer" else _model(name, value)
     return GivenObject(f"<{_class(value)} object>", value)
 
@@ -72,6 +71,8 @@ def _rows(name: str, value: Any) -> GivenObject:
     if isinstance(value, Mapping) or not isinstance(value, Iterable):
         hint = "; give one of its splits" if isinstance(value, Mapping) else ""
         raise UserTypeError(f"{name} must be a path or rows, such as a list of dicts, got {_class(value)}{hint}")
+    if isinstance(value, Sequence) and value and isinstance(value[0], str):
+        raise UserTypeError(f"{name} must be one path or rows, got {value!r:.80}; several files are a folder or a glob")
     rows = value if isinstance(value, Sized) else list(value)
     return GivenObject(f"<{_class(value)} of {len(rows)} rows>", rows)
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from fastrlhf.data.template import load_tokenizer
 from fastrlhf.errors import NonFiniteError, UserError, UserFunctionError
+from fastrlhf.models.policy import Role
 from fastrlhf.runtime import checkpoint as checkpoints
 from fastrlhf.runtime import distributed, signals
 from fastrlhf.runtime.atomic_io import remove
@@ -20,11 +21,12 @@ from fastrlhf.runtime.output_folder import start_run
 from fastrlhf.runtime.resume_hint import extending
 from fastrlhf.runtime.saved_models import forget_model, note_step, step_of, write_model
 from fastrlhf.settings.training import LoopConfig
+from fastrlhf.trainers.inspection import Inspection
 from fastrlhf.trainers.memory_plan import Plan
 from fastrlhf.trainers.oom import TokenBudget
 
 
-class Trainer(Iterator[dict[str, float]]):
+class Trainer(Inspection, Iterator[dict[str, float]]):
     """Trains a model; iterate over it: each step yields its metrics. `run` does all steps.
 
     A caller who leaves early keeps what was done by asking for it, and lets the output folder go:
@@ -35,7 +37,7 @@ class Trainer(Iterator[dict[str, float]]):
                     ppo.save_checkpoint()  # for resume=True; or ppo.save(folder): the model
                     break
 
-    num_steps, num_steps_done: of the whole run, and so far
+    num_steps, num_steps_done: of the whole run, and so far; final_model: what the run leaves, as it is now
     best: step and score of the model in best/, empty if there is none
     log: prints, and writes metrics.jsonl; budget: tokens a micro-batch; plan: of memory
 
@@ -45,6 +47,7 @@ class Trainer(Iterator[dict[str, float]]):
     config: LoopConfig
     num_steps: int
     plan: Plan | None
+    final_model: Role
     log: MetricsLog
     clock: checkpoints.CheckpointClock
     evaluates_start = True  # whether held-out data is scored before the first step, too
@@ -77,19 +80,17 @@ class Trainer(Iterator[dict[str, float]]):
         """Does one step and returns its metrics, deterministic values only, among them num_tokens (for tokens/s)."""
 
     @abstractmethod
-    def evaluate(self, step: int | None = None) -> dict[str, float]:
-        """Returns the metrics of held-out data. step: the number of steps that are done, if it is not num_steps_done"""
-
-    @abstractmethod
     def is_eval_due(self, step: int) -> bool:
         """Whether to evaluate after a step; step 0 is the start."""
 
     def end_step(self, metrics: dict[str, float]) -> None:
         """What follows a step and its evaluation; may add metrics."""
 
-    @abstractmethod
     def save(self, folder: str | Path) -> None:
-        """Writes the model that the trainer makes, with its tokenizer; all processes call it, the first one writes."""
+        """Writes final_model and the tokenizer as transformers loads them; all processes call it, the first writes."""
+        self.final_model.save_pretrained(folder)
+        if distributed.is_main_process():
+            self.tokenizer.save_pretrained(folder)
 
     @abstractmethod
     def save_models(self, folder: Path) -> None:
@@ -204,12 +205,12 @@ class Trainer(Iterator[dict[str, float]]):
     def _do_step(self) -> dict[str, float]:
         """Does a step with its evaluation, and logs both."""
         if self.num_steps_done == 0 and self.evaluates_start and self.is_eval_due(0):
-            self._record(self.evaluate(0))
+            self._record(self.held_out_metrics(0))
         self.is_in_step, number = self.updates_at_once, self.num_steps_done + 1
         try:
             metrics = self.step()
             if self.is_eval_due(number):
-                metrics |= self.evaluate(number)
+                metrics |= self.held_out_metrics(number)
             self.end_step(metrics)
         except (Exception, signals.Interrupted):
             self._keep_earlier_steps()

@@ -14,7 +14,6 @@ from typing import Any, Generic, TypeVar
 from fastrlhf.data import Loaded, stream, verdict_of
 from fastrlhf.errors import UserError
 from fastrlhf.models.policy import Role
-from fastrlhf.runtime import distributed
 from fastrlhf.runtime.checkpoint import bytes_of
 from fastrlhf.runtime.fsdp import shard
 from fastrlhf.runtime.metrics import Statistics
@@ -36,6 +35,7 @@ class DatasetTrainer(Trainer, Generic[C, T, M]):
     num_rows: to be trained on in all epochs; num_rows_done: so far"""
 
     config: C
+    held_out: list[T]
     ended_epoch = False  # whether the last step did
 
     def set_up(self) -> None:
@@ -56,7 +56,7 @@ class DatasetTrainer(Trainer, Generic[C, T, M]):
 
     def load_model(self) -> None:
         """Loads the model to train, and what its loss needs of the whole model."""
-        self.model = self.make_model()
+        self.final_model = self.model = self.make_model()
         check_fits(self.model.model, self.tokenizer, longest_row=self.longest_row)
         self.on_model_loaded()
         if self.config.parallel == "fsdp":
@@ -132,12 +132,6 @@ class DatasetTrainer(Trainer, Generic[C, T, M]):
         self.ended_epoch = done == self.num_rows or done // size > self.num_rows_done // size
         self.num_rows_done = done
         return metrics
-
-    def save(self, folder: str | Path) -> None:
-        """Writes model and tokenizer as plain transformers loads them."""
-        self.model.save_pretrained(folder)
-        if distributed.is_main_process():
-            self.tokenizer.save_pretrained(folder)
 
     def save_models(self, folder: Path) -> None:
         """Writes what a checkpoint needs besides state_dict."""

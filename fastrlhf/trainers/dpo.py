@@ -29,9 +29,14 @@ from fastrlhf.trainers.reward import full_sequences, microbatches_with_rows, pac
 class DPO(PreferenceTrainer[DPOConfig, Pair]):
     """Trains a policy on preference pairs; iterate over it to train. What the reference makes of them is computed once.
 
-    for metrics in DPO(DPOConfig(model="sft/model", data="pairs.jsonl", output="dpo")):
-        print(metrics["accuracy"])
+        from fastrlhf import DPO, DPOConfig
 
+        config = DPOConfig(model="MODEL", data="pairs.jsonl", output="runs/dpo")
+        for metrics in DPO(config):
+            print(metrics["loss"], metrics["accuracy"])
+
+    model: the policy; rows, held_out: what it is trained on, and what not
+    reference_logprobs: the reference's log-probabilities of the responses of both, end to end
     Source: Rafailov et al., arXiv 2305.18290; the other losses: preferences.py."""
 
     def read(self, path: RowsSource, tokenizer: Any, **options: Any) -> Loaded[Pair]:
@@ -121,7 +126,7 @@ class DPO(PreferenceTrainer[DPOConfig, Pair]):
         return weights * losses, of_pairs
 
     @torch.no_grad()
-    def evaluate(self, step: int | None = None) -> dict[str, float]:
+    def held_out_metrics(self, step: int | None = None) -> dict[str, float]:
         """Means over the held-out pairs, and the accuracy as that of reward models, with its interval."""
         batch, parts = self.pack("held_out", range(len(self.held_out))), []
         for part, pairs in microbatches_with_rows(batch, self.held_out, self.config.max_tokens):

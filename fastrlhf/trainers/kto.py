@@ -26,8 +26,13 @@ from fastrlhf.trainers.reward import full_sequences, pack_rows
 class KTO(PreferenceTrainer[KTOConfig | DPOConfig, Labelled]):
     """Trains a policy on labelled responses; iterate over it to train.
 
-    for metrics in KTO(DPOConfig(model="sft/model", data="labelled.jsonl", output="kto", loss="kto")):
-        print(metrics["kl"])
+        from fastrlhf import KTO, KTOConfig
+
+        config = KTOConfig(model="MODEL", data="labelled.jsonl", output="runs/kto")
+        for metrics in KTO(config):
+            print(metrics["loss"], metrics["kl"])
+
+    model: the policy; rows, held_out: what it is trained on, and what not
 
     A response counts by how far its log-probability, less the reference's, is from kl: the mean of that over the
     rows of the step, each prompt with a response to another prompt, or 0 if it is negative. It gets no gradient.
@@ -98,7 +103,7 @@ class KTO(PreferenceTrainer[KTOConfig | DPOConfig, Labelled]):
         return losses, {"accuracy": 0.5 + 0.5 * ahead.sign(), **stats}
 
     @torch.no_grad()
-    def evaluate(self, step: int | None = None) -> dict[str, float]:
+    def held_out_metrics(self, step: int | None = None) -> dict[str, float]:
         """Means over the held-out rows; accuracy: a wanted response is above kl, another below, of labels but 1/2."""
         size, max_tokens = len(self.held_out), self.config.max_tokens
         numbers = range(size)

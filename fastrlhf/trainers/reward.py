@@ -30,8 +30,13 @@ T = TypeVar("T", bound=Judged)
 class RewardTrainer(DatasetTrainer[RewardConfig, Judged, RewardModel]):
     """Trains a reward model; iterate over it to train.
 
-    for metrics in RewardTrainer(RewardConfig(model="sft/model", data="pairs.jsonl", output="reward")):
-        print(metrics["accuracy"])"""
+        from fastrlhf import RewardConfig, RewardTrainer
+
+        config = RewardConfig(model="MODEL", data="pairs.jsonl", output="runs/reward")
+        for metrics in RewardTrainer(config):
+            print(metrics["loss"], metrics["accuracy"])
+
+    model: the reward model; rows, held_out: what it is trained on, and what not; objective: its loss"""
 
     def read(self, path: RowsSource, tokenizer: Any, **options: Any) -> Loaded[Any]:
         name = self.config.objective
@@ -100,7 +105,7 @@ class RewardTrainer(DatasetTrainer[RewardConfig, Judged, RewardModel]):
         return stats
 
     @torch.no_grad()
-    def evaluate(self, step: int | None = None) -> dict[str, float]:
+    def held_out_metrics(self, step: int | None = None) -> dict[str, float]:
         """Loss and accuracy (ratings: correlation) on the held-out rows, with the ends of the 95 % interval."""
         found = self.objective.evaluate(self.score(self.held_out).double(), self.held_out)
         return {f"eval/{name}": value for name, value in found.items()}

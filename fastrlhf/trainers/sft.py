@@ -21,11 +21,16 @@ from fastrlhf.trainers.loading import load_trained
 class SFT(DatasetTrainer[SFTConfig, Demonstration, Policy]):
     """Fine-tunes a causal language model; iterate over it to train.
 
-    for metrics in SFT(SFTConfig(model="HuggingFaceTB/SmolLM2-135M", data="demonstrations.jsonl", output="sft")):
-        print(metrics["loss"])
+        from fastrlhf import SFT, SFTConfig
+
+        config = SFTConfig(model="MODEL", data="demonstrations.jsonl", output="runs/sft")
+        for metrics in SFT(config):
+            print(metrics["loss"])
 
     loss = -sum of the response tokens' log-probabilities / their number in the whole step, so that neither packing nor
-    micro-batches change it."""
+    micro-batches change it.
+
+    model: the policy; rows, held_out: what it is trained on, and what not"""
 
     def read(self, path: RowsSource, tokenizer: Any, **options: Any) -> Loaded[Demonstration]:
         return load_demonstrations(path, tokenizer, **options)
@@ -46,7 +51,7 @@ class SFT(DatasetTrainer[SFTConfig, Demonstration, Policy]):
         return stats
 
     @torch.no_grad()
-    def evaluate(self, step: int | None = None) -> dict[str, float]:
+    def held_out_metrics(self, step: int | None = None) -> dict[str, float]:
         """The mean loss of the response tokens of the held-out demonstrations."""
         batch = self.pack(self.held_out)
         parts = batch.microbatches(self.config.max_tokens, share=distributed.rank_and_world_size())

@@ -1,5 +1,6 @@
 """The package as it is installed: its files, and that it imports without what is optional."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastrlhf
+from fastrlhf.cli.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,10 +35,50 @@ def test_kernels_is_a_link_without_init():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_public_names_exist_and_are_sorted():
+def test_public_names_exist_are_listed_and_say_what_they_are():
     assert list(fastrlhf.ops.__all__) == sorted(fastrlhf.ops.__all__)
+    assert {*fastrlhf.__all__} <= {*dir(fastrlhf)} and len({*fastrlhf.__all__}) == len(fastrlhf.__all__)
     for name in fastrlhf.__all__:
-        assert callable(getattr(fastrlhf, name)), name
+        found = getattr(fastrlhf, name)
+        assert callable(found) and found.__name__ == name, name
+        assert found.__doc__ and not found.__doc__.startswith(f"{name}("), f"{name} has no docstring"  # of a dataclass
+
+
+@pytest.mark.parametrize("name", ["SFT", "RewardTrainer", "PPO", "DPO", "KTO"])
+def test_a_trainer_its_settings_and_its_command_have_one_name(name):
+    trainer, config = getattr(fastrlhf, name), getattr(fastrlhf, f"{name.removesuffix('Trainer')}Config")
+    assert issubclass(trainer, fastrlhf.Trainer)
+    assert COMMANDS[name.removesuffix("Trainer").lower()].config is config
+
+
+def test_everything_public_of_a_trainer_that_is_a_method_says_what_it_does():
+    for trainer in (fastrlhf.SFT, fastrlhf.RewardTrainer, fastrlhf.PPO, fastrlhf.DPO, fastrlhf.KTO):
+        for name in ("run", "evaluate", "read_metrics", "save", "save_checkpoint", "close", "__next__"):
+            assert inspect.getdoc(getattr(trainer, name)), f"{trainer.__name__}.{name}"
+
+
+@pytest.mark.slow
+def test_a_strictly_typed_program_of_a_user_passes_and_a_wrong_one_does_not(tmp_path):
+    pytest.importorskip("mypy", reason="pip install mypy: checks types")
+    program = (ROOT / "tests/project/typed_program.py").read_text()
+    # what other packages declare is not followed, which would take minutes
+    skipped = "[mypy-torch.*,transformers.*]\nfollow_imports = skip\n"
+    (tmp_path / "mypy.ini").write_text(f"[mypy]\nstrict = True\n{skipped}")
+    wrong = program.replace("config.steps + 1", "config.stepz + 1").replace("beta=0.2", "bet=0.2")
+    for text, expected in (
+        (program, ["Success"]),
+        (wrong, ['"PPOConfig" has no attribute "stepz"', 'Unexpected keyword argument "bet"']),
+    ):
+        (tmp_path / "program.py").write_text(text)
+        done = subprocess.run(
+            [sys.executable, "-m", "mypy", "program.py"],
+            cwd=tmp_path,
+            env={**os.environ, "MYPYPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert all(each in done.stdout for each in expected), done.stdout + done.stderr
 
 
 def test_it_imports_without_cuda_extension_and_without_triton():

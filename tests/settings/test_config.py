@@ -121,7 +121,11 @@ SERVER = {"rollout_url": "http://a, http://b/", "weight_sync": "stale"}
         ),
         ({"estimator": "grpo"}, ValueError, "samples_per_prompt must be above 1"),
         ({"kl_target": 0}, ValueError, "kl_target must be above 0, got 0.0"),
-        ({"reward": ["a", "b"]}, TypeError, r"reward must be text, got \['a', 'b'\]"),
+        (
+            {"reward": ["a", "b"]},
+            TypeError,
+            r"reward must be text, a function or a model .*, got \['a', 'b'\]",
+        ),
         ({"limit": length_reward}, TypeError, "limit must be a whole number"),
         ({"min_new_tokens": 2}, ValueError, "min_new_tokens=2: the sampler would draw from another distribution"),
         ({"repeat_ngram": 3}, ValueError, "repeat_times at least 2, or both 0, got 3 and 0"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
 from fastrlhf.data import Prompt
@@ -43,6 +43,15 @@ class HeldOut:
         self.config, self.prompts, self.trained, self.scorer = config, prompts, trained, scorer
         self.best: dict[str, Any] = {}
         self.falls = Falls()
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def apart(self) -> HeldOut:
+        """A copy, whose notes are not the run's."""
+        other = copy(self)
+        other.best, other.falls = dict(self.best), deepcopy(self.falls)
+        return other
 
     @property
     def seeds(self) -> range:

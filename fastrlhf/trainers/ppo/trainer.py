@@ -30,6 +30,7 @@ from fastrlhf.rewards.sources import check_reward
 from fastrlhf.runtime import distributed
 from fastrlhf.settings.ppo import STALE, PPOConfig
 from fastrlhf.trainers.base import Trainer
+from fastrlhf.trainers.inspection import SampleInspection
 from fastrlhf.trainers.memory_plan import plan_ppo, print_memory_plan
 from fastrlhf.trainers.ppo.advantages import next_kl_coef, shaped_scores, with_advantages
 from fastrlhf.trainers.ppo.data import check_lengths, load_eval_prompts, load_ptx
@@ -41,17 +42,21 @@ from fastrlhf.trainers.ppo.rollout import Rollout
 from fastrlhf.trainers.ppo.sanity_checks import check_first_step
 
 
-class PPO(Trainer):
+class PPO(SampleInspection, Trainer):
     """Trains a policy with PPO, or an estimator beside it; iterate over it to train.
 
-    for metrics in PPO(PPOConfig(model="sft/model", reward="reward/model", data="prompts.jsonl", output="ppo")):
-        print(metrics["objective/scores"])
+        from fastrlhf import PPO, PPOConfig
+
+        config = PPOConfig(model="MODEL", reward="REWARD", data="prompts.jsonl", output="runs/ppo")
+        for metrics in PPO(config):
+            print(metrics["objective/scores"], metrics["objective/kl"])
 
     policy, reference, value_model: the models (`models` has them all); scorer: what scores responses
     rollout: draws the responses; learner: updates the policy and the value model
     backend: makes of the policy what draws the responses, in place of what the settings ask for"""
 
     config: PPOConfig
+    held_out: HeldOut
     updates_at_once = False
 
     def __init__(self, config: PPOConfig, *, backend: Callable[[Policy], RolloutBackend] | None = None) -> None:
@@ -91,7 +96,7 @@ class PPO(Trainer):
         scoring = [*reward_models, *(model for model, _ in eval_scorer.models)]
         self.models = PPOModels(config, reward_models, self.checkpoint, base, **self.placement)
         self.policy, self.reference = self.models.policy, self.models.reference
-        self.value_model = self.models.value_model
+        self.value_model, self.final_model = self.models.value_model, self.models.final
         everything = [self.policy, self.reference, *scoring, *filter(None, [self.value_model])]
         check_lengths(config, self.tokenizer, everything, [*self.prompts, *self.eval_prompts], self.ptx)
         shares = config.share_prompts and config.samples_per_prompt > 1
@@ -269,11 +274,12 @@ class PPO(Trainer):
     def is_eval_due(self, step: int) -> bool:
         return self.held_out.is_due(step)
 
-    def evaluate(self, step: int | None = None) -> dict[str, float]:
-        """Returns the metrics of the final policy's responses to the held-out prompts, and notes the best step."""
+    def held_out_metrics(self, step: int | None = None) -> dict[str, float]:
+        """The metrics of the final policy's responses to the held-out prompts; with a step, takes note of the best."""
+        held_out = self.held_out.apart() if step is None else self.held_out
         with self.log.timer("evaluate"):
             samples = self.generate(self.eval_prompts, greedy=self.config.eval_greedy, held_out=True)
-            return self.held_out.judge(self.num_steps_done if step is None else step, samples, self.pack(samples))
+            return held_out.judge(self.num_steps_done if step is None else step, samples, self.pack(samples))
 
     def save_models(self, folder: Path) -> None:
         self.models.save(folder)
@@ -292,9 +298,3 @@ class PPO(Trainer):
         self.kl_coef, self.score_moments = state["kl_coef"], RunningMoments(**state["moments"])
         self.health.state = state["health"]
         self.held_out.load_state_dict(state["held_out"])
-
-    def save(self, folder: str | Path) -> None:
-        """Writes the policy, or its moving average, and the tokenizer as a folder that transformers loads."""
-        self.models.final.save_pretrained(folder)
-        if distributed.is_main_process():
-            self.tokenizer.save_pretrained(folder)
