@@ -5,6 +5,7 @@ import inspect
 import io
 import re
 import textwrap
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -31,18 +32,10 @@ def small(tmp_path, monkeypatch, one_thread):
     write_rows("prompts.jsonl", [{"prompt": f"Say {n}"} for n in range(8)])
     rows = [{"prompt": f"q{n}", "completion": "yes", "label": n % 2 == 0} for n in range(8)]
     write_rows("labelled.jsonl", rows)
-    for config in (
-        fastrlhf.SFTConfig,
-        fastrlhf.RewardConfig,
-        fastrlhf.PPOConfig,
-        fastrlhf.DPOConfig,
-        fastrlhf.KTOConfig,
-    ):
-        defaults = {name: value for name, value in SMALL.items() if name in config.__dataclass_fields__}
-        made = config.__init__
-        monkeypatch.setattr(
-            config, "__init__", lambda self, made=made, defaults=defaults, **given: made(self, **defaults | given)
-        )
+    for name in ("SFTConfig", "RewardConfig", "PPOConfig", "DPOConfig", "KTOConfig"):
+        config = getattr(fastrlhf, name)
+        defaults = {option: value for option, value in SMALL.items() if option in config.__dataclass_fields__}
+        monkeypatch.setattr(config, "__init__", partialmethod(config.__init__, **defaults))
     return tmp_path
 
 

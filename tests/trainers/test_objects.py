@@ -2,82 +2,25 @@
 
 import datetime
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from loops import demonstrations, model_folder, pairs, write_rows
+from objects import COMMON, DATA, PROMPTS, TRAINERS, TUNING, as_objects, as_paths, files_of, make_places
 from tiny import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fastrlhf import DPO, KTO, PPO, SFT, DPOConfig, KTOConfig, PPOConfig, RewardConfig, RewardTrainer, SFTConfig
+from fastrlhf import PPO, SFT, PPOConfig, SFTConfig
 from fastrlhf.cli.main import main
 from fastrlhf.data import read_rows
 from fastrlhf.errors import DataError, UserError
-from fastrlhf.models.policy import RewardModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-COMMON = {"batch_size": 4, "device": "cpu", "learning_rate": 1e-3, "save_every": 0, "template": "none"}
-TUNING = {**COMMON, "max_length": 64, "eval_fraction": 0.25}
-LABELS = [{"prompt": "abcd"[n % 4] * 3, "completion": "xy"[n % 2] * 3, "label": n % 2 == 0} for n in range(8)]
-PROMPTS = [{"prompt": f"Say {n}", "want": n % 3} for n in range(8)]
-TRAINERS = {
-    "sft": (SFT, SFTConfig, TUNING),
-    "reward": (RewardTrainer, RewardConfig, {**TUNING, "center_data": "demonstrations"}),
-    "dpo": (DPO, DPOConfig, {**TUNING, "reference": "other"}),
-    "kto": (KTO, KTOConfig, {**TUNING, "lora_rank": 2}),
-    "ppo": (PPO, PPOConfig, {**COMMON, "steps": 2, "max_new_tokens": 4, "reference": "other", "reward": "scores"}),
-}
-TRAINERS["ppo"][2].update(eval_reward="scores", eval_data="prompts", ptx_data="demonstrations", eval_every=1)
-DATA = {"sft": "demonstrations", "reward": "pairs", "dpo": "pairs", "kto": "labels", "ppo": "prompts"}
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """The folders and files that options of TRAINERS name."""
-    folder = tmp_path_factory.mktemp("objects")
-    for name in ("model", "other"):
-        model_folder(folder / name)
-    RewardModel.from_pretrained(folder / "model", new_head=True).save_pretrained(folder / "scores")
-    tiny_tokenizer().save_pretrained(folder / "scores")
-    demonstrations(folder / "demonstrations", 8)
-    pairs(folder / "pairs", 8)
-    write_rows(folder / "labels", LABELS)
-    write_rows(folder / "prompts", PROMPTS)
-    for file in ("demonstrations", "pairs", "labels", "prompts"):
-        (folder / file).rename(folder / f"{file}.jsonl")
-    return folder
-
-
-def as_paths(places, options):
-    return {
-        name: str(next(iter(places.glob(f"{value}*")))) if isinstance(value, str) and name in PLACED else value
-        for name, value in options.items()
-    }
-
-
-PLACED = {"model", "data", "reference", "reward", "eval_reward", "eval_data", "ptx_data", "center_data"}
-
-
-def as_objects(paths):
-    """The options with what transformers and json read from their paths."""
-    given = {"tokenizer": AutoTokenizer.from_pretrained(paths["model"])}
-    for name in PLACED & {*paths}:
-        path = paths[name]
-        if path.endswith(".jsonl"):
-            given[name] = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        else:
-            kind = AutoModelForSequenceClassification if "reward" in name else AutoModelForCausalLM
-            given[name] = kind.from_pretrained(path)
-    return {**paths, **given}
-
-
-def files_of(folder):
-    """What a run computes; the folder of the base model is named in settings of adapters."""
-    files = [folder / "metrics.jsonl", *(folder / "model").rglob("*.safetensors"), folder / "model/config.json"]
-    return {path.relative_to(folder): path.read_bytes() for path in files}
+    return make_places(tmp_path_factory.mktemp("objects"))
 
 
 def weights_of(model):
