@@ -65,7 +65,8 @@ class Sample:
 
 
 class RolloutBackend(Protocol):
-    """What draws responses: `Engine`, or `ServerBackend` on another process."""
+    """What draws responses from the policy: `Engine`, `ServerBackend` on another process, or a class of a user's
+    (docs/python.md)."""
 
     def generate(
         self,

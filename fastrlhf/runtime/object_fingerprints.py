@@ -20,7 +20,8 @@ def fingerprint_of_object(given: GivenObject) -> dict[str, str]:
     if hasattr(value, "state_dict"):
         return {"weights": f"{_of_weights(value):08x}", "config": f"{_crc(_settings(value.config)):08x}"}
     if hasattr(value, "convert_ids_to_tokens"):
-        whole = value.backend_tokenizer.to_str() if value.is_fast else sorted(value.get_vocab().items())
+        is_fast = getattr(value, "is_fast", False)
+        whole = value.backend_tokenizer.to_str() if is_fast else sorted(value.get_vocab().items())
         special = {name: str(token) for name, token in value.special_tokens_map.items()}
         return {"tokenizer": f"{_crc((whole, value.chat_template, sorted(special.items()))):08x}"}
     checksum = 0

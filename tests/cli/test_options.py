@@ -9,7 +9,7 @@ from fastrlhf.settings.feedback import IterateConfig, LabelConfig, ReviseConfig
 from fastrlhf.settings.other_names import OPTION, OTHERS
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.run import RunConfig
-from fastrlhf.settings.training import DPOConfig, RewardConfig, SFTConfig
+from fastrlhf.settings.training import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from fastrlhf.settings.values import dump
 from fastrlhf.settings.yaml_file import UsageError
 
@@ -156,6 +156,7 @@ def test_a_wrong_yaml_file_is_refused(tmp_path, text, error):
         SFTConfig,
         RewardConfig,
         DPOConfig,
+        KTOConfig,
         PPOConfig,
         RunConfig,
         DataConvertConfig,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from fastrlhf.data import Labelled
 from fastrlhf.errors import DataError
 from fastrlhf.formulas.preferences import labelled_losses
-from fastrlhf.settings.training import DPOConfig
+from fastrlhf.settings.training import DPOConfig, KTOConfig
 from fastrlhf.trainers.dpo import DPO
 from fastrlhf.trainers.kto import KTO, mismatched, preference_loop
 
@@ -160,6 +160,16 @@ def test_a_run_is_not_resumed_on_other_labels(settings, row):
 def test_options_that_do_not_fit_are_refused(settings, changes, text):
     with pytest.raises(ValueError, match=text):
         DPOConfig(**{**settings, **changes})
+
+
+def test_settings_of_its_own_are_those_of_dpo_with_loss_kto(settings, tmp_path):
+    options = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.5, "limit": 16}
+    metrics = [list(KTO(DPOConfig(**{**settings, **options})))]
+    own = {name: value for name, value in settings.items() if name != "loss"}
+    metrics.append(list(KTO(KTOConfig(**{**own, **options, "output": str(tmp_path / "own")}))))
+    assert metrics[0] == metrics[1]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'reference_free'"):
+        KTOConfig(**own, reference_free=True)
 
 
 def test_a_loss_of_the_other_kind_of_rows_is_refused(settings):

@@ -53,7 +53,7 @@ class PPO(SampleInspection, Trainer):
 
     policy, reference, value_model: the models (`models` has them all); scorer: what scores responses
     rollout: draws the responses; learner: updates the policy and the value model
-    backend: makes of the policy what draws the responses, in place of what the settings ask for"""
+    backend: makes of the policy a `RolloutBackend`, which draws the responses in place of what the settings ask for"""
 
     config: PPOConfig
     held_out: HeldOut
