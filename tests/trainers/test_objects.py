@@ -200,6 +200,12 @@ def test_a_model_that_cannot_be_copied_is_refused_by_its_option(given, change, t
         SFTConfig(**{**given, "model": change(given["model"])}, output="unused")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_what_peft_merges_is_taken(given):
+    config = SFTConfig(**{**given, "model": by_peft(given["model"]).merge_and_unload()}, output="unused")
+    assert str(config.model) == "<LlamaForCausalLM object>"
+
+
 def test_a_model_that_is_an_object_needs_a_tokenizer(given):
     with pytest.raises(UserError, match=r"^tokenizer: a model that is an object brings none"):
         SFTConfig(**{**given, "tokenizer": None}, output="unused")
