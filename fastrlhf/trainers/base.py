@@ -11,7 +11,6 @@ from typing import Any, Self
 
 from fastrlhf.data.template import load_tokenizer
 from fastrlhf.errors import NonFiniteError, UserError, UserFunctionError
-from fastrlhf.models.policy import Role
 from fastrlhf.runtime import checkpoint as checkpoints
 from fastrlhf.runtime import distributed, signals
 from fastrlhf.runtime.atomic_io import remove
@@ -37,7 +36,7 @@ class Trainer(Inspection, Iterator[dict[str, float]]):
                     ppo.save_checkpoint()  # for resume=True; or ppo.save(folder): the model
                     break
 
-    num_steps, num_steps_done: of the whole run, and so far; final_model: what the run leaves, as it is now
+    num_steps, num_steps_done: of the whole run, and so far; final_model: what the run leaves
     best: step and score of the model in best/, empty if there is none
     log: prints, and writes metrics.jsonl; budget: tokens a micro-batch; plan: of memory
 
@@ -47,7 +46,6 @@ class Trainer(Inspection, Iterator[dict[str, float]]):
     config: LoopConfig
     num_steps: int
     plan: Plan | None
-    final_model: Role
     log: MetricsLog
     clock: checkpoints.CheckpointClock
     evaluates_start = True  # whether held-out data is scored before the first step, too

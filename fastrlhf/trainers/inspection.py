@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.errors import UserError
+from fastrlhf.models.policy import Role
 from fastrlhf.runtime.jsonl import read_jsonl
 
 
@@ -14,6 +15,7 @@ class Inspection(ABC):
     """Methods for any time between two steps, before the first and after `close` too; they leave the run as it is."""
 
     output: Path
+    final_model: Role  # what the run leaves, as it is now
     held_out: Any  # data; empty where there is none
 
     def evaluate(self) -> dict[str, float]:
