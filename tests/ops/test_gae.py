@@ -97,6 +97,7 @@ def test_nan_stays_in_its_segment():
     [
         ({"values": torch.zeros(5)}, ValueError, "rewards (4,) and values (5,)"),
         ({"rewards": torch.zeros(4, dtype=torch.int64)}, TypeError, "rewards must be float32, float64, got int64"),
+        ({"values": torch.zeros(4).double()}, TypeError, "values must be float32, got float64"),
         ({"cu_seqlens": torch.tensor([0, 2, 1, 4], dtype=torch.int32)}, ValueError, "must rise from 0 to 4"),
         ({"cu_seqlens": torch.tensor([0, 3], dtype=torch.int32)}, ValueError, "must rise from 0 to 4"),
         ({"cu_seqlens": torch.tensor([0, 4])}, TypeError, "cu_seqlens must be int32, got int64"),

@@ -207,10 +207,9 @@ def test_native_code_builds_without_torch():
 
 def test_cpu_kernels_emit_no_function_that_the_linker_could_merge():
     """A file is compiled once per instruction set; of an inline function with linkage one copy would survive."""
-    for path in filled(native_sources()):
-        if path.parent.name == "cuda" or path.name in ("module.cpp", "module.h", "kernel.h"):
-            continue
+    around = ("module.cpp", "module.h", "kernel.h")
+    for path in filled(path for path in native_sources() if path.parent.name != "cuda" and path.name not in around):
         text = path.read_text()
         headers = re.findall(r"#\s*include\s*<(.*?)>", text)
-        assert all(h.endswith(".h") for h in filled(headers)), f"{path} includes {headers}: C headers only"
+        assert all(h.endswith(".h") for h in headers), f"{path} includes {headers}: C headers only"
         assert "namespace FASTRLHF_ISA {\nnamespace {" in text, f"{path}: all in an anonymous namespace of FASTRLHF_ISA"
