@@ -10,6 +10,14 @@ def flat(outputs) -> list[Tensor]:
     return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
 
 
+def filled(items):
+    """The items, one by one; fails at their end if there was none, as a loop over them would have shown nothing."""
+    number = 0
+    for number, item in enumerate(items, 1):  # noqa: B007
+        yield item
+    assert number, "there is nothing to check"
+
+
 def to_double(args) -> tuple:
     """The same arguments with every floating-point tensor in float64."""
     return tuple(a.detach().double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)

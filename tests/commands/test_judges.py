@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from compare import filled
 from fake_server import serving
 from judging import RUBRIC, chat, completion, sigmoid
 from loops import model_folder
@@ -135,7 +136,7 @@ def test_a_response_forges_no_turn_in_a_question(template):
 
 def test_a_server_gets_the_keywords_of_its_template(server):
     ask(ServerJudge(server.url, "base", ("A", "B"), template_kwargs={"enable_thinking": False}), ("why", "aaa", "b"))
-    assert all(body["chat_template_kwargs"] == {"enable_thinking": False} for body, _ in server.requests)
+    assert all(body["chat_template_kwargs"] == {"enable_thinking": False} for body, _ in filled(server.requests))
 
 
 class Fixed:
@@ -224,8 +225,10 @@ def test_a_local_judge_gives_the_probabilities_that_transformers_computes(tmp_pa
 
 def test_a_local_judge_reads_what_both_orders_begin_with_once(tmp_path):
     judge = LocalJudge(model_folder(tmp_path / "judge"), ["A", "B"], max_tokens=4096)
-    read, hidden = [], judge.policy.hidden
-    judge.policy.hidden = lambda part, rows: read.append(part.num_tokens) or hidden(part, rows)
+    read = []
+    judge.policy.model.get_input_embeddings().register_forward_hook(
+        lambda _, inputs, __: read.append(inputs[0].numel())
+    )
     ask(judge, ("why", "aaa", "b"), min_mass=0)
     first, second = (len(judge.renderer.prompt(f"why|{text}|AB")) for text in ("aaa|b", "b|aaa"))
     shared = len(judge.renderer.prompt("why|")) - 2  # but for what follows a prompt

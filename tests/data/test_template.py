@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from compare import filled
 from tiny import tiny_model, tiny_tokenizer
 from tokenizers import processors
 
@@ -78,7 +79,7 @@ def test_bos_stands_once_and_first_and_no_eos_inside(chat, eos):
     tokenizer = with_bos(tiny_tokenizer(chat=chat), eos=eos)
     renderer = Renderer(tokenizer)
     prompts = ["q"] if chat else ["q", f"{tokenizer.bos_token}q"]
-    for prompt in prompts:
+    for prompt in filled(prompts):
         whole = renderer.prompt(prompt) + renderer.response("a")
         assert whole[0] == FILLER and whole.count(FILLER) == 1
         assert renderer.text(prompt).count(FILLER) == 1 and renderer.text(prompt).count(EOS) == 1

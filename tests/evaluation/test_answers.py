@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from compare import filled
 from talks import mistral, sentencepiece_like
 from tiny import tiny_model, tiny_tokenizer
 
@@ -145,7 +146,7 @@ def test_a_prompt_and_the_text_of_a_response_are_encoded_as_the_tokens_that_were
     make = {"words": lambda: task.words(30), "like": sentencepiece_like, "mistral": lambda: mistral(tmp_path)}[name]
     tokenizer = make()
     texts = [("a", " Blue a"), ("a ", "Blue"), ("a:\n", "Blue"), ("a", "Blue"), ("a", "  Blue")]
-    for prompt, response in [("3 5", " 7 8")] if name == "words" else texts:
+    for prompt, response in filled([("3 5", " 7 8")] if name == "words" else texts):
         whole = tokenizer(prompt + response).input_ids
         start = tokenizer(prompt).input_ids
         if whole[: len(start)] != start:  # no prompt of a sample: a token lies across the border

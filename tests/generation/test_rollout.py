@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import filled
 from engines import EOS, assert_teacher_forced, engine_of, model_of, prompts_of, teacher_forced
 from tiny import ARCHITECTURES
 
@@ -28,14 +29,14 @@ def test_greedy_is_what_transformers_generates(arch):
 def test_logprobs_are_those_of_a_teacher_forced_pass(arch):
     model, prompts = model_of(arch), prompts_of()
     samples = engine_of(model).generate(prompts, Sampling(30, temperature=0.7), seeds=range(len(prompts)))
-    for sample in samples:
+    for sample in filled(samples):
         assert_teacher_forced(model, sample, temperature=0.7)
         assert sample.logprobs == sample.sampler_logprobs
 
 
 def test_logits_pass_through_the_models_own_head():
     model = model_of("gemma3_text", final_logit_softcapping=3.0)
-    for sample in engine_of(model).generate(prompts_of(), Sampling(10), seeds=range(9)):
+    for sample in filled(engine_of(model).generate(prompts_of(), Sampling(10), seeds=range(9))):
         assert_teacher_forced(model, sample)
 
 
@@ -45,7 +46,7 @@ def test_it_runs_under_the_callers_autocast(arch):
     engine = engine_of(model)
     with torch.autocast("cpu", torch.bfloat16):
         samples = engine.generate(prompts_of(), Sampling(8), seeds=range(9))
-        for sample in samples:
+        for sample in filled(samples):
             expected = teacher_forced(model, sample).float()
             torch.testing.assert_close(torch.tensor(sample.logprobs), expected, rtol=0, atol=0.15)
 
@@ -129,20 +130,20 @@ def test_eos_ends_a_response_and_is_part_of_it():
 def test_min_new_tokens_holds_eos_back_and_keeps_the_models_logprobs():
     model, eos = model_of(), set(range(1, 150))
     sampling = Sampling(12, min_new_tokens=5)
-    for sample in engine_of(model, eos=eos).generate(prompts_of(), sampling, seeds=range(9)):
+    for sample in filled(engine_of(model, eos=eos).generate(prompts_of(), sampling, seeds=range(9))):
         assert not eos & set(sample.response[:5])
         assert_teacher_forced(model, sample)
         held = range(min(5, len(sample.response)))
-        assert all(sample.sampler_logprobs[i] > sample.logprobs[i] for i in held)
+        assert all(sample.sampler_logprobs[i] > sample.logprobs[i] for i in filled(held))
         assert sample.sampler_logprobs[5:] == pytest.approx(sample.logprobs[5:], abs=1e-5)
 
 
 def test_truncation_changes_the_samplers_logprobs_alone():
     model = model_of()
-    for sample in engine_of(model).generate(prompts_of(), Sampling(10, top_k=3), seeds=range(9)):
+    for sample in filled(engine_of(model).generate(prompts_of(), Sampling(10, top_k=3), seeds=range(9))):
         assert_teacher_forced(model, sample)
-        assert all(s >= p for s, p in zip(sample.sampler_logprobs, sample.logprobs, strict=True))
-        assert all(s > -10 for s in sample.sampler_logprobs)
+        assert all(s >= p for s, p in filled(zip(sample.sampler_logprobs, sample.logprobs, strict=True)))
+        assert all(s > -10 for s in filled(sample.sampler_logprobs))
 
 
 def test_the_seed_decides_the_response():
@@ -173,7 +174,7 @@ def test_new_weights_are_used_at_once():
     engine.generate(prompts, Sampling(5), seeds=range(9))
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
-    for sample in engine.generate(prompts, Sampling(5), seeds=range(9)):
+    for sample in filled(engine.generate(prompts, Sampling(5), seeds=range(9))):
         assert_teacher_forced(model, sample)
 
 

@@ -4,6 +4,7 @@ import math
 import time
 
 import pytest
+from compare import filled
 from engines import engine_of, model_of
 from fake_server import FakeServer, serving
 from vllm_answers import ENDS, EOS, LONG, completion
@@ -309,11 +310,11 @@ def test_bad_options_are_named(options, text):
 
 def test_engine_and_server_are_exchangeable(server):
     backends: list[RolloutBackend] = [engine_of(model_of()), backend_of(server)]
-    for backend in backends:
+    for backend in filled(backends):
         samples = backend.generate(PROMPTS, Sampling(6), seeds=range(4), limits=[6, 5, 4, 3])
         assert [s.prompt for s in samples] == PROMPTS
-        assert all(0 < len(s.response) == len(s.logprobs) == len(s.sampler_logprobs) <= 6 for s in samples)
-        assert all(s.finished == (s.response[-1] == EOS) for s in samples)
+        assert all(0 < len(s.response) == len(s.logprobs) == len(s.sampler_logprobs) <= 6 for s in filled(samples))
+        assert all(s.finished == (s.response[-1] == EOS) for s in filled(samples))
         assert backend.generate([], Sampling(6), seeds=[]) == []
 
 

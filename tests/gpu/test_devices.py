@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import filled
 from torch import Tensor
 
 from fastrlhf import (
@@ -33,9 +34,9 @@ def elsewhere(request):
 
 @pytest.mark.parametrize("name", [name for name in OPS if not name.startswith("linear_")])
 def test_a_tensor_elsewhere_is_refused(name, device, elsewhere):
-    for args in OPS[name].samples(device, torch.float32):
+    for args in filled(OPS[name].samples(device, torch.float32)):
         places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-        for i in places if len(places) > 1 else []:
+        for i in filled(places if len(places) > 1 else []):
             mixed = [a.to(elsewhere) if i == j else a for j, a in enumerate(args)]
             with pytest.raises(ValueError, match="must be on one device"):
                 OPS[name](*mixed)

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from compare import filled
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = {80: 166912, 90: 232448}  # bytes a block may take
@@ -69,7 +70,7 @@ def test_shared_memory_is_within_the_limit(compiled):
 
 
 def test_grids_are_within_the_limits(compiled):
-    for facts in compiled[1]:
+    for facts in filled(compiled[1]):
         assert 0 < facts["grid"][0] < 2**31 and all(0 < size < 2**16 for size in facts["grid"][1:]), facts
 
 

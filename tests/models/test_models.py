@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import filled
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
@@ -98,7 +99,7 @@ def test_values_before_the_first_response_token_equal_the_score_of_the_prompt(tm
     tokens = sequences((9, 14))
     values = value_model(pack(tokens, prompt_lengths=[4, 6]))
     for n, (sequence, first, prompt) in enumerate(zip(tokens, (0, 5), (4, 6), strict=True)):
-        for t in range(prompt, len(sequence)):
+        for t in filled(range(prompt, len(sequence))):
             score = reward_model(pack([sequence[:t]]))[0]
             torch.testing.assert_close(values[first + t - prompt], score, atol=1e-5, rtol=0, msg=f"{n} {t}")
 
@@ -285,7 +286,7 @@ def test_a_frozen_model_asks_for_no_gradient(tmp_path):
 
 def test_parameters_lie_in_aligned_memory(tmp_path):
     for model in (Policy.from_pretrained(save(tmp_path, "gpt2")), new_reward_model(tmp_path / "gpt2")):
-        assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
+        assert all(p.data_ptr() % 64 == 0 for p in filled(model.parameters()))
 
 
 def test_autocast_runs_the_body_in_bfloat16_and_the_head_in_float32(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import filled
 
 from fastrlhf import decode_attention
 from fastrlhf.ops.decode_attention import decode_attention_ref
@@ -65,7 +66,7 @@ def test_a_row_does_not_depend_on_its_batch_or_on_the_room_in_the_cache(dtype):
     query, (keys, values) = torch.randn(4, 4, 16, dtype=dtype), torch.randn(2, 4, 2, 600, 16, dtype=dtype)
     lengths = torch.tensor([600, 256, 257, 1], dtype=torch.int32)
     together = decode_attention(query, keys, values, lengths)
-    for n, length in enumerate(lengths.tolist()):
+    for n, length in filled(enumerate(lengths.tolist())):
         row, room = slice(n, n + 1), slice(0, length)
         alone = decode_attention(query[row], keys[row, :, room], values[row, :, room], lengths[row])
         assert torch.equal(alone, together[row])

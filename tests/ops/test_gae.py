@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from compare import filled
 
 from fastrlhf import gae
 
@@ -21,7 +22,7 @@ def test_lam_one_is_the_discounted_sum_of_rewards():
     rewards, values = torch.randn(40, dtype=torch.float64), torch.randn(40, dtype=torch.float64)
     _, returns = gae(rewards, values, cu(25, 15), gamma=0.9, lam=1.0)
     for start, end in ((0, 25), (25, 40)):
-        for t in range(start, end):
+        for t in filled(range(start, end)):
             discounts = 0.9 ** torch.arange(end - t, dtype=torch.float64)
             torch.testing.assert_close(returns[t], (discounts * rewards[t:end]).sum())
 
@@ -77,11 +78,11 @@ def test_segments_scanned_together_are_as_if_alone(masked):
     mask = torch.rand(sum(lengths)) < 0.8 if masked else None
     together = gae(rewards, values, cu(*lengths), mask=mask, bootstrap=last)
     bounds = cu(*lengths).tolist()
-    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
+    for n, (start, end) in filled(enumerate(itertools.pairwise(bounds))):
         part = slice(start, end)
         own_mask = None if mask is None else mask[part]
         alone = gae(rewards[part], values[part], cu(end - start), mask=own_mask, bootstrap=last[n : n + 1])
-        assert all(torch.equal(a[part], b) for a, b in zip(together, alone, strict=True)), n
+        assert all(torch.equal(a[part], b) for a, b in filled(zip(together, alone, strict=True))), n
 
 
 def test_nan_stays_in_its_segment():
@@ -96,6 +97,7 @@ def test_nan_stays_in_its_segment():
     [
         ({"values": torch.zeros(5)}, ValueError, "rewards (4,) and values (5,)"),
         ({"rewards": torch.zeros(4, dtype=torch.int64)}, TypeError, "rewards must be float32, float64, got int64"),
+        ({"values": torch.zeros(4).double()}, TypeError, "values must be float32, got float64"),
         ({"cu_seqlens": torch.tensor([0, 2, 1, 4], dtype=torch.int32)}, ValueError, "must rise from 0 to 4"),
         ({"cu_seqlens": torch.tensor([0, 3], dtype=torch.int32)}, ValueError, "must rise from 0 to 4"),
         ({"cu_seqlens": torch.tensor([0, 4])}, TypeError, "cu_seqlens must be int32, got int64"),

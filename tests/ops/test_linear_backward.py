@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import peak_bytes
+from compare import filled, peak_bytes
 from torch.autograd.profiler import profile
 
 from fastrlhf import linear_token_logprobs
@@ -73,7 +73,7 @@ def test_every_way_is_about_as_exact_as_making_the_logits_again(dtype, options):
     expected = dict(zip(names, exact(*args, upstream, **options), strict=True))
     allowed = {}
     for trained, way in WAYS.values():
-        for name, grad in zip(trained, gradients(trained, *args, upstream, **{**chunks, **way}), strict=True):
+        for name, grad in filled(zip(trained, gradients(trained, *args, upstream, **{**chunks, **way}), strict=True)):
             assert grad.dtype == dtype
             error = (grad.double() - expected[name]).norm() / expected[name].norm()
             allowed.setdefault(name, 2 * error + 1e-16)  # by rows, with all logits made again
@@ -155,7 +155,7 @@ def test_by_columns_every_gradient_is_about_as_exact_as_by_rows(dtype):
         outputs = linear_token_logprobs(hidden, weight, targets, **options)
         grads = torch.autograd.grad(outputs, leaves, tuple(upstream))
         errors.append([(g.double() - e).norm() / e.norm() for g, e in zip(grads, exact_grads, strict=True)])
-    assert all(columns <= 1.1 * rows < torch.finfo(dtype).eps for rows, columns in zip(*errors, strict=True))
+    assert all(columns <= 1.1 * rows < torch.finfo(dtype).eps for rows, columns in filled(zip(*errors, strict=True)))
 
 
 def test_a_target_out_of_range_gives_nan_by_columns_too():
@@ -242,7 +242,7 @@ def test_compiles_with_its_gradient(trained, way):
         leaves = dict(zip(("hidden", "weight"), (t.clone() for t in tensors), strict=True))
         chosen = [leaves[name].requires_grad_() for name in trained]
         results.append(torch.autograd.grad(function(**leaves), chosen))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(a, b) for a, b in filled(zip(*results, strict=True)))
 
 
 def test_a_second_backward_gives_the_same():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import peak_bytes
+from compare import filled, peak_bytes
 from heads import LOSSES, D, V, exact, factors, inputs, logprobs
 
 from fastrlhf import linear_cross_entropy, linear_token_logprobs
@@ -47,7 +47,7 @@ def test_it_is_that_of_the_summed_weight(loss, options):
     def theirs(*tensors):
         return exact(loss, summed(*tensors, 0.6, **of_logits), targets)
 
-    for actual, expected in zip(results(ours, tensors), results(theirs, tensors), strict=True):
+    for actual, expected in filled(zip(results(ours, tensors), results(theirs, tensors), strict=True)):
         scale = expected.abs().max().item()
         torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=1e-5, atol=3e-6 * scale)
 
@@ -113,8 +113,8 @@ def test_logits_that_the_budget_keeps_give_the_same():
             return logprobs(hidden, weight, targets, lora=(a, b, 0.6), **options)[0]
 
         kept.append(results(ours, tensors))
-    for result in kept[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(result, kept[0], strict=True))
+    for result in filled(kept[1:]):
+        assert all(torch.equal(x, y) for x, y in filled(zip(result, kept[0], strict=True)))
 
 
 @pytest.mark.parametrize("memory_budget", [0, 45 * V * 4])
@@ -129,7 +129,7 @@ def test_log_probabilities_alone_get_the_same_gradients(trained, memory_budget):
     expected = -F.cross_entropy(summed(hidden, weight, bias, *tensors[2:], 0.6), targets, reduction="none")
     leaves = [t for t in tensors if t.requires_grad]
     grads = torch.autograd.grad(expected, leaves, upstream.double())
-    for ours, exact_grad in zip(torch.autograd.grad(actual, leaves, upstream), grads, strict=True):
+    for ours, exact_grad in filled(zip(torch.autograd.grad(actual, leaves, upstream), grads, strict=True)):
         torch.testing.assert_close(ours, exact_grad, rtol=1e-5, atol=3e-6 * exact_grad.abs().max().item())
 
 
@@ -148,8 +148,8 @@ def test_rows_that_do_not_count_are_not_looked_at():
                 return function(rows, weight, targets, **options)[mask].sum()
 
             made.append(results(ours, tensors))
-    for plain, poisoned in zip(made[::2], made[1::2], strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(plain, poisoned, strict=True))
+    for plain, poisoned in filled(zip(made[::2], made[1::2], strict=True)):
+        assert all(torch.equal(x, y) for x, y in filled(zip(plain, poisoned, strict=True)))
 
 
 def test_it_is_what_peft_makes_of_a_head():

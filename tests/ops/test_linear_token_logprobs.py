@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import peak_bytes
+from compare import filled, peak_bytes
 from torch.autograd.profiler import profile
 from torch.distributions import Categorical
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
@@ -54,14 +54,14 @@ def test_it_is_that_of_the_whole_logits(options, bias, chunk_size):
     def ours(*args, **options):
         return linear_token_logprobs(*args, return_entropy=True, chunk_size=chunk_size, **options)
 
-    for actual, expected in zip(ours(*args, bias=bias, **options), exact(*args, bias, **divided), strict=True):
+    for actual, expected in filled(zip(ours(*args, bias=bias, **options), exact(*args, bias, **divided), strict=True)):
         torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=4e-6)
     pairs = zip(
         gradients(ours, *args, bias, upstream, **options),
         gradients(exact, *args, bias, upstream, **divided),
         strict=True,
     )
-    for actual, expected in pairs:
+    for actual, expected in filled(pairs):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -69,14 +69,14 @@ def test_it_is_that_of_the_whole_logits(options, bias, chunk_size):
 def test_half_precision_inputs_lose_nothing_further(dtype):
     *args, bias = inputs(dtype)
     outputs = linear_token_logprobs(*args, bias=bias, return_entropy=True, chunk_size=16)
-    for actual, expected in zip(outputs, exact(*args, bias), strict=True):
+    for actual, expected in filled(zip(outputs, exact(*args, bias), strict=True)):
         assert actual.dtype == torch.float32
         torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=4e-6)
     upstream = torch.randn(2, T).unbind()
     options = {"return_entropy": True, "chunk_size": 16}
     actual = gradients(linear_token_logprobs, *args, bias, upstream, **options)
     expected = gradients(exact, *(a.double() if a.is_floating_point() else a for a in (*args, bias)), upstream)
-    for ours, theirs in zip(actual, expected, strict=True):
+    for ours, theirs in filled(zip(actual, expected, strict=True)):
         assert ours.dtype == dtype
         eps = torch.finfo(dtype).eps  # rounded once, at the end
         torch.testing.assert_close(ours.double(), theirs, rtol=eps, atol=1e-6 + eps * 1e-2)
@@ -188,7 +188,7 @@ def test_compiles_with_its_gradient():
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         results.append(torch.autograd.grad(function(*leaves), leaves))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(a, b) for a, b in filled(zip(*results, strict=True)))
 
 
 def test_a_second_derivative_raises():

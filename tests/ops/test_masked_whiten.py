@@ -102,3 +102,8 @@ def test_bad_input_is_named(change, error, text):
     with pytest.raises(error, match="masked_") as caught:
         masked_whiten(**{"x": torch.zeros(4), **change})
     assert text in str(caught.value)
+
+
+def test_moments_of_another_shape_are_refused_by_the_operator():
+    with pytest.raises(ValueError, match=r"masked_whiten: moments must be \(3,\) = \(3,\), got \(2,\)"):
+        torch.ops.fastrlhf.masked_whiten(torch.zeros(4), None, torch.zeros(2).double(), True, 1e-8)

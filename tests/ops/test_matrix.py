@@ -4,8 +4,10 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from compare import flat
+import torch
+from compare import filled, flat
 from op_matrix import ALL, INTERNAL, MATRIX, WIDE, outputs_of
+from torch import Tensor
 
 import fastrlhf
 from fastrlhf import ops
@@ -49,10 +51,10 @@ def test_every_file_of_kernels_is_in_the_table():
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_every_sample_gives_outputs_of_the_stated_dtypes(name):
-    for dtype in MATRIX[name].takes:
+    for dtype in filled(MATRIX[name].takes):
         samples = list(OPS[name].samples("cpu", dtype))
         assert samples
-        for args in samples[:3]:
+        for args in filled(samples[:3]):
             assert [output.dtype for output in flat(OPS[name](*args))] == outputs_of(MATRIX[name], dtype)
 
 
@@ -61,6 +63,19 @@ def test_half_precision_is_refused_by_its_name_where_the_table_leaves_it_out(nam
     for dtype in {*ALL} - {*WIDE}:
         with pytest.raises(TypeError, match=f"got {str(dtype).removeprefix('torch.')}$"):
             OPS[name](*next(iter(OPS[name].samples("cpu", dtype))))
+
+
+@pytest.mark.parametrize("name", [name for name, row in MATRIX.items() if row.gpu != "chunks"])
+def test_a_tensor_of_another_dtype_than_the_first_is_refused_by_name(name):
+    """A kernel reads addresses: a tensor of a narrower dtype would be read beyond its end."""
+    samples = [args for args in OPS[name].samples("cpu", torch.float32) if args[0].numel() > 1]
+    assert samples
+    for args in samples[:8]:
+        _, *others = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+        for i in others:
+            other = torch.float32 if args[i].dtype == torch.float64 else torch.float64
+            with pytest.raises(TypeError, match=rf"must be .*, got {str(other).removeprefix('torch.')}$"):
+                OPS[name](*args[:i], args[i].to(other), *args[i + 1 :])
 
 
 @pytest.mark.parametrize("name", MATRIX)

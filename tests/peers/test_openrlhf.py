@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from compare import filled
 
 import fastrlhf
 from fastrlhf.integrations import PEERS
@@ -64,7 +65,7 @@ def test_kl_estimates_are_openrlhfs_clamps_included(pairs, estimator):
 
 
 def test_an_unknown_kl_estimator_raises_as_in_openrlhf(pairs):
-    for function in pairs["compute_approx_kl"]:
+    for function in filled(pairs["compute_approx_kl"]):
         with pytest.raises(ValueError, match="Unknown kl_estimator: k4"):
             function(torch.zeros(2), torch.zeros(2), kl_estimator="k4")
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compare import assert_accurate, flat, to_double
+from compare import assert_accurate, filled, flat, to_double
 from cuda_kernels import CSRC, SOURCES, Kernels, compiler
 
 from fastrlhf.ops import _launch
@@ -64,16 +64,16 @@ def test_every_cuda_file_serves_an_op_that_is_tested_here():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("op", OF_OPS)
 def test_cuda_source_is_as_accurate_as_torch(op, dtype, on_cpu, poisoned):
-    for i, args in enumerate(OPS[op].samples("cpu", dtype)):
+    for i, args in filled(enumerate(OPS[op].samples("cpu", dtype))):
         exact, plain = OPS[op].reference(*to_double(args)), OPS[op].reference(*args)
         assert_accurate(on_cpu(op)(*args), exact, plain, f"{op} sample {i}")
 
 
 @pytest.mark.parametrize("op", OF_OPS)
 def test_order_of_threads_and_blocks_does_not_change_a_bit(op, on_cpu):
-    for args in OPS[op].samples("cpu", torch.float32):
+    for args in filled(OPS[op].samples("cpu", torch.float32)):
         up = [x.clone() for x in flat(on_cpu(op)(*args))]
-        for first, second in zip(up, flat(on_cpu(op, descending=True)(*args)), strict=True):
+        for first, second in filled(zip(up, flat(on_cpu(op, descending=True)(*args)), strict=True)):
             torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
 
 
@@ -85,7 +85,7 @@ def test_gae_of_segments_longer_than_a_tile_equals_the_cpu_kernel(gaps, on_cpu):
     mask, last = torch.rand(sum(lengths)) < 0.6, torch.randn(len(lengths), dtype=torch.float64)
     mask[1000:4500] = False
     args = rewards, values, cu_seqlens, mask, last, 0.999, 0.998, gaps
-    for actual, expected in zip(on_cpu("gae")(*args), OPS["gae"](*args), strict=True):
+    for actual, expected in filled(zip(on_cpu("gae")(*args), OPS["gae"](*args), strict=True)):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 

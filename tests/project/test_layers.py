@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from compare import filled
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,10 +169,10 @@ def test_only_optional_packages_are_imported_inside_functions(name):
 def test_op_internals_stay_in_ops():
     # for `fastrlhf info` and `fastrlhf check`
     allowed = {f"fastrlhf.ops._registry.{name}" for name in ("BACKEND", "BACKENDS", "OPS", "Op")}
-    for name, path in SOURCES.items():
-        if module_of(name) != "ops":
-            private = {n for n, _ in imports(path) if re.match(r"fastrlhf\.ops\._[a-z]", n)} - allowed
-            assert not private, f"{name} imports {', '.join(sorted(private))}"
+    others = {name: path for name, path in SOURCES.items() if module_of(name) != "ops"}
+    for name, path in filled(others.items()):
+        private = {n for n, _ in imports(path) if re.match(r"fastrlhf\.ops\._[a-z]", n)} - allowed
+        assert not private, f"{name} imports {', '.join(sorted(private))}"
 
 
 def attributes(path):
@@ -200,15 +201,14 @@ def native_sources():
 
 
 def test_native_code_builds_without_torch():
-    for path in native_sources():
+    for path in filled(native_sources()):
         assert not re.search(r"#\s*include\s*[<\"](torch|ATen|c10)", path.read_text()), f"{path} includes torch"
 
 
 def test_cpu_kernels_emit_no_function_that_the_linker_could_merge():
     """A file is compiled once per instruction set; of an inline function with linkage one copy would survive."""
-    for path in native_sources():
-        if path.parent.name == "cuda" or path.name in ("module.cpp", "module.h", "kernel.h"):
-            continue
+    around = ("module.cpp", "module.h", "kernel.h")
+    for path in filled(path for path in native_sources() if path.parent.name != "cuda" and path.name not in around):
         text = path.read_text()
         headers = re.findall(r"#\s*include\s*<(.*?)>", text)
         assert all(h.endswith(".h") for h in headers), f"{path} includes {headers}: C headers only"

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from compare import filled
 from loops import model_folder, write_rows
 from tiny import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -95,7 +96,7 @@ def test_every_form_is_in_the_grammar_of_the_docstring():
     from fastrlhf.rewards import combine as combining
 
     for form in FORMS.values():
-        for usage in (
+        for usage in filled(
             form.usage.replace("A|B|...", "VALUE|VALUE|...").replace("standard(A", "standard(VALUE").split(" or ")
         ):
             assert usage in combining.__doc__

@@ -165,7 +165,7 @@ def test_a_fork_does_not_keep_the_lock(tmp_path, hold):
         os._exit(1)  # a fork may not write
     lock.release()
     try:
-        hold(tmp_path / "out")
+        assert hold(tmp_path / "out").poll() is None
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -14,7 +14,7 @@ import torch
 from loops import ROOT, demonstrations, model_folder, write_rows
 
 from fastrlhf.cli.main import main
-from fastrlhf.runtime import signals
+from fastrlhf.runtime import distributed, signals
 from fastrlhf.runtime.checkpoint import newest_checkpoint
 
 NAMES = ("metrics.jsonl", "model/model.safetensors")
@@ -165,7 +165,7 @@ def test_a_signal_during_the_wait_for_a_server_stops_at_once_unless_an_update_ha
 
 
 def test_a_signal_that_torchrun_repeats_is_one(loop, monkeypatch):
-    monkeypatch.setattr(signals.distributed, "rank_and_world_size", lambda: (0, 2))
+    monkeypatch.setattr(distributed, "rank_and_world_size", lambda: (0, 2))
     with signals.handled():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)

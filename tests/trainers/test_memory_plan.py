@@ -237,6 +237,14 @@ def weights(model):
     return nbytes(model.parameters())
 
 
+def test_the_step_of_the_longest_rows_is_planned(folder):
+    rows = [{"prompt": "p", "completion": "x" * n} for n in (3, 40, 1, 30, 2)]
+    data = write_rows(folder / "rows.jsonl", rows)
+    settings = {"model": str(folder / "model"), "data": data, "output": str(folder / "sft"), "template": "none"}
+    trainer = SFT(SFTConfig(**settings, batch_size=2))
+    assert "activations of 74 tokens" in trainer.plan.rest  # two prompts and ends, 40 and 30 letters
+
+
 def test_of_what_comes_in_turn_the_plan_counts_the_larger():
     parts = {"models": {"model": (4.0, 4.0, 8.0)}, "rest": {"activations of 5 tokens": 2.0, "logits of the head": 1.0}}
     assert Plan(**parts, first={"reference": 10.0}).num_bytes == 4 + 1 + 14

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hooks import failing_update
+from hooks import after_forward, failing_update
 from loops import demonstrations, model_folder
 from ppo_runs import config as ppo_config
 from ppo_runs import make_folder, share_of_low_tokens
 
 from fastrlhf import PPO
+from fastrlhf.models.policy import Policy
 from fastrlhf.runtime import checkpoint as checkpoint_module
 from fastrlhf.runtime import saved_models
 from fastrlhf.runtime.checkpoint import CheckpointClock, newest_checkpoint
@@ -208,10 +209,14 @@ def test_a_run_that_is_extended_leaves_out_no_row(sft, tmp_path, capsys):
     """Though its last step was smaller than the others; and its schedule is that of all steps."""
     sft(learning_rate=1e-3).run()
     loop, seen = sft(epochs=3, learning_rate=1e-4, resume=True), []
-    add_gradients = loop.add_gradients
-    loop.add_gradients = lambda rows, *rest: (seen.extend(rows), add_gradients(rows, *rest))[1]
-    steps = list(loop)
-    assert sorted(seen) == sorted([*range(24)] * 2)
+
+    def note(policy, inputs, output):
+        batch = inputs[0]
+        seen.extend(tuple(part.tolist()) for part in batch.tokens.split(batch.lengths))
+
+    with after_forward(Policy, note):
+        steps = list(loop)
+    assert len(loop.rows) == 24 and sorted(seen) == sorted(2 * [tuple(row.tokens) for row in loop.rows])
     said = capsys.readouterr().out
     assert "resume: epochs was 1 and is 3" in said and "resume: learning_rate was 0.001 and is 0.0001" in said
     saved = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
