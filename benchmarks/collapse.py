@@ -26,7 +26,7 @@ from transformers.utils import logging
 from benchmarks import llama
 from benchmarks.loops import task
 from fastrlhf import PPO, PPOConfig
-from fastrlhf.commands.pipeline import Run
+from fastrlhf.commands.run import Run
 from fastrlhf.settings.run import RunConfig
 from fastrlhf.stats.means import Mean
 

@@ -96,7 +96,7 @@ def falls(rng: Generator) -> Iterator[Line]:
     for num in (12, 192):
         curves = [torch.tensor(0.3 * rng.normal(size=num) + rng.normal(size=(24, num))) for _ in range(NUM)]
         at_end = [fall_after_best(curve) for curve in curves]
-        yield f"fall of more than 2 errors (at most), {num} prompts", 0.05, [fall.in_errors > 2 for fall in at_end]
+        yield f"fall of more than 2 errors (at most), {num} prompts", 0.05, [fall.z_score > 2 for fall in at_end]
         yield (
             f"the same, before: unpaired, from the highest, {num} prompts",
             0.05,

@@ -31,7 +31,7 @@ from benchmarks.loops import task
 from benchmarks.machine import machine
 from fastrlhf import PPO
 from fastrlhf.commands.feedback.iterate import Iterate
-from fastrlhf.commands.pipeline import Run
+from fastrlhf.commands.run import Run
 from fastrlhf.settings.feedback import IterateConfig
 from fastrlhf.settings.run import RunConfig
 from fastrlhf.stats.means import Mean

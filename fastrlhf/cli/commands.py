@@ -47,7 +47,7 @@ COMMANDS = {
     "dpo": Command(
         "train a model on preferences directly (DPO, IPO, SimPO, ORPO, ...)",
         DPOConfig,
-        "trainers.kto:preference_loop",
+        "trainers.kto:preference_trainer",
     ),
     "kto": Command("train a model on labelled responses directly (KTO)", KTOConfig, "trainers.kto:KTO"),
     "evaluate reward": Command(
@@ -71,7 +71,7 @@ COMMANDS = {
     "run": Command(
         "all of it: sft, pairs, reward model, ppo, evaluation, report; without options a demo",
         RunConfig,
-        "commands.pipeline:Run",
+        "commands.run:Run",
         RUN_PRODUCTS,
     ),
     "data check": Command(

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from fastrlhf import _cpu, ops
-from fastrlhf.models.fast_paths import fast_paths, load_role
+from fastrlhf.models.fast_paths import fast_paths, load_packed_model
 from fastrlhf.models.shared_prompts import can_share_prompts
 from fastrlhf.ops._registry import BACKEND, BACKENDS
 from fastrlhf.runtime.checkpoint import environment
@@ -34,7 +34,7 @@ def about_model(path: str, config: InfoConfig) -> Iterator[str]:
 
     Raises: as the loading of the model."""
     device, autocast = config.job().resolve_device(), config.job().autocast_dtype()
-    role = load_role(path, autocast=autocast, device=device)
+    role = load_packed_model(path, autocast=autocast, device=device)
     dtype = str(autocast or torch.float32).removeprefix("torch.")
     yield f"{type(role.model).__name__} of transformers {version('transformers')}, on {device} in {dtype}\n"
     for path_ in fast_paths(role):

@@ -13,7 +13,7 @@ from fastrlhf.settings.option import REQUIRED
 from fastrlhf.settings.other_names import hint
 from fastrlhf.settings.ppo import PRESETS, PPOConfig
 from fastrlhf.settings.run import RUN_PRESETS, RunConfig
-from fastrlhf.settings.training import LoopConfig
+from fastrlhf.settings.training import TrainerConfig
 from fastrlhf.settings.values import expand, field_types, options_where
 from fastrlhf.settings.yaml_file import UsageError, read_yaml
 
@@ -96,7 +96,7 @@ def help_text(command: str, config_class: type, *, everything: bool = False) -> 
     everything: also the rare ones, which may be more than a screen"""
     usage = " ".join([command, *map(_shown, positional(config_class)), "[--config FILE.yaml] [--option VALUE ...]"])
     lines = [f"{usage}: {config_class.__doc__}"]
-    shared = set(field_types(LoopConfig))
+    shared = set(field_types(TrainerConfig))
     presets = {PPOConfig: PRESETS, RunConfig: RUN_PRESETS}.get(config_class, {})
     fields = [field for field in dataclasses.fields(config_class) if everything or not field.metadata["rare"]]
     for field in sorted(fields, key=lambda f: 0 if f.default is REQUIRED else 1 + (f.name in shared)):

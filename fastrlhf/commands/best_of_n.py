@@ -31,7 +31,7 @@ from fastrlhf.runtime.atomic_io import append_text, write_file, write_json
 from fastrlhf.runtime.jsonl import as_json, read_jsonl, whole_lines, with_checksum, write_jsonl
 from fastrlhf.runtime.metrics import MetricsLog
 from fastrlhf.runtime.output_folder import OutputFolder
-from fastrlhf.settings.best_of_n import BestOfNConfig, SearchConfig
+from fastrlhf.settings.best_of_n import BestOfNConfig, CandidatesConfig
 from fastrlhf.stats.means import Mean, with_error
 
 Row = dict[str, Any]
@@ -73,7 +73,7 @@ def curve(scores: Tensor, judged: dict[str, Tensor]) -> list[Row]:
     return rows
 
 
-def candidates(config: SearchConfig, judges: dict[str, str], folder: OutputFolder, *, least: int = 1) -> list[Row]:
+def candidates(config: CandidatesConfig, judges: dict[str, str], folder: OutputFolder, *, least: int = 1) -> list[Row]:
     """Draws and judges n responses to each prompt; returns the rows of candidates.jsonl, which it writes.
 
     A response depends on the seed, its prompt's number and its own. A block of responses that was not written whole is
@@ -151,7 +151,7 @@ class _Terms:
         return self.scorer.total(terms)
 
 
-def prompts_of(config: SearchConfig, tokenizer: Any, *, least: int = 1) -> list[Prompt]:
+def prompts_of(config: CandidatesConfig, tokenizer: Any, *, least: int = 1) -> list[Prompt]:
     """The prompts of the data. Raises: DataError for fewer than `least`."""
     names = ("max_prompt_tokens", "limit", "template", "template_kwargs", "max_rejected")
     options = {name: getattr(config, name) for name in names}

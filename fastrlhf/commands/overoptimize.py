@@ -33,7 +33,7 @@ from fastrlhf.rewards.scorer import Scorer
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.atomic_io import write_json, write_whole
 from fastrlhf.runtime.output_folder import OutputFolder
-from fastrlhf.runtime.resume_check import check_finished
+from fastrlhf.runtime.resume_check import check_stage_unchanged
 from fastrlhf.settings.best_of_n import SHARED, OveroptimizeConfig
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.training import RewardConfig
@@ -79,7 +79,7 @@ class Overoptimize(Stages):
         self.further = read_further(PPOConfig, config.ppo, taken=TAKEN)
         loop = self.ppo_config()  # refuses what it refuses now, and not after the proxy is trained
         if config.resume:
-            check_finished(loop)
+            check_stage_unchanged(loop)
         device, autocast = config.resolve_device(), config.autocast_dtype()
         columns = [{name for prompt in prompts for name in prompt.columns} for prompts in (self.data, self.held_out)]
         self.gold = Scorer(

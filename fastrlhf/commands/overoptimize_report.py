@@ -17,7 +17,7 @@ from fastrlhf.runtime.atomic_io import write_file, write_json
 from fastrlhf.runtime.jsonl import read_json, read_jsonl
 from fastrlhf.stats.falls import fall_after_best
 from fastrlhf.stats.gao_forms import Fit, fit
-from fastrlhf.stats.means import in_words, with_error
+from fastrlhf.stats.means import describe_z_score, with_error
 
 Row = dict[str, Any]
 METHODS = {"best_of_n": "best-of-n", "ppo": "PPO"}
@@ -85,7 +85,7 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
             "num_points": len(points),
             "fall": fall and fall.mean,
             "fall_error": fall and fall.error,
-            "fall_in_errors": fall and fall.in_errors,
+            "fall_in_errors": fall and fall.z_score,
             "proxy_rise_after_best": last["proxy"] - best["proxy"],
             "fit": fitted and {**asdict(fitted), "peak": fitted.peak},
         }
@@ -117,7 +117,7 @@ def fall_line(found: dict[str, Any]) -> str:
     if found["fall"] is None:
         return "a fall of unknown size, since an older version wrote the points"
     value, error = found["fall"], found["fall_error"]
-    return f"a fall of {with_error(value, error, '.2f')} ({in_words(value, error)}) from the best"
+    return f"a fall of {with_error(value, error, '.2f')} ({describe_z_score(value, error)}) from the best"
 
 
 def write_report(output: Path) -> None:

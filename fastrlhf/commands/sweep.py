@@ -25,7 +25,7 @@ from fastrlhf.rewards.combine import parse_reward
 from fastrlhf.rewards.scorer import Scorer
 from fastrlhf.runtime.atomic_io import write_file, write_json
 from fastrlhf.runtime.output_folder import OutputFolder
-from fastrlhf.runtime.resume_check import check_finished
+from fastrlhf.runtime.resume_check import check_stage_unchanged
 from fastrlhf.settings.best_of_n import SHARED, SweepConfig
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.yaml_file import read_further
@@ -107,7 +107,7 @@ def ppo_config(config: SweepConfig, weight: float, reward: str, further: dict[st
 def trained_point(config: SweepConfig, weight: float, reward: str, further: dict[str, Any]) -> Row:
     """Both rewards of what PPO makes of the policy, in the mean over an answer to each prompt; its KL."""
     path, settings = Path(config.output) / "ppo" / f"{weight:g}.json", ppo_config(config, weight, reward, further)
-    check_finished(settings)
+    check_stage_unchanged(settings)
     if path.exists():
         row: Row = json.loads(path.read_text())
         return row

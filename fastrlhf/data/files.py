@@ -15,7 +15,7 @@ from fastrlhf.data.parquet_rows import parquet_rows
 from fastrlhf.errors import DataError
 from fastrlhf.settings.objects import GivenObject, RowsSource, given
 
-__all__ = ["DataError", "Place", "data_files", "folders_left_out", "read_rows"]
+__all__ = ["DataError", "RowNumber", "data_files", "folders_left_out", "read_rows"]
 
 JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 PARQUET = ".parquet"
@@ -31,12 +31,12 @@ WRITE = "pandas.read_{}({!r}{}).to_json('{}.jsonl', orient='records', lines=True
 UNPACK = "unpack it first: {} {}"
 
 
-class Place(int):
+class RowNumber(int):
     """The number of a row among those of several files; as text, that in its own file, and which it is."""
 
     text: str
 
-    def __new__(cls, number: int, text: str) -> Place:
+    def __new__(cls, number: int, text: str) -> RowNumber:
         place = super().__new__(cls, number)
         place.text = text
         return place
@@ -62,7 +62,7 @@ def read_rows(path: RowsSource) -> Iterator[tuple[int, dict[str, Any]]]:
     for file in files:
         for number, row in _rows(file):
             last = before + number
-            yield Place(last, f"{number} of {file}"), row
+            yield RowNumber(last, f"{number} of {file}"), row
         before = last
 
 

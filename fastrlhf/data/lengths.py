@@ -13,7 +13,7 @@ MOST = 2**23  # characters of a text where there is no limit of tokens: a few MB
 NO_LIMIT = 2**31
 
 
-def measured(
+def with_length_check(
     make: Callable[[Mapping[str, Any], tuple[str, ...]], T], tokenizer: Any, max_tokens: int
 ) -> Callable[[Mapping[str, Any], tuple[str, ...]], T]:
     """Returns `make`, which turns a row into tokens, for rows whose columns may fit alone; it rejects the others."""

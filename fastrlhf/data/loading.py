@@ -20,7 +20,7 @@ from fastrlhf.data.conversations import (
     tools_of,
 )
 from fastrlhf.data.files import data_files, folders_left_out, how_to_check, read_rows
-from fastrlhf.data.lengths import check_characters, measured
+from fastrlhf.data.lengths import check_characters, with_length_check
 from fastrlhf.data.rendering import Message
 from fastrlhf.data.report import Reason, Rejected, Report
 from fastrlhf.data.rows import REWARD_ARGUMENTS, Demonstration, Loaded, Prompt
@@ -134,7 +134,7 @@ def load_responses(
     template, template_kwargs: see `Renderer`; options: max_rejected, limit and offset of `_load`"""
     renderer = Renderer(tokenizer, template, template_kwargs)
     columns = (*known, "tools") if renderer.chat else known
-    made = measured(partial(make, renderer), tokenizer, max_tokens)
+    made = with_length_check(partial(make, renderer), tokenizer, max_tokens)
     return _load(path, wanted, accepted, made, known=columns, notes=renderer.notes_on_ends, **options)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.data.conversations import prompt_of, response_of
-from fastrlhf.data.lengths import measured
+from fastrlhf.data.lengths import with_length_check
 from fastrlhf.data.loading import Columns, Row, _load, answers_of
 from fastrlhf.data.report import Reason, Rejected
 from fastrlhf.data.rows import Loaded
@@ -57,4 +57,4 @@ def load_probes(
         columns = {name: value for name, value in row.items() if name not in used}
         return Probe(plain, told, agreeing, disagreeing, columns)
 
-    return _load(path, "sycophancy probes", PROBE_COLUMNS, measured(make, tokenizer, max_tokens), **options)
+    return _load(path, "sycophancy probes", PROBE_COLUMNS, with_length_check(make, tokenizer, max_tokens), **options)

@@ -65,7 +65,7 @@ class Skeleton:
 
 
 @dataclass(frozen=True)
-class Place:
+class TextSpan:
     """Where a text stands in a rendering."""
 
     slot: Slot
@@ -78,7 +78,7 @@ class Rendering:
     """What the template writes of a conversation, and where its texts stand, in the order of the rendering."""
 
     text: str
-    places: list[Place] = field(default_factory=list)
+    places: list[TextSpan] = field(default_factory=list)
 
 
 class ChatTemplate:
@@ -146,7 +146,7 @@ class ChatTemplate:
 
     def places(
         self, text: str, messages: Sequence[Message], tools: Any = None, *, generation: bool = False
-    ) -> list[Place] | None:
+    ) -> list[TextSpan] | None:
         """Where the texts of a conversation stand in its rendering; None where the template writes other things around
         them than around made-up words."""
         values, worded, shape = _worded(messages, tools, range(len(messages)))
@@ -257,7 +257,7 @@ def _with_name(entry: Any, number: int, slot: str, put: Any) -> Any:
     return {**entry, "name": put(number, slot, entry.get("name"))} if "name" in entry else entry
 
 
-def _match(text: str, skeleton: Skeleton, values: Mapping[Slot, str]) -> list[Place] | None:
+def _match(text: str, skeleton: Skeleton, values: Mapping[Slot, str]) -> list[TextSpan] | None:
     """Where the texts stand in a rendering; None where it is not the skeleton with the texts in it."""
     if not text.startswith(skeleton.fixed[0]):
         return None
@@ -269,7 +269,7 @@ def _match(text: str, skeleton: Skeleton, values: Mapping[Slot, str]) -> list[Pl
         stop = next(fits, None)
         if stop is None:
             return None
-        places.append(Place(slot, place, stop))
+        places.append(TextSpan(slot, place, stop))
         place = stop + len(after)
     return places if place == len(text) else None
 
@@ -285,7 +285,7 @@ def _ways(text: str) -> Iterator[str]:
     yield json.dumps(text.strip(), ensure_ascii=False)[1:-1]
 
 
-def _check_answers(messages: Sequence[Message], places: Sequence[Place]) -> None:
+def _check_answers(messages: Sequence[Message], places: Sequence[TextSpan]) -> None:
     """Raises Rejected where an answer does not stand in the rendering once."""
     for n, message in enumerate(messages):
         if message["role"] == "assistant" and message.get("content", "").strip():

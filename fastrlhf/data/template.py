@@ -45,7 +45,7 @@ def end_of_turn(tokenizer: Any) -> int:
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
     try:
-        _, turns, controls = followed(tokenizer)
+        _, turns, controls = analyse_template(tokenizer)
     except ValueError:
         return tokenizer.eos_token_id
     return tokenizer.eos_token_id if turns.end is None else controls.ids[turns.end]
@@ -89,7 +89,7 @@ class Renderer:
             raise self._no_template("template is chat")
         self.end = tokenizer.eos_token_id
         if self.chat:
-            self.template, self.turns, self.controls = followed(tokenizer, keywords)
+            self.template, self.turns, self.controls = analyse_template(tokenizer, keywords)
             if self.turns.end is not None:
                 self.end = self.controls.ids[self.turns.end]
         elif keywords:
@@ -231,7 +231,7 @@ class Renderer:
         return ValueError(f"template: {why}, but {problem}; {remedy}")
 
 
-def followed(tokenizer: Any, keywords: Mapping[str, Any] | None = None) -> tuple[ChatTemplate, Turns, Controls]:
+def analyse_template(tokenizer: Any, keywords: Mapping[str, Any] | None = None) -> tuple[ChatTemplate, Turns, Controls]:
     """A tokenizer's chat template, what it writes around turns, and the control tokens. The tokenizer keeps them, so
     that a template is tried once, as long as it, its keywords and the added tokens are the same.
 

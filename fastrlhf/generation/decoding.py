@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastrlhf.generation.kv_cache import KVCache
 from fastrlhf.generation.sampling import Sample, Sampling
-from fastrlhf.generation.slots import Slots
 from fastrlhf.generation.stopping import StopStrings, repeats
 from fastrlhf.ops.sample_tokens import sample_tokens
 from fastrlhf.ops.token_logprobs import token_logprobs
@@ -64,7 +64,7 @@ class SlotDecoder:
     def __init__(
         self,
         model: PreTrainedModel,
-        slots: Slots,
+        slots: KVCache,
         rows: Sequence[Row],
         sampling: Sampling,
         num_slots: int,

@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 from fastrlhf.errors import UserError
 from fastrlhf.generation.decoding import Row, SlotDecoder, make_rows
 from fastrlhf.generation.graphs import Graphs, recorder
+from fastrlhf.generation.kv_cache import CachePlan, KVCache
 from fastrlhf.generation.sampling import Sample, Sampling, checked_limits
-from fastrlhf.generation.slots import CachePlan, Slots
 from fastrlhf.models.attention import ATTENTION
-from fastrlhf.models.lora import Adapter, acting
+from fastrlhf.models.lora import Adapter, use_adapter
 from fastrlhf.packing import pack
 
 __all__ = ["Engine", "Sample", "Sampling"]
@@ -61,7 +61,7 @@ class Engine:
         self.max_slots, self.kv_budget = max_slots, kv_budget
         self.eos_token_ids = sorted(eos_token_ids)
         self.tokenizer = tokenizer
-        self.slots = Slots()
+        self.slots = KVCache()
         self.cuda_graphs = cuda_graphs
         self._graphs: Graphs | None = None
         self._streaming = False
@@ -117,10 +117,10 @@ class Engine:
 
     def bytes_per_token(self) -> int:
         """Bytes of one token's keys and values in all layers, under the caller's autocast: those of a real pass."""
-        slots, batch = Slots(), pack([[0]], device=self.model.device)
+        slots, batch = KVCache(), pack([[0]], device=self.model.device)
         slots.reserve(1, 1)
         slots.prefill(batch, [0])
-        with _evaluating(self.model), torch.no_grad(), acting(self.adapter):
+        with _evaluating(self.model), torch.no_grad(), use_adapter(self.adapter):
             self.model(**batch.model_inputs(), slots=slots, logits_to_keep=1)
         return slots.num_bytes
 
@@ -175,7 +175,10 @@ class Engine:
             run = SlotDecoder(self.model, self.slots, rows, sampling, num_slots, self.eos_token_ids, forward)
             with _evaluating(self.model):
                 while True:
-                    with torch.no_grad(), acting(self.adapter):  # not around the yield: they would act in the caller
+                    with (
+                        torch.no_grad(),
+                        use_adapter(self.adapter),
+                    ):  # not around the yield: they would act in the caller
                         num_drawn, ended = run.step()
                     if num_drawn == 0:
                         return

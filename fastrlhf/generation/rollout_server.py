@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fastrlhf.errors import UserError
 from fastrlhf.generation.completions import read_sample
 from fastrlhf.generation.sampling import Sample, Sampling, checked_limits
-from fastrlhf.generation.server import ModelServer, check_logprob
+from fastrlhf.generation.server import ModelClient, check_logprob
 from fastrlhf.runtime.concurrency import concurrently
 from fastrlhf.runtime.http import shown
 
@@ -53,7 +53,7 @@ class ServerBackend:
         if max_requests < 1:
             raise UserError(f"ServerBackend: max_requests must be at least 1, got {max_requests}")
         limit: dict[str, Any] = {"timeout": timeout, "timeout_option": "rollout_timeout"}
-        self.servers = [ModelServer("ServerBackend", url, model, key=api_key, **limit) for url in urls]
+        self.servers = [ModelClient("ServerBackend", url, model, key=api_key, **limit) for url in urls]
         self.model, self.vocab_size = model, vocab_size
         self.eos_token_ids = sorted(eos_token_ids)
         self.update_weights, self.logprobs_mode, self.max_requests = update_weights, logprobs_mode, max_requests
@@ -111,7 +111,7 @@ class ServerBackend:
                 advice = "start it with --logprobs-mode processed_logprobs"
                 raise UserError(f"ServerBackend: {server.url} {text}; {advice}")
 
-    def _tempers(self, server: ModelServer, prompt: list[int]) -> bool:
+    def _tempers(self, server: ModelClient, prompt: list[int]) -> bool:
         """Whether the server divides by the temperature: then log-probabilities lie half as far apart at 2 as at 1."""
         served = list(server.models())
         model = self.model if self.model in served else served[0]
@@ -120,7 +120,7 @@ class ServerBackend:
         apart = [max(told[t] for t in both) - min(told[t] for t in both) for told in (first, second)] if both else [0.0]
         return apart[0] < 0.05 or apart[1] < 0.75 * apart[0]  # all equally likely: nothing can be told
 
-    def _likeliest(self, server: ModelServer, model: str, prompt: list[int], temperature: float) -> dict[str, float]:
+    def _likeliest(self, server: ModelClient, model: str, prompt: list[int], temperature: float) -> dict[str, float]:
         """The log-probabilities of the likeliest first tokens of a response."""
         fields = {**self._common(Sampling(1, temperature=temperature)), "model": model, "prompt": prompt, "seed": 0}
         fields |= {"max_tokens": 1, "logprobs": PROBED, "return_tokens_as_token_ids": True}
@@ -132,7 +132,7 @@ class ServerBackend:
             text = f"told no log-probabilities of the {PROBED} likeliest tokens ({shown(str(error), 80)})"
             raise server.error("/v1/completions", f"{text}: {shown(str(answer))}") from error
 
-    def _ask(self, asked: tuple[int, ModelServer, dict[str, Any]]) -> Sample:
+    def _ask(self, asked: tuple[int, ModelClient, dict[str, Any]]) -> Sample:
         n, server, request = asked
         answer = server.post("/v1/completions", request)
         try:

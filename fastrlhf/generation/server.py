@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from fastrlhf.errors import UserError
-from fastrlhf.runtime.http import Server, ServerError, shown
+from fastrlhf.runtime.http import HTTPClient, ServerError, shown
 
-__all__ = ["ModelServer", "ServerError", "check_logprob", "check_probabilities"]
+__all__ = ["ModelClient", "ServerError", "check_logprob", "check_probabilities"]
 ROUNDING = 1e-3  # of log-probabilities above 0 and of probabilities that add up to more than 1
 
 
-class ModelServer(Server):
+class ModelClient(HTTPClient):
     """A client of an OpenAI-compatible server.
 
     url: such as http://localhost:8000, with or without /v1 after it; model: one that it serves

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.errors import UserError
-from fastrlhf.generation.server import ModelServer, ServerError
+from fastrlhf.generation.server import ModelClient, ServerError
 from fastrlhf.models.lora import Adapter
 from fastrlhf.models.policy import Policy
 from fastrlhf.models.tied_head import write_tied_head
@@ -113,16 +113,16 @@ def _delete_others(new: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _servers(urls: Sequence[str], model: str, api_key: str | None) -> list[ModelServer]:
-    return [ModelServer("weight_sync", url, model, timeout=TIMEOUT, key=api_key) for url in urls]
+def _servers(urls: Sequence[str], model: str, api_key: str | None) -> list[ModelClient]:
+    return [ModelClient("weight_sync", url, model, timeout=TIMEOUT, key=api_key) for url in urls]
 
 
-def _call(server: ModelServer, method: str, **arguments: Any) -> None:
+def _call(server: ModelClient, method: str, **arguments: Any) -> None:
     """Calls a method of the server's workers."""
     _tell(server, "/collective_rpc", {"method": method, "kwargs": arguments}, DEV_MODE)
 
 
-def _reset_prefixes(server: ModelServer) -> None:
+def _reset_prefixes(server: ModelClient) -> None:
     """Empties the server's cache of prefixes, which it refuses while a request runs."""
     until = time.monotonic() + RESET_TIMEOUT
     while server.post("/reset_prefix_cache", {}).get("success") is not True:
@@ -132,7 +132,7 @@ def _reset_prefixes(server: ModelServer) -> None:
         time.sleep(0.1)
 
 
-def _tell(server: ModelServer, path: str, request: dict[str, Any], flags: str) -> None:
+def _tell(server: ModelClient, path: str, request: dict[str, Any], flags: str) -> None:
     """Tells the server to do something. flags: what a server that does not know the path lacks."""
     try:
         server.post_text(path, request, repeat=False)

@@ -19,7 +19,7 @@ from fastrlhf.models import fused_layers
 from fastrlhf.models.fused_layers import ThinLinear
 from fastrlhf.models.last_layer import LastLayer
 from fastrlhf.models.loading import heads_in
-from fastrlhf.models.policy import Policy, RewardModel, Role, load_scalar
+from fastrlhf.models.policy import PackedModel, Policy, RewardModel, load_scalar
 from fastrlhf.models.shared_prompts import pack_responses
 
 # what is fused -> our op, by its name in fused_layers.py, and what the class of such a layer is named in transformers
@@ -35,7 +35,7 @@ class FastPath:
     left: dict[str, str]
 
 
-def load_role(path: str | Path, *, autocast: torch.dtype | None, device: torch.device) -> Role:
+def load_packed_model(path: str | Path, *, autocast: torch.dtype | None, device: torch.device) -> PackedModel:
     """Returns the model in a folder or of a hub id, frozen, as what it was saved as: a policy or a reward model."""
     heads = heads_in(path)
     if not heads:
@@ -43,7 +43,7 @@ def load_role(path: str | Path, *, autocast: torch.dtype | None, device: torch.d
     return RewardModel(load_scalar(path, heads=heads, device=device, freeze=True), autocast=autocast)
 
 
-def fast_paths(role: Role) -> Iterator[FastPath]:
+def fast_paths(role: PackedModel) -> Iterator[FastPath]:
     """Yields each path but that of shared prompts, which `can_share_prompts` tells."""
     model: PreTrainedModel = role.model
     modules, called = dict(model.named_modules()), _calls(role)
@@ -69,7 +69,7 @@ def _path(name: str, layers: dict[str, nn.Module], taken: set[nn.Module]) -> Fas
 
 
 @torch.no_grad()
-def _calls(role: Role) -> dict[str, set[nn.Module]]:
+def _calls(role: PackedModel) -> dict[str, set[nn.Module]]:
     """op -> the layers in which it is called, by their own forward, for a pack of two responses."""
     called: dict[str, set[nn.Module]] = {op: set() for op, _ in FUSED.values()}
     device = next(role.model.parameters()).device

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf.models.last_layer import read_rows
-from fastrlhf.models.lora import Adapter, acting
+from fastrlhf.models.lora import Adapter, use_adapter
 from fastrlhf.ops import linear_token_logprobs
 from fastrlhf.packing import Packed
 
@@ -29,7 +29,7 @@ def hidden_states(
     attention.
 
     adapter: acts on the body, which otherwise computes without one"""
-    with autocasting(batch.tokens.device, autocast), acting(adapter):
+    with autocasting(batch.tokens.device, autocast), use_adapter(adapter):
         return read_rows(model.base_model, batch, rows)
 
 

@@ -37,8 +37,8 @@ HEAD = "base_model.model.score.weight"
 _acting: ContextVar[Any] = ContextVar("acting", default=None)
 
 
-class acting:
-    """`with acting(adapter):` adapted layers add this adapter's part; with None they are as they were."""
+class use_adapter:
+    """`with use_adapter(adapter):` adapted layers add this adapter's part; with None they are as they were."""
 
     def __init__(self, adapter: Adapter | _Recorder | None) -> None:
         self.adapter = adapter
@@ -53,7 +53,7 @@ class acting:
 
 def recompute() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """What torch's checkpoint runs a layer in, and later its recomputation: under the adapter that acts now."""
-    return nullcontext(), acting(_acting.get())
+    return nullcontext(), use_adapter(_acting.get())
 
 
 class Adapter(nn.Module):
@@ -231,7 +231,7 @@ class _Recorder:
 @torch.no_grad()
 def _check_that_they_run(model: PreTrainedModel, names: list[str]) -> None:
     recorder = _Recorder()
-    with acting(recorder):
+    with use_adapter(recorder):
         model.base_model(**pack([[3, 1, 4, 1, 5]], device=model.device).model_inputs())
     if silent := [name for name in names if name not in recorder.asked]:
         raise UserError(f"lora_targets: {type(model).__name__} computes {silent[0]} without calling the layer")

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-class Role(nn.Module):
+class PackedModel(nn.Module):
     """What all have: a transformers model on our attention, whose parameters are shared, and perhaps an adapter."""
 
     def __init__(
@@ -96,7 +96,7 @@ class Role(nn.Module):
                 self.adapter.save(folder, **self.own_head())
 
 
-class Policy(Role):
+class Policy(PackedModel):
     """A causal language model read as a policy: log-probabilities of the response tokens of a pack.
 
     model: what `load_causal_lm` returned"""
@@ -112,7 +112,7 @@ class Policy(Role):
         return head_logprobs(self.model, self.hidden(batch, batch.predictors), batch.targets, **options)
 
 
-class ScalarModel(Role):
+class ScalarModel(PackedModel):
     """A body with linear heads, mostly one: what RewardModel and ValueModel share. Subclasses say which rows are read.
 
     model: what `load_scalar` returned: a transformers classification model with a label a head, so that its folder

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.models.offload import onloaded
-from fastrlhf.models.policy import Role
+from fastrlhf.models.policy import PackedModel
 from fastrlhf.packing import Packed, pack
 from fastrlhf.runtime import distributed
 
@@ -41,7 +41,7 @@ def pack_responses(
 
 
 @torch.no_grad()
-def can_share_prompts(model: Role, device: torch.device) -> bool:
+def can_share_prompts(model: PackedModel, device: torch.device) -> bool:
     """Whether reading a prompt once for two responses leaves a model's hidden states as they are, which is so where
     nothing but attention mixes tokens. Says so where it is not."""
     vocab = model.model.get_input_embeddings().num_embeddings  # which may be tiny

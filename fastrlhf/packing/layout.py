@@ -73,7 +73,7 @@ class Packed:
         return sum(self.full_lengths)
 
     @property
-    def num_responses(self) -> int:
+    def num_response_tokens(self) -> int:
         """R, the number of response tokens."""
         return sum(self.response_lengths)
 
@@ -93,8 +93,10 @@ class Packed:
     def with_fields(self, **fields: Tensor) -> Packed:
         """The same pack with more per-response-token tensors."""
         for name, values in fields.items():
-            if values.shape[:1] != (self.num_responses,):
-                raise ValueError(f"Packed: field {name} must be ({self.num_responses}, ...), got {tuple(values.shape)}")
+            if values.shape[:1] != (self.num_response_tokens,):
+                raise ValueError(
+                    f"Packed: field {name} must be ({self.num_response_tokens}, ...), got {tuple(values.shape)}"
+                )
         return dataclasses.replace(self, fields={**self.fields, **fields})
 
     def select(self, indices: Sequence[int]) -> Packed:

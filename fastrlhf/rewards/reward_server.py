@@ -13,14 +13,14 @@ from typing import Any
 
 from fastrlhf.errors import UserTypeError
 from fastrlhf.runtime.concurrency import concurrently
-from fastrlhf.runtime.http import Server, read_key, shown
+from fastrlhf.runtime.http import HTTPClient, read_key, shown
 
 AT_ONCE = 8  # requests at a time
 FIRST_TRIES = 3  # of the first request: a server that is not there is reported soon
 FOREVER = 1e9  # seconds
 
 
-class RewardServer:
+class RewardClient:
     """A reward function that asks a server.
 
     columns: the names of those that it will be sent
@@ -35,7 +35,7 @@ class RewardServer:
         self, url: str, *, columns: Collection[str], timeout: float | None, batch: int | None, key_file: str | None
     ) -> None:
         key = None if key_file is None else read_key(key_file, "reward_key_file")
-        self.server = Server("reward", url, timeout=timeout or FOREVER, timeout_option="reward_timeout", key=key)
+        self.server = HTTPClient("reward", url, timeout=timeout or FOREVER, timeout_option="reward_timeout", key=key)
         self.batch = batch
         nothing: dict[str, Any] = {"prompts": [], "responses": [], "response_ids": [], "finished": []}
         nothing["columns"] = {name: [] for name in sorted(columns)}

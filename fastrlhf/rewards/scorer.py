@@ -23,7 +23,7 @@ from fastrlhf.packing import Packed
 from fastrlhf.rewards.combine import Combined, combine, parse_reward, sources_of
 from fastrlhf.rewards.functions import RewardFunction, call_function, check_keywords
 from fastrlhf.rewards.named_functions import load_function, name_of
-from fastrlhf.rewards.reward_server import RewardServer
+from fastrlhf.rewards.reward_server import RewardClient
 from fastrlhf.rewards.sources import check_reward, is_model, is_server, short_names, split_head
 from fastrlhf.runtime import distributed
 
@@ -91,7 +91,7 @@ class Scorer:
 
     def _function(self, source: str, batch: int | None, key_file: str | None) -> RewardFunction:
         if is_server(source):
-            return RewardServer(
+            return RewardClient(
                 source, columns=self.columns or (), timeout=self.timeout, batch=batch, key_file=key_file
             )
         return load_function(source)
@@ -128,7 +128,7 @@ class Scorer:
                 head = split_head(source)[1]
                 terms.append(columns[model.heads.index(head) if head is not None else 0])
                 _check_finite(terms[-1], prompts, f"the reward model {source}")
-        prompts, samples = distributed.local_share(prompts), distributed.local_share(samples)
+        prompts, samples = distributed.local_shard(prompts), distributed.local_shard(samples)
         calls = [
             distributed.all_gather_cat(self._of_function(function, prompts, samples)) for function, _ in self.functions
         ]

@@ -42,7 +42,7 @@ from fastrlhf.runtime.atomic_io import (
 MAX_SHARE = 0.05  # of a run's time that is spent on checkpoints, before another one is due by the clock
 WRITE_SPEED = 1e8  # bytes a second of the first checkpoint, as a cautious guess
 KEEP = 2  # of a run's checkpoints unless told otherwise: the newest, and the one before it
-LINES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
+LOG_FILES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
 COPIED = (
     "config.yaml",
     "inputs.json",
@@ -51,7 +51,7 @@ COPIED = (
 )  # into each checkpoint, to mend those beside it
 
 
-def newest_whole(output: Path) -> Path | None:
+def newest_undamaged_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint whose files are those that were written; None if there is no checkpoint. One that is
     damaged is named in a warning, and the one before it taken.
 
@@ -120,7 +120,7 @@ def save_checkpoint(
         torch.save(everything, partial / "state.pt")
         (partial / CHECKSUMS).write_text(json.dumps(checksums(partial), indent=1), encoding="utf-8")
 
-    for name in LINES:
+    for name in LOG_FILES:
         if (Path(output) / name).exists():
             flush(Path(output) / name)
     write_whole(folder, write_all)
@@ -181,7 +181,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 def restore_lines(checkpoint: Path) -> None:
     """Sets each file of lines back to the checkpoint's copy if lines of it are damaged or missing, with a warning."""
     output = checkpoint.parent.parent
-    for name in LINES:
+    for name in LOG_FILES:
         copy, path = checkpoint / name, output / name
         if not copy.is_file():
             continue

@@ -67,13 +67,13 @@ def print_once(text: object) -> None:
         print(printable(text), flush=True)
 
 
-def local_share(rows: Sequence[T]) -> Sequence[T]:
+def local_shard(rows: Sequence[T]) -> Sequence[T]:
     """Returns this process's rows: neighbours, as many for each process, give or take one."""
     number, of = rank_and_world_size()
     return rows[number * len(rows) // of : (number + 1) * len(rows) // of]
 
 
-def check_share(batch_size: int, each: int) -> None:
+def check_batch_divisible(batch_size: int, each: int) -> None:
     """Raises ValueError unless each process can answer as many prompts, with `each` of batch_size responses."""
     if batch_size % (rank_and_world_size()[1] * each):
         counts = f"{rank_and_world_size()[1]} processes x {each} samples_per_prompt"

@@ -74,9 +74,9 @@ def files_of(piece: str) -> Files:
     path = Path(piece)
     if FUNCTION.fullmatch(piece) and not path.exists():
         source = _source_of(piece.partition(":")[0])
-        return {piece: fingerprint_of(source)} if source else {}
+        return {piece: fingerprint_file(source)} if source else {}
     if path.is_file():
-        return {path.name: fingerprint_of(path)}
+        return {path.name: fingerprint_file(path)}
     if not path.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", piece):
         cached = huggingface_hub.try_to_load_from_cache(piece, "config.json")
         path = Path(cached).parent if isinstance(cached, str) else path
@@ -87,7 +87,7 @@ def files_of(piece: str) -> Files:
         except DataError:  # nothing that we read, or not there: loading says more of it
             return {}
     names = {os.path.relpath(file, path) if path.is_dir() else str(file): file for file in found if file.is_file()}
-    return {name: fingerprint_of(file) for name, file in sorted(names.items())}
+    return {name: fingerprint_file(file) for name, file in sorted(names.items())}
 
 
 def base_of(folder: str) -> str | None:
@@ -100,7 +100,7 @@ def base_of(folder: str) -> str | None:
     return None
 
 
-def fingerprint_of(path: Path) -> str:
+def fingerprint_file(path: Path) -> str:
     """The size of a file and a checksum of what is read of it."""
     size = path.stat().st_size
     checksum = 0
@@ -160,7 +160,7 @@ def _source_of(module: str) -> Path | None:
     return None
 
 
-def fingerprint(sequences: Iterable[Sequence[int]]) -> int:
+def fingerprint_tokens(sequences: Iterable[Sequence[int]]) -> int:
     """A checksum of token sequences, by which a resumed run notices that its data changed."""
     checksum = 0
     for sequence in sequences:

@@ -46,7 +46,7 @@ class ServerError(MachineError):
         self.status, self.wait = status, wait
 
 
-class Server:
+class HTTPClient:
     """A server that takes and gives JSON.
 
     caller: who asks, for errors; url: what paths are added to, such as http://localhost:8000

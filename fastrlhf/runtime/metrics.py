@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastrlhf.errors import MissingPackageError
 from fastrlhf.runtime import distributed
-from fastrlhf.runtime.checkpoint import LINES
+from fastrlhf.runtime.checkpoint import LOG_FILES
 from fastrlhf.runtime.jsonl import append, truncate_after_step
 
 COLUMNS = {  # of the table on the terminal, most important first; a loop shows those that it has
@@ -61,7 +61,7 @@ class MetricsLog:
         self.num_steps = num_steps
         self.writer = None
         if distributed.is_main_process():
-            for name in LINES:
+            for name in LOG_FILES:
                 truncate_after_step(self.output / name, step or -1)  # a run without a checkpoint scores its start again
             self.writer = tensorboard_writer(self.output / "tensorboard", step) if tensorboard else None
         self.columns: list[str] = []

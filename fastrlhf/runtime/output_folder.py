@@ -26,20 +26,20 @@ import torch
 from fastrlhf.errors import MissingFileError, OutputError, ProtectedError, UserError
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.atomic_io import REPLACED, discard, recover, remove, write_file, write_json
-from fastrlhf.runtime.checkpoint import LINES, newest_whole, settings_of_checkpoints
+from fastrlhf.runtime.checkpoint import LOG_FILES, newest_undamaged_checkpoint, settings_of_checkpoints
 from fastrlhf.runtime.fingerprints import base_of, inputs_of, pieces_of
 from fastrlhf.runtime.lock import LOCK, Lock, check_free_above, check_free_below
 from fastrlhf.runtime.products import PRODUCTS, check_products
 from fastrlhf.runtime.resume_check import CONFIG, INPUTS, check_same, read, settings_in
 from fastrlhf.runtime.resume_hint import LOOPS, command_of, describe_progress, extending, is_finished
-from fastrlhf.settings.training import LoopConfig
+from fastrlhf.settings.training import TrainerConfig
 from fastrlhf.settings.values import dump, options_where
 
 MARK = "# settings of a fastrlhf run\n"
 KIND = "# kind: "  # of the settings, on the second line
 STEPS, DELETING = "steps.json", ".deleting"
 ROLLOUT_WEIGHTS = "rollout_weights"
-OURS = (CONFIG, INPUTS, STEPS, PRODUCTS, *LINES, "checkpoints", "model", "best", "tensorboard", ROLLOUT_WEIGHTS)
+OURS = (CONFIG, INPUTS, STEPS, PRODUCTS, *LOG_FILES, "checkpoints", "model", "best", "tensorboard", ROLLOUT_WEIGHTS)
 BEGUN = {LOCK, f"{CONFIG}.partial", f"{DELETING}.partial"}  # what there may be before config.yaml
 # what holds no work: a folder of ours without anything else is free
 NO_WORK = {LOCK, CONFIG, INPUTS, STEPS, PRODUCTS, "rows.crc32", "timing.jsonl", "samples.jsonl", ROLLOUT_WEIGHTS}
@@ -83,7 +83,7 @@ class OutputFolder:
             if hold:
                 self._finish_what_was_killed()
             self.is_resumed = self._is_resumed()
-            self.checkpoint = newest_whole(self.path) if self.is_resumed else None
+            self.checkpoint = newest_undamaged_checkpoint(self.path) if self.is_resumed else None
         except BaseException:
             self.close()
             raise
@@ -200,7 +200,7 @@ class OutputFolder:
         (self.path / DELETING).unlink()
 
 
-def start_run(config: LoopConfig) -> OutputFolder:
+def start_run(config: TrainerConfig) -> OutputFolder:
     """Joins the other processes of the run, if there are any, and seeds torch, numpy and Python: what a new head and a
     user's reward function draw from. Returns the output folder, which the first process holds.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastrlhf.errors import UserError
 from fastrlhf.runtime.atomic_io import write_file
-from fastrlhf.runtime.fingerprints import fingerprint_of
+from fastrlhf.runtime.fingerprints import fingerprint_file
 from fastrlhf.runtime.jsonl import is_broken, with_checksum
 
 PRODUCTS = "products.json"
@@ -23,7 +23,7 @@ NOT_NOTED = {".lock", "config.yaml", "inputs.json", "steps.json", "timing.jsonl"
 
 def record(output: Path, name: str, product: str | None = None) -> None:
     """Notes that <output>/name, a folder or file, is whole. product: what to delete to have it made again, or it all"""
-    files = {file: fingerprint_of(path) for file, path in _files_of(output / name).items()}
+    files = {file: fingerprint_file(path) for file, path in _files_of(output / name).items()}
     _write(output, {**recorded(output), name: {"product": product or name, "files": files}})
 
 
@@ -63,7 +63,7 @@ def check_products(output: Path, *, leave_out: Collection[str] = ()) -> None:
             continue
         there = _files_of(output / name)
         for file, before in each["files"].items():
-            if file not in there or fingerprint_of(there[file]) != before:
+            if file not in there or fingerprint_file(there[file]) != before:
                 what = "has changed since it was written" if file in there else "is missing"
                 end = "to go on without it" if name == "best" else "to have it made again"
                 raise UserError(f"resume: {output / name / file} {what}; restore it, or delete {product} {end}")

@@ -73,7 +73,7 @@ def _refusal(differing: list[str], edited: list[str], output: Path) -> str:
     return f"resume: {'; '.join(reasons)}; {' and '.join(ways)}, or --overwrite to start anew"
 
 
-def check_finished(config: Any) -> None:
+def check_stage_unchanged(config: Any) -> None:
     """Raises ValueError unless the run in the output folder, if there is one, has these settings: of a run that is part
     of a job, which reads what it left."""
     text = read(Path(config.output) / CONFIG)

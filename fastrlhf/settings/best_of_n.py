@@ -24,7 +24,7 @@ SHARED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(ScoringConfig):
+class CandidatesConfig(ScoringConfig):
     """What all three need."""
 
     model: str = reads(REQUIRED, "folder or hub id of the policy that responds")
@@ -41,7 +41,7 @@ class SearchConfig(ScoringConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestOfNConfig(SearchConfig):
+class BestOfNConfig(CandidatesConfig):
     """The best of n responses to each prompt."""
 
     reward: str = reads(REQUIRED, "what chooses: as of fastrlhf ppo (docs/combining.md)")
@@ -50,7 +50,7 @@ class BestOfNConfig(SearchConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(SearchConfig):
+class SweepConfig(CandidatesConfig):
     """Two rewards over weights of them."""
 
     first: str = reads(REQUIRED, "a reward (docs/combining.md), say of helpfulness")
@@ -75,7 +75,7 @@ class SweepConfig(SearchConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OveroptimizeConfig(SearchConfig):
+class OveroptimizeConfig(CandidatesConfig):
     """Gold and proxy reward over the KL."""
 
     n: int = option(64, "best-of-n: responses to each held-out prompt", at_least=2)

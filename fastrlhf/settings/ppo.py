@@ -12,7 +12,7 @@ from fastrlhf.errors import UserError
 from fastrlhf.settings import ppo_rules
 from fastrlhf.settings.objects import ModelSource, RowsSource
 from fastrlhf.settings.option import REQUIRED, check, option, rare, reads
-from fastrlhf.settings.training import SCHEDULES, LoopConfig, ScoringConfig
+from fastrlhf.settings.training import SCHEDULES, ScoringConfig, TrainerConfig
 
 # summarize: Stiennon et al., as Huang et al. (arXiv 2403.17031) reproduce it; chat: Ouyang et al., as trainers do today
 PRESETS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ KL_OF = {"grpo": ("loss", "k3"), "dr_grpo": ("loss", "k3"), "reinforce++_baselin
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(ScoringConfig, LoopConfig):
+class PPOConfig(ScoringConfig, TrainerConfig):
     """PPO against a reward with a KL penalty."""
 
     reward: ModelSource | Callable[..., Any] = reads(

@@ -85,7 +85,7 @@ class ScoringConfig(JobConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig(JobConfig):
+class TrainerConfig(JobConfig):
     """What every loop needs."""
 
     model: ModelSource = reads(REQUIRED, "folder or hub id of the model to start from", object="model")
@@ -148,7 +148,7 @@ class LoopConfig(JobConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningConfig(LoopConfig):
+class DatasetTrainerConfig(TrainerConfig):
     """What the loops on a file of rows need besides."""
 
     epochs: int = option(1, "passes over the data", at_least=1, resume="plan")
@@ -169,12 +169,12 @@ class TuningConfig(LoopConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(TuningConfig):
+class SFTConfig(DatasetTrainerConfig):
     """Supervised fine-tuning on demonstrations."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig(TuningConfig):
+class RewardConfig(DatasetTrainerConfig):
     """A reward model from responses that were judged."""
 
     objective: str = option("auto", "{}; auto: by the columns", choices=("auto", *OBJECTIVES))
@@ -209,7 +209,7 @@ class RewardConfig(TuningConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceConfig(TuningConfig):
+class PreferenceConfig(DatasetTrainerConfig):
     """What DPO and KTO need: training of a policy beside a reference."""
 
     learning_rate: float = option(1e-6, "peak learning rate of AdamW", above=0, resume="plan")

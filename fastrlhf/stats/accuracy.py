@@ -75,10 +75,12 @@ def accuracy(
         raise UserError("accuracy: there are no pairs")
     kept = torch.ones_like(margins, dtype=torch.bool) if labels is None else labels != 0.5
     names = None if clusters is None else [n for n, keep in zip(clusters, kept.tolist(), strict=True) if keep]
-    return share_of(is_right(margins, labels)[kept], names, None if weights is None else weights[kept])
+    return accuracy_of_hits(is_right(margins, labels)[kept], names, None if weights is None else weights[kept])
 
 
-def share_of(hits: Tensor, clusters: Sequence[Hashable] | None = None, weights: Tensor | None = None) -> Accuracy:
+def accuracy_of_hits(
+    hits: Tensor, clusters: Sequence[Hashable] | None = None, weights: Tensor | None = None
+) -> Accuracy:
     """Returns the share of trials that are right, with its interval. Every accuracy, here and in training, is one.
 
     hits: (N,) in [0, 1]; clusters: the prompt of each trial, default all different; weights: (N,) of trials in the

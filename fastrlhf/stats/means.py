@@ -29,7 +29,7 @@ class Mean:
         return {name: self.mean, f"{name}_error": self.error}
 
     @property
-    def in_errors(self) -> float:
+    def z_score(self) -> float:
         """How many standard errors the mean is away from 0; infinite where all values are the same."""
         return in_errors(self.mean, self.error)
 
@@ -44,7 +44,7 @@ def in_errors(value: float, error: float | None) -> float:
     return value / error if error else math.copysign(math.inf, value) if value else 0.0
 
 
-def in_words(value: float, error: float | None) -> str:
+def describe_z_score(value: float, error: float | None) -> str:
     """How many standard errors the mean over some prompts is away from 0, as words."""
     if error is None or math.isnan(error):
         return "one prompt, so its error is unknown"

@@ -14,15 +14,15 @@ from fastrlhf.errors import NonFiniteError, UserError, UserFunctionError
 from fastrlhf.runtime import checkpoint as checkpoints
 from fastrlhf.runtime import distributed, signals
 from fastrlhf.runtime.atomic_io import remove
-from fastrlhf.runtime.fingerprints import fingerprint
+from fastrlhf.runtime.fingerprints import fingerprint_tokens
 from fastrlhf.runtime.metrics import MetricsLog
 from fastrlhf.runtime.output_folder import start_run
 from fastrlhf.runtime.resume_hint import extending
 from fastrlhf.runtime.saved_models import forget_model, note_step, step_of, write_model
-from fastrlhf.settings.training import LoopConfig
+from fastrlhf.settings.training import TrainerConfig
 from fastrlhf.trainers.inspection import Inspection
 from fastrlhf.trainers.memory_plan import Plan
-from fastrlhf.trainers.oom import TokenBudget
+from fastrlhf.trainers.token_budget import TokenBudget
 
 
 class Trainer(Inspection, Iterator[dict[str, float]]):
@@ -43,7 +43,7 @@ class Trainer(Inspection, Iterator[dict[str, float]]):
     Raises: what the configuration, the data, the models or the output folder are refused for, before training begins;
     NonFiniteError when a loss or a gradient is not finite."""
 
-    config: LoopConfig
+    config: TrainerConfig
     num_steps: int
     plan: Plan | None
     log: MetricsLog
@@ -53,7 +53,7 @@ class Trainer(Inspection, Iterator[dict[str, float]]):
     is_closed = False
     is_in_step = False  # whether it is changing; True after an exception that came in the middle of that, too
 
-    def __init__(self, config: LoopConfig) -> None:
+    def __init__(self, config: TrainerConfig) -> None:
         self.config = config
         self.best: dict[str, Any] = {}
         self.num_steps_done = 0
@@ -111,7 +111,7 @@ class Trainer(Inspection, Iterator[dict[str, float]]):
 
         Raises: UserError when the data is not that of the checkpoint, or more steps are done than there are to be."""
         config, changes = self.config, [*self.folder.changes.values()]
-        self.data_fingerprint = fingerprint(self.fingerprint_rows())
+        self.data_fingerprint = fingerprint_tokens(self.fingerprint_rows())
         if self.checkpoint is not None:
             self._load_checkpoint(self.checkpoint)
         elif changes and (self.output / "model").exists():

@@ -13,20 +13,20 @@ from typing import Any, Generic, TypeVar
 
 from fastrlhf.data import Loaded, stream, verdict_of
 from fastrlhf.errors import UserError
-from fastrlhf.models.policy import Role
+from fastrlhf.models.policy import PackedModel
 from fastrlhf.runtime.checkpoint import bytes_of
 from fastrlhf.runtime.fsdp import shard
 from fastrlhf.runtime.metrics import Statistics
 from fastrlhf.runtime.optim import check_finite
 from fastrlhf.settings.objects import ModelSource, RowsSource
-from fastrlhf.settings.training import TuningConfig
+from fastrlhf.settings.training import DatasetTrainerConfig
 from fastrlhf.trainers.base import Trainer
 from fastrlhf.trainers.loading import check_fits, load_with_held_out, make_optimizer
 from fastrlhf.trainers.memory_plan import plan_training, print_memory_plan
 
-C = TypeVar("C", bound=TuningConfig)
+C = TypeVar("C", bound=DatasetTrainerConfig)
 T = TypeVar("T")
-M = TypeVar("M", bound=Role)
+M = TypeVar("M", bound=PackedModel)
 
 
 class DatasetTrainer(Trainer, Generic[C, T, M]):

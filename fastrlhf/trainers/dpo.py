@@ -75,7 +75,7 @@ class DPO(PreferenceTrainer[DPOConfig, Pair]):
     def loss(self, part: Packed, pairs: Sequence[Pair], num_pairs: int) -> tuple[Tensor, dict[str, Tensor]]:
         """A micro-batch's share of the loss of num_pairs pairs, and of their statistics: those of `linear_dpo_loss`."""
         config = self.config
-        bounds = part.cu_responses if part.num_responses else part.cu_responses[:1]  # a filler has no pairs
+        bounds = part.cu_responses if part.num_response_tokens else part.cu_responses[:1]  # a filler has no pairs
         plain = all(pair.weight == pair.preference == 1 for pair in pairs)
         if plain and config.loss == "sigmoid" and not config.length_normalized and not config.sft_coef:
             return self.model(

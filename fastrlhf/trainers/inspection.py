@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.errors import UserError
-from fastrlhf.models.policy import Role
+from fastrlhf.models.policy import PackedModel
 from fastrlhf.runtime.jsonl import read_jsonl
 
 
@@ -15,7 +15,7 @@ class Inspection(ABC):
     """Methods for any time between two steps, before the first and after `close` too; they leave the run as it is."""
 
     output: Path
-    final_model: Role  # what the run leaves, as it is now
+    final_model: PackedModel  # what the run leaves, as it is now
     held_out: Any  # data; empty where there is none
 
     def evaluate(self) -> dict[str, float]:

@@ -172,6 +172,6 @@ def mismatched(rows: Sequence[Labelled], longest: int, what: str = "rows used") 
     return found
 
 
-def preference_loop(config: DPOConfig) -> DPO | KTO:
+def preference_trainer(config: DPOConfig) -> DPO | KTO:
     """The loop of `fastrlhf dpo`."""
     return KTO(config) if config.loss == "kto" else DPO(config)

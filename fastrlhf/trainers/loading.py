@@ -12,16 +12,16 @@ from torch import nn
 from fastrlhf.data import Loaded
 from fastrlhf.data.statistics import warnings
 from fastrlhf.errors import UserError
-from fastrlhf.models.policy import Role
+from fastrlhf.models.policy import PackedModel
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.optim import Optimizer
-from fastrlhf.settings.training import LoopConfig, TuningConfig
+from fastrlhf.settings.training import DatasetTrainerConfig, TrainerConfig
 
 T = TypeVar("T")
-R = TypeVar("R", bound=Role)
+R = TypeVar("R", bound=PackedModel)
 
 
-def load_trained(role: type[R], config: LoopConfig, checkpoint: Path | None, **options: Any) -> R:
+def load_trained(role: type[R], config: TrainerConfig, checkpoint: Path | None, **options: Any) -> R:
     """Returns the model that a loop trains, whole or as an adapter, in train mode: as `model` or as in the checkpoint.
 
     options: of its from_pretrained, device and autocast among them"""
@@ -33,7 +33,7 @@ def load_trained(role: type[R], config: LoopConfig, checkpoint: Path | None, **o
     return model.adapt(saved, **config.adapter_options()).train()
 
 
-def make_optimizer(config: LoopConfig, model: nn.Module, *, num_steps: int, **own: Any) -> Optimizer:
+def make_optimizer(config: TrainerConfig, model: nn.Module, *, num_steps: int, **own: Any) -> Optimizer:
     """Returns the optimizer of a model. own: learning_rate and schedule where they are not those of the settings."""
     options: dict[str, Any] = {"learning_rate": config.learning_rate, "schedule": config.schedule}
     options |= {name: value for name, value in own.items() if value is not None}
@@ -49,7 +49,9 @@ def make_optimizer(config: LoopConfig, model: nn.Module, *, num_steps: int, **ow
     )
 
 
-def load_with_held_out(load: Callable[..., Loaded[T]], config: TuningConfig, tokenizer: Any) -> tuple[list[T], list[T]]:
+def load_with_held_out(
+    load: Callable[..., Loaded[T]], config: DatasetTrainerConfig, tokenizer: Any
+) -> tuple[list[T], list[T]]:
     """Returns the rows to train on and the held-out rows, which are those of eval_data or the last of the data.
 
     Prints how many rows of each file are used, why others are not, and which are repeated."""

@@ -29,7 +29,7 @@ from fastrlhf.runtime import distributed
 from fastrlhf.runtime.metrics import peak_memory_gib, reset_peak_memory
 from fastrlhf.settings.objects import ModelSource
 from fastrlhf.settings.ppo import PPOConfig
-from fastrlhf.settings.training import LoopConfig
+from fastrlhf.settings.training import TrainerConfig
 
 FROZEN = (4,)  # bytes a parameter: float32 weights; TRAINED: with gradients and the optimizer's moments
 TRAINED = {"adamw": (4, 4, 8), "adamw8bit": (4, 4, 2)}
@@ -104,7 +104,7 @@ class Plan:
 
 
 def plan_training(
-    config: LoopConfig,
+    config: TrainerConfig,
     placement: dict[str, Any],
     *,
     num_tokens: int,
@@ -212,7 +212,7 @@ def available_bytes(device: torch.device) -> float:
 class _Model:
     """Sizes of a model, from its configuration."""
 
-    def __init__(self, path: ModelSource, config: LoopConfig, half: torch.dtype | None) -> None:
+    def __init__(self, path: ModelSource, config: TrainerConfig, half: torch.dtype | None) -> None:
         self.config, self.half = read_pretrained(AutoConfig, path), half
         self.targets, text = config.lora_targets, self.config.get_text_config()
         with torch.device("meta"):
@@ -273,7 +273,7 @@ class _Model:
         return sum(storage.nbytes() for storage in kept.values())
 
 
-def _add_passes(plan: Plan, config: LoopConfig, model: _Model, num_tokens: int, *, has_logits: bool = True) -> None:
+def _add_passes(plan: Plan, config: TrainerConfig, model: _Model, num_tokens: int, *, has_logits: bool = True) -> None:
     tokens = min(config.max_tokens, num_tokens)
     kept = model.activation_bytes_per_token(config.gradient_checkpointing)
     plan.rest[f"{ACTIVATIONS} {tokens:,} tokens"] = tokens * kept

@@ -44,9 +44,9 @@ class SFT(DatasetTrainer[SFTConfig, Demonstration, Policy]):
     def add_gradients(self, rows: list[int], done: Callable[[int], object], max_tokens: int) -> Statistics:
         batch, stats = self.pack([self.rows[row] for row in rows]), Statistics()
         for part in batch.microbatches(max_tokens, share=distributed.rank_and_world_size()):
-            loss = -self.model(part).sum() / batch.num_responses
+            loss = -self.model(part).sum() / batch.num_response_tokens
             loss.backward()
-            stats.add("", {"loss": loss, "num_response_tokens": torch.tensor(part.num_responses)})
+            stats.add("", {"loss": loss, "num_response_tokens": torch.tensor(part.num_response_tokens)})
             done(part.num_tokens)
         return stats
 
@@ -56,7 +56,7 @@ class SFT(DatasetTrainer[SFTConfig, Demonstration, Policy]):
         batch = self.pack(self.held_out)
         parts = batch.microbatches(self.config.max_tokens, share=distributed.rank_and_world_size())
         total = distributed.all_reduce_sum(torch.stack([self.model(part).double().sum() for part in parts]).sum())
-        return {"eval/loss": -total.item() / batch.num_responses}
+        return {"eval/loss": -total.item() / batch.num_response_tokens}
 
     def pack(self, demonstrations: Sequence[Demonstration]) -> Packed:
         """The pack of demonstrations."""

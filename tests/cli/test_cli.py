@@ -191,7 +191,7 @@ def test_interrupting_says_how_to_go_on(arguments, capsys, tmp_path):
 
 @pytest.mark.parametrize("command", ["sft", "run"])
 def test_interrupting_before_anything_is_written_says_so(arguments, monkeypatch, capsys, tmp_path, command):
-    from fastrlhf.commands.pipeline import Run
+    from fastrlhf.commands.run import Run
     from fastrlhf.runtime.lock import Lock
     from fastrlhf.trainers.sft import SFT
 

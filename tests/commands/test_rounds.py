@@ -8,7 +8,7 @@ import yaml
 from loops import ROOT
 
 from benchmarks.rounds import RESULTS, demo, main, means, read, table, toy, walk, write
-from fastrlhf.commands.pipeline import Run
+from fastrlhf.commands.run import Run
 from fastrlhf.settings.run import RunConfig
 
 SMALL = {"rounds": 2, "num_pairs": 12, "num_heldout": 8, "reward_epochs": 1, "steps": 1, "batch_size": 8}

@@ -60,13 +60,13 @@ def test_mean_and_standard_error_are_those_of_numpy():
     result = Mean.of(torch.from_numpy(values))
     assert result.mean == pytest.approx(values.mean())
     assert result.error == pytest.approx(values.std(ddof=1) / math.sqrt(50))
-    assert (result.num, result.in_errors) == (50, pytest.approx(result.mean / result.error))
+    assert (result.num, result.z_score) == (50, pytest.approx(result.mean / result.error))
 
 
 def test_a_mean_of_one_value_has_no_finite_error_and_equal_values_have_none():
     assert math.isnan(Mean.of(torch.tensor([2.0])).error) and str(Mean.of(torch.tensor([2.0]))) == "2.000 ± ?"
-    assert Mean.of(torch.full((4,), 2.0)).in_errors == math.inf
-    assert Mean.of(torch.zeros(4)).in_errors == 0.0
+    assert Mean.of(torch.full((4,), 2.0)).z_score == math.inf
+    assert Mean.of(torch.zeros(4)).z_score == 0.0
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 16])

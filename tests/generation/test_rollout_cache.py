@@ -5,7 +5,7 @@ import torch
 from engines import engine_of, model_of, prompts_of
 
 from fastrlhf.generation.engine import Sampling
-from fastrlhf.generation.slots import CachePlan
+from fastrlhf.generation.kv_cache import CachePlan
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2", "gemma3_text"])

@@ -5,7 +5,7 @@ import torch
 from tiny import ARCHITECTURES, tiny_model
 
 from fastrlhf.cli.main import main
-from fastrlhf.models.fast_paths import fast_paths, load_role
+from fastrlhf.models.fast_paths import fast_paths, load_packed_model
 from fastrlhf.models.policy import RewardModel
 
 CPU = torch.device("cpu")
@@ -32,18 +32,18 @@ def saved(tmp_path):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_each_family_takes_the_fast_paths_that_it_can(saved, arch):
-    role = load_role(saved(arch), autocast=None, device=CPU)
+    role = load_packed_model(saved(arch), autocast=None, device=CPU)
     assert tuple(len(path.taken) for path in fast_paths(role)) == EXPECTED[arch]
 
 
 @pytest.mark.parametrize("arch", LLAMA_LIKE)
 def test_of_llama_like_models_no_layer_is_left(saved, arch):
-    left = [path.left for path in fast_paths(load_role(saved(arch), autocast=None, device=CPU))]
+    left = [path.left for path in fast_paths(load_packed_model(saved(arch), autocast=None, device=CPU))]
     assert left == [{}] * 5
 
 
 def test_in_half_precision_what_is_not_called_does_not_count(saved):
-    paths = fast_paths(load_role(saved("llama"), autocast=torch.bfloat16, device=CPU))
+    paths = fast_paths(load_packed_model(saved("llama"), autocast=torch.bfloat16, device=CPU))
     taken = {path.name: len(path.taken) for path in paths}
     # transformers turns in float32 what autocast made bfloat16, and a thin product is of float32
     assert (taken["fused rotations"], taken["thin products"]) == (0, 0) and taken["fused MLPs"] == 2
@@ -51,7 +51,7 @@ def test_in_half_precision_what_is_not_called_does_not_count(saved):
 
 def test_a_reward_model_is_read_as_one(saved, tmp_path):
     RewardModel.from_pretrained(saved("llama"), new_head=True).save_pretrained(tmp_path / "reward")
-    role = load_role(tmp_path / "reward", autocast=None, device=CPU)
+    role = load_packed_model(tmp_path / "reward", autocast=None, device=CPU)
     assert isinstance(role, RewardModel)
     assert [len(path.taken) for path in fast_paths(role)] == [5, 2, 2, 15, 1]
 

@@ -85,7 +85,7 @@ def test_the_mlp_of_the_last_layer_sees_the_rows_read_and_no_others(checkpointin
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
     Policy(model).train()(batch).sum().backward()
-    counts = [batch.num_tokens, batch.num_responses]
+    counts = [batch.num_tokens, batch.num_response_tokens]
     assert seen == counts + (counts[::-1] if checkpointing else [])
 
 

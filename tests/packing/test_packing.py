@@ -143,10 +143,12 @@ def test_micro_batches_that_cut_a_prefix_off_repeat_it(case, max_tokens, of):
         parts = shared.microbatches(max_tokens, share=(number, of))
         own = shared.share_of(number, of)
         assert all(part.num_tokens <= max_tokens or part.num_sequences == 1 for part in filled(parts))
-        assert sum(part.num_tokens_unshared for part in parts if part.num_responses) == apart.select(own).num_tokens
+        assert (
+            sum(part.num_tokens_unshared for part in parts if part.num_response_tokens) == apart.select(own).num_tokens
+        )
         for part in filled(parts):
             part_apart = apart.select(own[: part.num_sequences])
-            if part.num_responses:
+            if part.num_response_tokens:
                 assert_same_sequences(part, part_apart)
                 own = own[part.num_sequences :]
         assert not own
@@ -199,7 +201,7 @@ def test_a_field_of_another_length_is_refused():
 @given(sequences, st.integers(1, 12), st.integers(1, 4), st.integers(1, 2))
 def test_shares_have_every_sequence_once_and_as_many_packs_each(tokens, max_tokens, of, together):
     batch = pack(tokens, prompt_lengths=[1] * len(tokens))
-    batch = batch.with_fields(number=torch.arange(batch.num_responses))
+    batch = batch.with_fields(number=torch.arange(batch.num_response_tokens))
     whole, longest = [], max(sum(batch.lengths[n : n + together]) for n in range(0, len(tokens), together))
     counts = set()
     for number in range(of):
@@ -212,7 +214,7 @@ def test_shares_have_every_sequence_once_and_as_many_packs_each(tokens, max_toke
                 real.append(part)
                 left -= part.num_sequences
             else:
-                assert part.num_responses == 0 and part["number"].numel() == 0 and part.num_tokens > 0
+                assert part.num_response_tokens == 0 and part["number"].numel() == 0 and part.num_tokens > 0
         assert left == 0
         whole += [token for part in real for token in part.tokens.tolist()]
         assert abs(sum(part.num_tokens for part in real) - batch.num_tokens / of) <= longest

@@ -19,7 +19,7 @@ from tiny import tiny_tokenizer
 from fastrlhf.data import Prompt
 from fastrlhf.generation.engine import Sample
 from fastrlhf.packing import pack
-from fastrlhf.rewards.reward_server import RewardServer
+from fastrlhf.rewards.reward_server import RewardClient
 from fastrlhf.rewards.scorer import Scorer
 from fastrlhf.rewards.serve import RewardHTTPServer, main
 from fastrlhf.runtime.http import ServerError
@@ -44,7 +44,7 @@ def lengths(body):
 
 
 def server(running, path="/score", **options):
-    return RewardServer(
+    return RewardClient(
         running.url + path, **{"timeout": 5.0, "columns": ["answer"], "batch": None, "key_file": None, **options}
     )
 
@@ -84,7 +84,7 @@ def test_ppo_against_the_shipped_server_is_ppo_against_the_function_bit_for_bit(
             with PPO(PPOConfig(output=str(tmp_path / name), **settings, **reward)) as trainer:
                 assert len(list(trainer)) == 2
         with pytest.raises(ServerError, match="answered 401: the key is missing or wrong"):
-            RewardServer(url, columns=[], timeout=5.0, batch=None, key_file=None)
+            RewardClient(url, columns=[], timeout=5.0, batch=None, key_file=None)
     finally:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()
@@ -221,7 +221,7 @@ def test_an_error_of_the_served_function_reaches_the_run(capfd):
         raise KeyError("answer")
 
     with served(fails) as url, pytest.raises(ServerError, match="answered 500: KeyError: 'answer'"):
-        RewardServer(url, columns=[], timeout=5.0, batch=None, key_file=None)(*TEXTS, **GIVEN)
+        RewardClient(url, columns=[], timeout=5.0, batch=None, key_file=None)(*TEXTS, **GIVEN)
     assert 'raise KeyError("answer")' in capfd.readouterr().err
 
 

@@ -12,7 +12,7 @@ import torch
 from fastrlhf.runtime import checkpoint
 from fastrlhf.runtime.atomic_io import write_whole
 from fastrlhf.runtime.checkpoint import load_state, newest_checkpoint, save_checkpoint
-from fastrlhf.runtime.fingerprints import fingerprint
+from fastrlhf.runtime.fingerprints import fingerprint_tokens
 from fastrlhf.runtime.output_folder import OutputFolder
 from fastrlhf.settings.training import SFTConfig
 
@@ -264,5 +264,5 @@ def test_another_machine_warns(tmp_path, monkeypatch):
 
 
 def test_fingerprint_sees_tokens_and_boundaries():
-    assert fingerprint([[1, 2], [3]]) == fingerprint([[1, 2], [3]])
-    assert len({fingerprint(x) for x in ([[1, 2], [3]], [[1], [2, 3]], [[1, 2, 3]], [[1, 2], [4]])}) == 4
+    assert fingerprint_tokens([[1, 2], [3]]) == fingerprint_tokens([[1, 2], [3]])
+    assert len({fingerprint_tokens(x) for x in ([[1, 2], [3]], [[1], [2, 3]], [[1, 2, 3]], [[1, 2], [4]])}) == 4

@@ -17,7 +17,7 @@ from hostile_server import FAULTS, answer, hostile, silence
 
 from fastrlhf.runtime import http
 from fastrlhf.runtime.concurrency import concurrently
-from fastrlhf.runtime.http import Server, ServerError, checked_url, read_key, reason_in, shown
+from fastrlhf.runtime.http import HTTPClient, ServerError, checked_url, read_key, reason_in, shown
 
 OK = answer({"ok": True})
 
@@ -29,7 +29,7 @@ def _short_waits(monkeypatch):
 
 
 def client(server, **options):
-    return Server("test", server.url, **{"timeout": 5, "key": "SECRET", "max_bytes": 2**20, **options})
+    return HTTPClient("test", server.url, **{"timeout": 5, "key": "SECRET", "max_bytes": 2**20, **options})
 
 
 SAID = {
@@ -189,7 +189,7 @@ def test_an_error_keeps_nothing_of_its_caller_alive(kind):
     def ask(url):
         held = Held()
         kept.append(weakref.ref(held))
-        list(concurrently(lambda n: Server("test", url, timeout=0.2).post("", held and n), [1], 1))
+        list(concurrently(lambda n: HTTPClient("test", url, timeout=0.2).post("", held and n), [1], 1))
 
     kept = []
     with hostile(kind or OK) as server:

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastrlhf import PPO, SFT, DPOConfig, PPOConfig, RewardConfig, RewardTrainer, SFTConfig
 from fastrlhf.models.policy import RewardModel
-from fastrlhf.trainers.kto import preference_loop
+from fastrlhf.trainers.kto import preference_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH = {"hidden_size": 64, "intermediate_size": 128}
@@ -33,7 +33,7 @@ def makers(tmp_path_factory):
         "sft": lambda out: SFT(SFTConfig(data=rows, output=out, **tuning)),
         "lora": lambda out: SFT(SFTConfig(data=rows, output=out, lora_rank=2, gradient_checkpointing=True, **tuning)),
         "reward": lambda out: RewardTrainer(RewardConfig(data=chosen, output=out, **tuning)),
-        "dpo": lambda out: preference_loop(DPOConfig(data=chosen, output=out, **tuning)),
+        "dpo": lambda out: preference_trainer(DPOConfig(data=chosen, output=out, **tuning)),
         "ppo": lambda out: PPO(PPOConfig(output=out, ema_decay=0.9, **ppo)),
     }
 

@@ -16,7 +16,7 @@ from fastrlhf.errors import DiskFullError
 from fastrlhf.runtime import atomic_io as whole
 from fastrlhf.runtime.atomic_io import write_file, write_json, write_whole
 from fastrlhf.runtime.checkpoint import load_state, restore_lines, save_checkpoint
-from fastrlhf.runtime.fingerprints import BLOCK, WHOLE, fingerprint_of
+from fastrlhf.runtime.fingerprints import BLOCK, WHOLE, fingerprint_file
 from fastrlhf.runtime.jsonl import read_jsonl, truncate_after_step
 from fastrlhf.runtime.lock import FolderInUseError, Lock
 from fastrlhf.runtime.output_folder import OutputFolder
@@ -444,13 +444,13 @@ def test_a_large_file_is_known_by_blocks_of_it(tmp_path, place):
     header = json.dumps({"a": {"data_offsets": [0, second]}, "b": {"data_offsets": [second, 2 * WHOLE]}}).encode()
     begin = 8 + len(header)
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2 * WHOLE))
-    before, size = fingerprint_of(path), path.stat().st_size
+    before, size = fingerprint_file(path), path.stat().st_size
     with open(path, "r+b") as file:
         file.seek(
             {"start": begin + 1, "end": size - 1, "second tensor": begin + second + BLOCK - 1, "size": size}[place]
         )
         file.write(b"x")
-    assert fingerprint_of(path) != before
+    assert fingerprint_file(path) != before
 
 
 def test_folders_that_moved_together_go_on(tmp_path):

@@ -8,7 +8,7 @@ from compare import filled
 
 from fastrlhf.cli.commands import COMMANDS
 from fastrlhf.settings.option import REQUIRED, option
-from fastrlhf.settings.training import LoopConfig
+from fastrlhf.settings.training import TrainerConfig
 from fastrlhf.settings.values import field_types, options_where
 
 CONFIGS = list(dict.fromkeys(command.config for command in COMMANDS.values()))
@@ -118,8 +118,8 @@ def test_a_resumed_run_changes_its_plan_and_how_it_runs_and_nothing_that_decides
 
 
 def test_options_that_loops_share_have_the_same_rules_in_each_of_them():
-    for config in filled(config for config in CONFIGS if issubclass(config, LoopConfig)):
-        for field in filled(dataclasses.fields(LoopConfig)):
+    for config in filled(config for config in CONFIGS if issubclass(config, TrainerConfig)):
+        for field in filled(dataclasses.fields(TrainerConfig)):
             own = config.__dataclass_fields__[field.name].metadata
             rules = [name for name in own if name not in ("help", "rare")]
             assert {name: own[name] for name in rules} == {name: field.metadata[name] for name in rules}, field.name

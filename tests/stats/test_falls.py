@@ -42,8 +42,8 @@ def test_a_flat_truth_falls_by_two_errors_in_one_of_twenty_cases_at_most():
     """From the best of 24 points by the difference of means it was one in five."""
     found = [fall_after_best(curve([0.0] * 24, 100, seed)) for seed in range(NUM)]
     allowed = 3 * math.sqrt(0.0228 * 0.9772 / NUM)
-    assert np.mean([fall.in_errors > 2 for fall in found]) == pytest.approx(0.0228, abs=allowed)
-    assert abs(np.mean([fall.in_errors for fall in found])) < 3 / math.sqrt(NUM), "it is not ahead by chance"
+    assert np.mean([fall.z_score > 2 for fall in found]) == pytest.approx(0.0228, abs=allowed)
+    assert abs(np.mean([fall.z_score for fall in found])) < 3 / math.sqrt(NUM), "it is not ahead by chance"
 
 
 def test_whoever_looks_at_every_point_of_a_flat_truth_sees_no_fall_and_sees_a_true_one():

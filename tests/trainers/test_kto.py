@@ -16,7 +16,7 @@ from fastrlhf.errors import DataError
 from fastrlhf.formulas.preferences import labelled_losses
 from fastrlhf.settings.training import DPOConfig, KTOConfig
 from fastrlhf.trainers.dpo import DPO
-from fastrlhf.trainers.kto import KTO, mismatched, preference_loop
+from fastrlhf.trainers.kto import KTO, mismatched, preference_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,7 +123,7 @@ def test_microbatches_do_not_change_the_result(settings, tmp_path):
 
 def test_it_learns_which_responses_are_wanted(settings):
     metrics = list(
-        preference_loop(DPOConfig(**{**settings, "learning_rate": 3e-3, "epochs": 6, "eval_fraction": 0.25}))
+        preference_trainer(DPOConfig(**{**settings, "learning_rate": 3e-3, "epochs": 6, "eval_fraction": 0.25}))
     )
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-4) and metrics[0]["loss"] == pytest.approx(0.5, abs=1e-4)
     assert metrics[-1]["eval/accuracy"] > 0.9 and metrics[-1]["eval/wanted"] > 0 > metrics[-1]["eval/unwanted"]

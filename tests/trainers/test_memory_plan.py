@@ -11,7 +11,7 @@ from fastrlhf.models.policy import Policy, RewardModel, load_causal_lm
 from fastrlhf.packing import pack
 from fastrlhf.runtime import distributed
 from fastrlhf.trainers import memory_plan
-from fastrlhf.trainers.kto import preference_loop
+from fastrlhf.trainers.kto import preference_trainer
 from fastrlhf.trainers.memory_plan import Plan, plan_ppo, plan_training, print_memory_plan
 from fastrlhf.trainers.ppo import trainer as ppo
 
@@ -229,7 +229,7 @@ def test_what_dpo_and_kto_load_first_is_planned_beside_the_policy(folder, change
 
     monkeypatch.setattr("fastrlhf.models.policy.load_causal_lm", remember)
     settings = {"model": str(folder / "model"), "data": data, "output": str(folder / "dpo"), "template": "none"}
-    plan = preference_loop(DPOConfig(**settings, batch_size=4, reference=wide, **changes)).plan
+    plan = preference_trainer(DPOConfig(**settings, batch_size=4, reference=wide, **changes)).plan
     assert plan.models[next(iter(plan.models))][0] + sum(plan.first.values()) == sum(map(weights, loaded))
 
 

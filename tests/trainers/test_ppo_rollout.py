@@ -18,7 +18,7 @@ from fastrlhf.generation.rollout_server import server_seed
 from fastrlhf.models.attention import ATTENTION
 from fastrlhf.models.loading import load_causal_lm
 from fastrlhf.runtime import distributed
-from fastrlhf.runtime.http import Server, ServerError
+from fastrlhf.runtime.http import HTTPClient, ServerError
 from fastrlhf.trainers.ppo.rollout import weight_hook
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,7 +133,7 @@ def urllib_hook(policy, urls):
 
 
 def our_hook(policy, urls):
-    Server("lora", urls[0], timeout=5).post_text("/v1/load_lora_adapter", {})
+    HTTPClient("lora", urls[0], timeout=5).post_text("/v1/load_lora_adapter", {})
 
 
 def wrong_hook(policy, urls):

@@ -19,7 +19,15 @@ from pathlib import Path
 
 from fastrlhf.commands.feedback.label import Label
 from fastrlhf.commands.feedback.rounds import accuracy, last_evaluated, round_line, round_row
-from fastrlhf.commands.feedback.rows import FeedbackRow, Row, as_pair, as_prompt, as_text, check_share, read_items
+from fastrlhf.commands.feedback.rows import (
+    FeedbackRow,
+    Row,
+    as_pair,
+    as_prompt,
+    as_text,
+    check_rejection_rate,
+    read_items,
+)
 from fastrlhf.data import SPLIT, Prompt, Rejected, batch_rows, shuffled
 from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.errors import DataError
@@ -34,7 +42,7 @@ from fastrlhf.runtime import distributed
 from fastrlhf.runtime.atomic_io import write_json, write_whole
 from fastrlhf.runtime.jsonl import read_jsonl, write_jsonl
 from fastrlhf.runtime.metrics import MetricsLog
-from fastrlhf.runtime.resume_check import check_finished
+from fastrlhf.runtime.resume_check import check_stage_unchanged
 from fastrlhf.settings.feedback import MAX_ROUNDS, IterateConfig, JudgeConfig, LabelConfig
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.training import RewardConfig
@@ -74,7 +82,7 @@ class Iterate(Stages):
         for number in range(1, config.rounds + 1):
             loops = self.reward_config(number), self.ppo_config(number)  # refuse what they refuse now, not after labels
             for loop in loops if config.resume else ():
-                check_finished(loop)
+                check_stage_unchanged(loop)
         options = config.model_options()
         placing = {name: options[name] for name in ("device", "autocast")}
         self.tables = self.read()
@@ -96,7 +104,7 @@ class Iterate(Stages):
                 kept.append(item)
             except Rejected as rejected:
                 report.reject(item.number, rejected.reason, rejected.detail)
-        check_share(report, config.max_rejected)
+        check_rejection_rate(report, config.max_rejected)
         if len(kept) <= config.num_heldout:
             raise DataError(f"data: {config.data} has {len(kept)} prompts, of which {config.num_heldout} are held out")
         distributed.print_once(report)
@@ -105,7 +113,7 @@ class Iterate(Stages):
         tables = {"heldout.jsonl": held_out, "prompts.jsonl": rows[config.num_heldout :]}
         if config.comparisons is not None:
             pairs, report = read_items(config.comparisons, limit=None, bare=False, chat=chat)
-            check_share(report, config.max_rejected)
+            check_rejection_rate(report, config.max_rejected)
             if unlabelled := [item.number for item in pairs if not item.labelled]:
                 raise DataError(f"comparisons: {config.comparisons}, row {unlabelled[0]}: no chosen and rejected")
             distributed.print_once(report)

@@ -17,7 +17,7 @@ from fastrlhf.data.encoding import common_start
 from fastrlhf.data.lengths import NO_LIMIT, check_characters
 from fastrlhf.data.template import Renderer, load_tokenizer
 from fastrlhf.errors import UserError
-from fastrlhf.generation.server import ModelServer, ServerError, check_logprob, check_probabilities
+from fastrlhf.generation.server import ModelClient, ServerError, check_logprob, check_probabilities
 from fastrlhf.models.heads import head_logprobs
 from fastrlhf.models.policy import Policy
 from fastrlhf.models.shared_prompts import can_share_prompts
@@ -146,7 +146,7 @@ class LocalJudge:
 class ServerJudge:
     """A model on an OpenAI-compatible server, asked for one token and the likeliest ones in its place.
 
-    url, model, timeout: see `ModelServer`; api_key: sent as the bearer token
+    url, model, timeout: see `ModelClient`; api_key: sent as the bearer token
     answers: the two texts that count as answers
     chat: whether the question is a user's message (/v1/chat/completions) or plain text (/v1/completions)
     template_kwargs: what the server's chat template gets besides
@@ -168,7 +168,7 @@ class ServerJudge:
         timeout: float = 600.0,
         api_key: str | None = None,
     ) -> None:
-        self.server = ModelServer("judge", url, model, timeout=timeout, timeout_option="judge_timeout", key=api_key)
+        self.server = ModelClient("judge", url, model, timeout=timeout, timeout_option="judge_timeout", key=api_key)
         self.answers, self.chat, self.top, self.max_requests = answers, chat, top, max_requests
         self.template_kwargs = dict(template_kwargs or {})
         self.path = "/v1/chat/completions" if chat else "/v1/completions"

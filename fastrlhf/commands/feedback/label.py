@@ -22,8 +22,8 @@ from fastrlhf.commands.feedback.rows import (
     Row,
     as_prompt,
     as_text,
+    check_rejection_rate,
     check_same_items,
-    check_share,
     check_two,
     read_items,
     rejected_by_reason,
@@ -40,7 +40,7 @@ from fastrlhf.runtime.metrics import MetricsLog
 from fastrlhf.runtime.output_folder import OutputFolder
 from fastrlhf.runtime.products import PRODUCTS, check_products, note_new
 from fastrlhf.settings.feedback import LabelConfig
-from fastrlhf.stats.accuracy import share_of
+from fastrlhf.stats.accuracy import accuracy_of_hits
 
 OURS = (
     "config.yaml",
@@ -106,7 +106,7 @@ class Label:
             except Rejected as rejected:
                 drawn = self.config.policy is not None and rejected.reason == Reason.SAME
                 self.report.reject(item.number, Reason.SAME_SAMPLES if drawn else rejected.reason, rejected.detail)
-        check_share(self.report, self.config.max_rejected)
+        check_rejection_rate(self.report, self.config.max_rejected)
         if not kept:
             raise DataError(f"data: no row can be used\n{self.report}")
         return kept
@@ -120,7 +120,7 @@ class Label:
                 items.append(item)
             except Rejected as rejected:
                 self.report.reject(item.number, rejected.reason, rejected.detail)
-        check_share(self.report, config.max_rejected)
+        check_rejection_rate(self.report, config.max_rejected)
         if not path.exists():
             assert config.policy is not None
             policy = Policy.from_pretrained(config.policy, freeze=True, **config.model_options())
@@ -165,7 +165,7 @@ class Label:
         for item, row in zip(pairs, rows, strict=False):  # not all are asked about where too many are rejected
             if "reason" in row:
                 self.report.reject(item.number, Reason(row["reason"]), row["detail"])
-        check_share(self.report, config.max_rejected)
+        check_rejection_rate(self.report, config.max_rejected)
         if self.report.num_used == 0:
             raise DataError(f"label: no pair has a label\n{self.report}")
         return [None if "reason" in row else Verdict(tuple(row["orders"]), tuple(row["masses"])) for row in rows]
@@ -236,7 +236,7 @@ def _summary(judged: Sequence[Verdict], agreements: Sequence[tuple[float, str]])
     }
     if agreements:
         hits, prompts = zip(*agreements, strict=True)
-        found = share_of(torch.tensor(hits), prompts)
+        found = accuracy_of_hits(torch.tensor(hits), prompts)
         summary["agreement"] = {"share": found.accuracy, "interval": (found.low, found.high)}
     return summary
 

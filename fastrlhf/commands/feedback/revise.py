@@ -19,8 +19,8 @@ from fastrlhf.commands.feedback.rows import (
     FeedbackRow,
     Row,
     as_prompt,
+    check_rejection_rate,
     check_same_items,
-    check_share,
     read_items,
     rejected_by_reason,
 )
@@ -109,7 +109,7 @@ class Revise:
 
     def check(self) -> None:
         """Raises DataError when too many rows have been rejected, or all."""
-        check_share(self.report, self.config.max_rejected)
+        check_rejection_rate(self.report, self.config.max_rejected)
         if not self.items:
             raise DataError(f"data: no row can be used\n{self.report}")
 

@@ -140,7 +140,7 @@ def as_pair(item: FeedbackRow) -> Row:
     return {"prompt": item.prompt, "chosen": chosen, "rejected": rejected, **ends, **item.columns, **item.label}
 
 
-def check_share(report: Report, max_rejected: float) -> None:
+def check_rejection_rate(report: Report, max_rejected: float) -> None:
     """Raises DataError when more than this share of all rows has been rejected, with what would take them."""
     if report.num_faults > max_rejected * report.num_rows:
         counts = f"{report.num_faults} of {report.num_rows} rows rejected, more than max_rejected = {max_rejected:g}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastrlhf.data import Labelled, Pair, Ranking, Rated
 from fastrlhf.errors import DataError
 from fastrlhf.settings.training import RewardConfig
-from fastrlhf.stats.accuracy import share_of
+from fastrlhf.stats.accuracy import accuracy_of_hits
 
 T = TypeVar("T", Pair, Ranking, Labelled, Rated)
 H = TypeVar("H", Pair, Ranking, Labelled)
@@ -82,5 +82,5 @@ class SingleHeadObjective(Objective[H]):
 def accuracy_of(hits: Tensor, rows: Sequence[Any]) -> dict[str, float]:
     """The mean of hits (N,) in [0, 1] on N rows, with the ends of its 95 % interval, for which rows on one prompt are
     as many trials as they are worth; without a row nothing is known."""
-    found = share_of(hits, [tuple(row.prompt) for row in rows])
+    found = accuracy_of_hits(hits, [tuple(row.prompt) for row in rows])
     return {"accuracy": found.accuracy, "accuracy_low": found.low, "accuracy_high": found.high}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastrlhf.data import Demonstration, Prompt, load_demonstrations, load_prompts
-from fastrlhf.models.policy import Role
+from fastrlhf.models.policy import PackedModel
 from fastrlhf.runtime import distributed
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.trainers.loading import check_fits
@@ -37,7 +37,11 @@ def load_ptx(config: PPOConfig, tokenizer: Any) -> list[Demonstration]:
 
 
 def check_lengths(
-    config: PPOConfig, tokenizer: Any, models: Sequence[Role], prompts: Sequence[Prompt], ptx: Sequence[Demonstration]
+    config: PPOConfig,
+    tokenizer: Any,
+    models: Sequence[PackedModel],
+    prompts: Sequence[Prompt],
+    ptx: Sequence[Demonstration],
 ) -> None:
     """Raises UserError unless the context of each model holds the longest prompt with its response, and that of the
     first one, the policy, the longest demonstration."""

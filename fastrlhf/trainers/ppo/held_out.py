@@ -11,7 +11,7 @@ from fastrlhf.errors import UserError
 from fastrlhf.generation.sampling import Sample
 from fastrlhf.packing import Packed
 from fastrlhf.rewards.scorer import Scorer
-from fastrlhf.runtime.fingerprints import fingerprint
+from fastrlhf.runtime.fingerprints import fingerprint_tokens
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.stats.falls import Falls
 from fastrlhf.stats.means import Mean
@@ -88,7 +88,7 @@ class HeldOut:
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far, what falls are measured from, and a checksum of the prompts."""
-        prompts = fingerprint(prompt.tokens for prompt in self.prompts)
+        prompts = fingerprint_tokens(prompt.tokens for prompt in self.prompts)
         return {"best": dict(self.best), "falls": deepcopy(self.falls.state), "prompts": prompts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -21,12 +21,12 @@ from fastrlhf.ops import approx_kl, ppo_policy_loss, value_loss
 from fastrlhf.packing import Packed, pack
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.checkpoint import bytes_of
-from fastrlhf.runtime.fingerprints import fingerprint
+from fastrlhf.runtime.fingerprints import fingerprint_tokens
 from fastrlhf.runtime.metrics import Extreme, Statistics
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.trainers.loading import make_optimizer
-from fastrlhf.trainers.oom import TokenBudget
 from fastrlhf.trainers.ppo.models import PPOModels
+from fastrlhf.trainers.token_budget import TokenBudget
 
 EXTREMES: dict[str, Extreme] = {"logprob_change_max": "max", "ratio_max": "max", "ratio_min": "min"}  # of the policy
 
@@ -142,7 +142,7 @@ class Learner:
         self, minibatch: Packed, trains_policy: bool, done: Callable[[int], object], max_tokens: int
     ) -> Statistics:
         """Leaves the gradients of an update; returns its statistics. max_tokens: of a micro-batch."""
-        num_tokens, stats = minibatch.num_responses, Statistics()
+        num_tokens, stats = minibatch.num_response_tokens, Statistics()
         loss_mean, longest = self.config.loss_mean, self.config.max_new_tokens
         weights = token_weights(
             minibatch.cu_responses, minibatch["prompt_ids"], loss_mean=loss_mean, max_new_tokens=longest
@@ -169,7 +169,7 @@ class Learner:
         """A micro-batch's share of the policy's loss: clipped surrogate, entropy bonus and, if it is here, the KL."""
         config = self.config
         logprobs, entropy = self.policy(part, temperature=config.temperature, return_entropy=True)
-        if not part.num_responses:  # a filler: the pass is for the processes that have one more
+        if not part.num_response_tokens:  # a filler: the pass is for the processes that have one more
             return logprobs.sum()
         loss, loss_stats = ppo_policy_loss(
             logprobs,
@@ -195,7 +195,7 @@ class Learner:
     def value_loss(self, model: ValueModel, part: Packed, num_tokens: int, stats: Statistics) -> Tensor:
         """A micro-batch's share of the value model's loss."""
         values = model(part)
-        if not part.num_responses:
+        if not part.num_response_tokens:
             return values.sum()
         loss, loss_stats = value_loss(
             values, part["values"], part["returns"], clip_range=self.config.clip_range_value, denominator=num_tokens
@@ -212,14 +212,14 @@ class Learner:
         batch = pack([row.tokens for row in rows], [row.response_mask for row in rows], device=self.policy.model.device)
         total = torch.zeros((), device=batch.tokens.device)
         for part in batch.microbatches(max_tokens, share=distributed.rank_and_world_size()):
-            loss = -self.policy(part).sum() / batch.num_responses
+            loss = -self.policy(part).sum() / batch.num_response_tokens
             (config.ptx_coef * loss).backward()
             total += loss.detach()
         stats.add("ppo/policy/", {"ptx_loss": distributed.all_reduce_sum(total)})
 
     def ptx_fingerprint(self) -> int:
         """A checksum of the demonstrations."""
-        return fingerprint(row.tokens for row in self.ptx)
+        return fingerprint_tokens(row.tokens for row in self.ptx)
 
     def checkpoint_bytes(self) -> int:
         """About how many bytes a checkpoint takes: of the optimizers' models, a moved reference and an average."""

@@ -68,9 +68,9 @@ class Rollout:
         device = self.models.policy.model.device
         with unsharded(policy), progress as done, autocasting(device, self.models.policy.autocast):
             own = engine.generate(
-                [prompt.tokens for prompt in distributed.local_share(prompts)],
+                [prompt.tokens for prompt in distributed.local_shard(prompts)],
                 replace(self.sampling, greedy=True) if greedy else self.sampling,
-                seeds=distributed.local_share(seeds),
+                seeds=distributed.local_shard(seeds),
                 progress=done,
             )
         return [sample for samples in distributed.all_gather(own) for sample in samples]

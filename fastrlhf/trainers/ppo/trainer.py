@@ -73,7 +73,7 @@ class PPO(SampleInspection, Trainer):
     def load_data(self) -> None:
         """Reads the prompts, the held-out prompts and the demonstrations of PPO-ptx; plans the memory of a step."""
         config, self.num_steps = self.config, self.config.steps
-        distributed.check_share(config.batch_size, config.samples_per_prompt)
+        distributed.check_batch_divisible(config.batch_size, config.samples_per_prompt)
         check_offload(config.offload, self.device)
         loaded = load_prompts(config.data, self.tokenizer, limit=config.limit, **config.prompt_options())
         self.prompts, self.report = loaded.rows, loaded.report
@@ -190,7 +190,7 @@ class PPO(SampleInspection, Trainer):
             if by_sampler
             else logprobs,
             ref_logprobs=self.logprobs(self.reference, batch),
-            prompt_ids=per_token(number, batch.cu_responses, batch.num_responses),
+            prompt_ids=per_token(number, batch.cu_responses, batch.num_response_tokens),
         )
         if self.value_model is not None:
             batch = batch.with_fields(values=self.compute_in_microbatches(batch, self.value_model))

@@ -4,7 +4,7 @@ import re
 import pytest
 from html_page import Page
 
-from fastrlhf.commands.pipeline_report import describe, verdict, write_report
+from fastrlhf.commands.run_report import describe, verdict, write_report
 from fastrlhf.evaluation import plots
 
 

@@ -11,7 +11,7 @@ from fastrlhf.evaluation import plots
 from fastrlhf.evaluation.html import mean, pairs_line, render, reward_model_line
 from fastrlhf.runtime.atomic_io import write_file
 from fastrlhf.runtime.jsonl import read_json, read_jsonl
-from fastrlhf.stats.means import in_words, with_error
+from fastrlhf.stats.means import describe_z_score, with_error
 
 STAGES = ("data", "sft", "pairs", "reward", "ppo", "evaluation")
 NUM_SAMPLES = 24
@@ -38,7 +38,7 @@ def describe(stage: str, output: Path) -> str:
 def verdict(summary: dict[str, Any]) -> str:
     """The one sentence of the evaluation."""
     gold, difference = summary["gold"], summary["gold"]["difference"]
-    errors = in_words(difference["mean"], difference["error"])
+    errors = describe_z_score(difference["mean"], difference["error"])
     rise = with_error(difference["mean"], difference["error"], "+.3f")
     return (
         f"gold reward {gold['before']['mean']:.3f} before PPO, {gold['after']['mean']:.3f} after: "
@@ -73,7 +73,7 @@ def write_report(output: Path) -> Path:
     for row in read_jsonl(output / "timing.jsonl"):
         seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
     page = render(
-        "commands/pipeline_report.html.j2",
+        "commands/run_report.html.j2",
         verdict=verdict(summary),
         summary=summary,
         results=results(summary),

@@ -11,7 +11,7 @@ from loops import assert_resumes_bit_for_bit, demonstrations, model_folder, pair
 
 from fastrlhf import PPO, SFT, PPOConfig, RewardConfig, RewardTrainer, SFTConfig
 from fastrlhf.models.policy import Policy, RewardModel
-from fastrlhf.trainers.oom import TokenBudget
+from fastrlhf.trainers.token_budget import TokenBudget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastrlhf.commands.demo import smollm2
-from fastrlhf.commands.pipeline_report import describe, write_report
+from fastrlhf.commands.run_report import describe, write_report
 from fastrlhf.data import Prompt, load_prompts, read_rows
 from fastrlhf.data.template import load_tokenizer
 from fastrlhf.errors import DataError
@@ -29,7 +29,7 @@ from fastrlhf.models.policy import Policy
 from fastrlhf.rewards.scorer import Scorer
 from fastrlhf.runtime.atomic_io import write_whole
 from fastrlhf.runtime.metrics import MetricsLog
-from fastrlhf.runtime.resume_check import check_finished
+from fastrlhf.runtime.resume_check import check_stage_unchanged
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.settings.run import RunConfig
 from fastrlhf.settings.training import RewardConfig, SFTConfig
@@ -66,7 +66,7 @@ class Run(Stages):
         loops = {"sft": self.sft_config, "reward": self.reward_config, "ppo": self.ppo_config}
         for name in loops if config.resume else ():
             if (self.output / name).exists():
-                check_finished(loops[name]())  # nothing is taken of another run in the folder of a stage
+                check_stage_unchanged(loops[name]())  # nothing is taken of another run in the folder of a stage
 
     def outcome(self, name: str) -> str:
         """A line on what a finished stage left."""

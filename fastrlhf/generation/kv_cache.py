@@ -37,7 +37,7 @@ class CachePlan:
         return f"KV cache: {sizes} = {self.num_bytes / 2**20:,.1f} MiB at most"
 
 
-class Slots:
+class KVCache:
     """Keys and values of every layer, each (num_slots, kv heads, length, K), allocated when first written.
 
     The length is a power of two above that of the longest sequence so far, up to max_length: few responses are as long

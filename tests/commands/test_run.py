@@ -11,7 +11,7 @@ from loops import model_folder, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fastrlhf.cli.main import main
-from fastrlhf.commands.pipeline import PRODUCTS, Run
+from fastrlhf.commands.run import PRODUCTS, Run
 from fastrlhf.errors import DataError
 from fastrlhf.runtime.jsonl import read_jsonl
 from fastrlhf.settings.run import RunConfig
