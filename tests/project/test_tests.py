@@ -261,6 +261,10 @@ REPLACED = {  # what tests replace all the same, and why
     ("commands/test_rounds.py", "Run, '__next__'"): "a folder of `fastrlhf run` without its stages, which take minutes",
     ("data/test_chat_templates.py", "apply_chat_template"): "counts the calls of transformers' method",
     ("generation/test_weight_sync.py", "save_pretrained"): "a sharded model of transformers that is small",
+    (
+        "project/test_python_page.py",
+        "config, '__init__'",
+    ): "small settings for the programs of the page, run as they stand",
     ("models/test_lora.py", "mlp.forward"): "a layer of transformers as a user may change it",
     ("models/test_models.py", "__class__"): "a layer of transformers as a user may change it",
 }
