@@ -91,7 +91,7 @@ def positional(config_class: type) -> list[dataclasses.Field[Any]]:
 
 
 def help_text(command: str, config_class: type, *, everything: bool = False) -> str:
-    """A screen of help, a line an option: required ones, the loop's own, then those that all loops share.
+    """Returns the help, one line per option: required ones, the command's own, then those shared by all trainers.
 
     everything: also the rare ones, which may be more than a screen"""
     usage = " ".join([command, *map(_shown, positional(config_class)), "[--config FILE.yaml] [--option VALUE ...]"])

@@ -207,7 +207,7 @@ def best_rows(rows: Sequence[Row], *, keep_unfinished: bool) -> tuple[list[Row],
 
 
 def best_of_n(config: BestOfNConfig) -> Iterator[str]:
-    """Does it all; yields lines on what came out. Raises: as candidates."""
+    """Draws and scores n responses to each prompt and writes the best; yields lines to print. Raises: as candidates."""
     judges = {"reward": config.reward} | ({"gold": config.gold} if config.gold else {})
     folder, output = OutputFolder(config, OURS), Path(config.output)
     rows = candidates(config, judges, folder)

@@ -9,7 +9,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, num_responses: in
     kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) num_responses / horizon)
 
     kl: mean over responses of the KL summed over a response, nats; target: the same quantity wanted
-    num_responses: that the KL is a mean over; horizon: over so many the coefficient may change by a fifth
+    num_responses: in that mean; horizon: responses over which the coefficient may change by at most a fifth
 
     Source: Ziegler et al., arXiv 1909.08593, section 2.2."""
     error = min(max(kl / target - 1, -0.2), 0.2)

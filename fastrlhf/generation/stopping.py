@@ -22,7 +22,7 @@ class StopStrings:
         self.text = self.tail = ""  # of these tokens, and the last characters of the response up to them
 
     def found(self, response: Sequence[int]) -> bool:
-        """To be called with the response after each of its tokens: whether a string ends in its new text."""
+        """Whether the last token completes a stop string. Call it with the response after each token."""
         new = self._decode(response[self.first :])[len(self.text) :]
         tail = self.tail + new
         found = any(string in tail[max(0, len(self.tail) - len(string) + 1) :] for string in self.strings)

@@ -107,8 +107,8 @@ class Policy(PackedModel):
         return cls(load_causal_lm(path, **options), autocast=autocast)
 
     def forward(self, batch: Packed, **options: Any) -> Any:
-        """Returns logprobs (R,) float32 of the response tokens; with the options of `head_logprobs`, what they ask for:
-        temperature, return_entropy, or the op of a loss on the head."""
+        """Returns logprobs (R,) float32 of the response tokens. options: those of `head_logprobs` (temperature,
+        return_entropy, or `op`, a loss on the head), which says what it returns with them."""
         return head_logprobs(self.model, self.hidden(batch, batch.predictors), batch.targets, **options)
 
 

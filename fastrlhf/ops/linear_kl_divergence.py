@@ -23,7 +23,7 @@ def _split(args: tuple[Any, ...]) -> tuple[list[Head], tuple[Any, ...]]:
 
 
 def _scale(head: Head) -> float:
-    """What its logits are to be multiplied by: capped ones hold their scale."""
+    """Factor of this head's logits: its scale, or 1 with a soft cap, which has applied it already."""
     return head.scale if head.cap is None else 1.0
 
 

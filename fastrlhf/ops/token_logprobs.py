@@ -257,7 +257,7 @@ def token_logprobs(
     return_logsumexp: bool = False,
     inplace_backward: bool = False,
 ) -> Any:
-    """Returns the log-probability of each row's target, and where they are asked for its entropy and log-sum-exp.
+    """Returns the log-probability of each row's target and, if requested, its entropy and log-sum-exp.
 
     logprobs[t] = log softmax(logits[t] / temperature)[targets[t]];  entropy[t] = -sum_v p[t, v] log p[t, v];
     logsumexp[t] = log sum_v exp(logits[t, v] / temperature)
@@ -266,7 +266,7 @@ def token_logprobs(
     targets: (T,) int64 in [0, V); elsewhere than on the CPU a target out of range gives NaN for its row
     temperature: a number or (T,), above 0; gets no gradient
     logprobs, entropy, logsumexp: (T,) float32 whatever the logits (float64 for float64), computed in it in one read of
-        the logits; in this order, as far as return_entropy and return_logsumexp ask for them
+        the logits; in this order; entropy and logsumexp only if requested
     inplace_backward: writes the gradient over the logits, which saves a (T, V) tensor; they are garbage after backward,
         which can then run only once. Not under torch.compile, nor for logits that are a leaf
 

@@ -82,7 +82,7 @@ Value = str | Combined
 
 
 def combine(value: Value, scores: Mapping[str, Tensor]) -> Tensor:
-    """Returns the value (N,) of N responses. scores: (N,) of each source."""
+    """Evaluates a reward expression: returns the combined scores (N,) of N responses. scores: (N,) of each source."""
     if isinstance(value, str):
         return scores[value]
     parts = [combine(part, scores) for part in value.parts]

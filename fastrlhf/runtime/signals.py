@@ -42,8 +42,8 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Handles SIGINT and SIGTERM as this module says, until it is left. One that is ignored, as under nohup, stays so;
-    outside the main thread, where Python allows no handlers, nothing is done."""
+    """Handles SIGINT and SIGTERM as this module says, until the context exits. An ignored signal, as under nohup, stays
+    ignored; outside the main thread, where Python allows no handlers, nothing is done."""
     global _owner, _pending
     _owner, _pending, before = os.getpid(), None, {}
     if threading.current_thread() is threading.main_thread():

@@ -219,8 +219,8 @@ class Trainer(Inspection, Iterator[dict[str, float]]):
         return metrics
 
     def _keep_earlier_steps(self) -> None:
-        """Leaves a checkpoint of the steps before one that failed before it changed anything, unless there is one.
-        Several processes leave none: the others of them may not have failed."""
+        """If a step fails before it changes any weights, saves a checkpoint of the earlier steps, unless there is one.
+        With several processes nothing is saved, since the others may not have failed."""
         is_kept = checkpoints.has_checkpoint(self.output, self.num_steps_done)
         if self.num_steps_done and not (self.is_in_step or is_kept or distributed.rank_and_world_size()[1] > 1):
             with suppress(OSError):  # the error that is under way matters more

@@ -39,7 +39,7 @@ class Reply:
 
     @property
     def mass(self) -> float:
-        """Probability that it is one of the two."""
+        """Probability that the next token is either answer."""
         return math.exp(self.first) + math.exp(self.second)
 
     @property

@@ -122,7 +122,7 @@ class PPOModels:
         return self.checkpoint / role if self.checkpoint else None
 
     def shard(self, *others: RewardModel) -> None:
-        """Cuts all models into shards, and others with them."""
+        """Shards all models of PPO, and `others` (FSDP2)."""
         for model in (self.policy, self.reference, self.average, self.value_model, *others):
             if model is not None:
                 shard(model)
