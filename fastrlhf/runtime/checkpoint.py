@@ -149,7 +149,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "instruction set": f"{_cpu.isa}, torch {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
-        "processes": distributed.rank_and_world_size()[1],
+        "processes": distributed.world_size(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "numpy": np.__version__,

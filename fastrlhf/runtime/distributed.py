@@ -56,6 +56,11 @@ def rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def world_size() -> int:
+    """The number of processes."""
+    return rank_and_world_size()[1]
+
+
 def is_main_process() -> bool:
     """Whether this is the process that writes and prints."""
     return rank_and_world_size()[0] == 0
@@ -75,16 +80,16 @@ def local_shard(rows: Sequence[T]) -> Sequence[T]:
 
 def check_batch_divisible(batch_size: int, each: int) -> None:
     """Raises ValueError unless each process can answer as many prompts, with `each` of batch_size responses."""
-    if batch_size % (rank_and_world_size()[1] * each):
-        counts = f"{rank_and_world_size()[1]} processes x {each} samples_per_prompt"
+    if batch_size % (world_size() * each):
+        counts = f"{world_size()} processes x {each} samples_per_prompt"
         raise UserError(f"batch_size ({batch_size}) must be a multiple of {counts}")
 
 
 def all_gather(value: T) -> list[T]:
     """Returns what each process gives, in their order. value: anything that pickles, tensors on the CPU."""
-    if rank_and_world_size()[1] == 1:
+    if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * rank_and_world_size()[1]
+    values: list[Any] = [None] * world_size()
     with _talking():
         dist.all_gather_object(values, value)
     return values
@@ -92,18 +97,18 @@ def all_gather(value: T) -> list[T]:
 
 def all_gather_cat(values: Tensor) -> Tensor:
     """Returns the values (N,) of all processes, end to end; N may differ."""
-    return values if rank_and_world_size()[1] == 1 else torch.cat(all_gather(values.cpu())).to(values.device)
+    return values if world_size() == 1 else torch.cat(all_gather(values.cpu())).to(values.device)
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
     """Returns the sum of a tensor over the processes."""
-    return value if rank_and_world_size()[1] == 1 else torch.stack(all_gather(value.cpu())).sum(0).to(value.device)
+    return value if world_size() == 1 else torch.stack(all_gather(value.cpu())).sum(0).to(value.device)
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Puts the sum over the processes in the place of each gradient; all processes have the same ones. Gradients of
     sharded parameters are sums already."""
-    if rank_and_world_size()[1] == 1:
+    if world_size() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     for bucket in _buckets([gradient for gradient in gradients if not hasattr(gradient, "full_tensor")]):

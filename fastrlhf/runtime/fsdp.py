@@ -82,4 +82,4 @@ def scattered(values: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
 
 @cache
 def _mesh(device_type: str) -> DeviceMesh:
-    return init_device_mesh(device_type, (distributed.rank_and_world_size()[1],))
+    return init_device_mesh(device_type, (distributed.world_size(),))

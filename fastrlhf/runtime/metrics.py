@@ -130,7 +130,7 @@ class MetricsLog:
         """A bar with tokens/s that lives during a phase: yields advance(num_tokens). Silent when not on a terminal.
 
         The first process shows it, as if the others were as far as it is."""
-        console, num_processes = Console(stderr=True), distributed.rank_and_world_size()[1]
+        console, num_processes = Console(stderr=True), distributed.world_size()
         shown = console.is_terminal and distributed.is_main_process()
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
         start, done = time.perf_counter(), 0
@@ -165,7 +165,7 @@ class Statistics:
 
     def all_reduced(self) -> Statistics:
         """The statistics of the micro-batches of all processes."""
-        if distributed.rank_and_world_size()[1] == 1:
+        if distributed.world_size() == 1:
             return self
         own, whole = {name: value.cpu() for name, value in self.values.items()}, Statistics()
         for values, extremes in distributed.all_gather((own, self.extremes)):

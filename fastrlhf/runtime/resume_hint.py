@@ -74,8 +74,8 @@ def command_line_of(command: str, output: str) -> list[str]:
     `python -m fastrlhf`, or under torchrun on one machine."""
     program = ["fastrlhf"]
     own = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-    if distributed.rank_and_world_size()[1] > 1:
-        program = ["torchrun", "--nproc-per-node", str(distributed.rank_and_world_size()[1]), "-m", "fastrlhf"]
+    if distributed.world_size() > 1:
+        program = ["torchrun", "--nproc-per-node", str(distributed.world_size()), "-m", "fastrlhf"]
     elif own[-2:] == ["-m", "fastrlhf"]:
         program = own
     return [*program, *command.split(), "--config", str(Path(output) / "config.yaml")]

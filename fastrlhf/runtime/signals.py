@@ -88,9 +88,7 @@ def waiting_for_a_server() -> Iterator[None]:
 
 def _ends_at_once() -> bool:
     return (
-        _waiting > 0
-        and distributed.rank_and_world_size()[1] == 1
-        and not any(getattr(loop, "is_in_step", True) for loop in _loops)
+        _waiting > 0 and distributed.world_size() == 1 and not any(getattr(loop, "is_in_step", True) for loop in _loops)
     )
 
 
@@ -125,12 +123,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
             with suppress(OSError):  # nobody may be there to read it
                 os.write(2, MESSAGE.encode())  # print could be what was interrupted
         return
-    if (
-        _loops
-        and first is not None
-        and distributed.rank_and_world_size()[1] > 1
-        and time.monotonic() - first[1] < REPEATED
-    ):
+    if _loops and first is not None and distributed.world_size() > 1 and time.monotonic() - first[1] < REPEATED:
         return
     for each in SIGNALS:
         signal.signal(each, signal.SIG_DFL)  # whatever hangs while the command ends, the next one ends the process

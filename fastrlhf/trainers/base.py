@@ -222,7 +222,7 @@ class Trainer(Inspection, Iterator[dict[str, float]]):
         """If a step fails before it changes any weights, saves a checkpoint of the earlier steps, unless there is one.
         With several processes nothing is saved, since the others may not have failed."""
         is_kept = checkpoints.has_checkpoint(self.output, self.num_steps_done)
-        if self.num_steps_done and not (self.is_in_step or is_kept or distributed.rank_and_world_size()[1] > 1):
+        if self.num_steps_done and not (self.is_in_step or is_kept or distributed.world_size() > 1):
             with suppress(OSError):  # the error that is under way matters more
                 self.save_checkpoint()
 

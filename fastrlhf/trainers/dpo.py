@@ -22,8 +22,8 @@ from fastrlhf.settings.objects import RowsSource
 from fastrlhf.settings.training import DPOConfig
 from fastrlhf.stats.accuracy import is_right
 from fastrlhf.trainers.objectives.pairwise import accuracy_of_pairs
+from fastrlhf.trainers.packed_rows import full_sequences, microbatches_with_rows, pack_rows
 from fastrlhf.trainers.preference import PreferenceTrainer
-from fastrlhf.trainers.reward import full_sequences, microbatches_with_rows, pack_rows
 
 
 class DPO(PreferenceTrainer[DPOConfig, Pair]):

@@ -19,8 +19,8 @@ from fastrlhf.settings.objects import RowsSource
 from fastrlhf.settings.training import DPOConfig, KTOConfig
 from fastrlhf.trainers.dpo import DPO
 from fastrlhf.trainers.objectives.base import accuracy_of
+from fastrlhf.trainers.packed_rows import full_sequences, pack_rows
 from fastrlhf.trainers.preference import PreferenceTrainer
-from fastrlhf.trainers.reward import full_sequences, pack_rows
 
 
 class KTO(PreferenceTrainer[KTOConfig | DPOConfig, Labelled]):

@@ -180,7 +180,7 @@ def print_memory_plan(make: Callable[..., Plan], config: Any, placement: dict[st
         with torch.random.fork_rng(devices=[]):  # models without memory draw their weights too
             plan = make(config, placement, **lengths)
         if config.parallel == "fsdp":
-            plan.shard_over(distributed.rank_and_world_size()[1])
+            plan.shard_over(distributed.world_size())
     except Exception as error:  # each architecture has its own
         distributed.print_once(f"no memory plan: {str(error).strip().partition(chr(10))[0]}")
         return None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from fastrlhf.data import Judged, Loaded, layout_of, load_demonstrations
 from fastrlhf.data.template import eos_token_ids
 from fastrlhf.models.policy import RewardModel
-from fastrlhf.models.shared_prompts import can_share_prompts, pack_responses
+from fastrlhf.models.shared_prompts import can_share_prompts
 from fastrlhf.packing import Packed, pack
 from fastrlhf.runtime import distributed
 from fastrlhf.runtime.metrics import Statistics
@@ -23,8 +23,7 @@ from fastrlhf.settings.training import RewardConfig
 from fastrlhf.trainers.dataset_trainer import DatasetTrainer
 from fastrlhf.trainers.loading import check_fits, load_trained
 from fastrlhf.trainers.objectives import LOADERS, Objective, Ratings, make_objective
-
-T = TypeVar("T", bound=Judged)
+from fastrlhf.trainers.packed_rows import full_sequences, microbatches_with_rows, pack_rows
 
 
 class RewardTrainer(DatasetTrainer[RewardConfig, Judged, RewardModel]):
@@ -153,32 +152,6 @@ class RewardTrainer(DatasetTrainer[RewardConfig, Judged, RewardModel]):
         """Writes model and tokenizer as plain transformers loads them (AutoModelForSequenceClassification)."""
         self.model.model.config.pad_token_id = self.tokenizer.pad_token_id
         super().save(folder)
-
-
-def full_sequences(row: Judged) -> list[list[int]]:
-    """The tokens of a row's prompt with each of its responses, the better of a pair first."""
-    return [row.prompt + response for response in row.responses]
-
-
-def pack_rows(rows: Sequence[Judged], **options: Any) -> Packed:
-    """The pack of the conversations of each row in turn; options: see `pack_responses`."""
-    prompts = [row.prompt for row in rows for _ in row.responses]
-    return pack_responses(prompts, [response for row in rows for response in row.responses], **options)
-
-
-def microbatches_with_rows(batch: Packed, rows: Sequence[T], max_tokens: int) -> Iterator[tuple[Packed, Sequence[T]]]:
-    """Yields this process's micro-batches of what pack_rows made of rows, each with the rows that it is of; a filler
-    is of none."""
-    sizes = [len(row.responses) for row in rows]
-    own, ends = batch.share_of(*distributed.rank_and_world_size(), together=sizes), [*accumulate(sizes)]
-    start, stop = (sum(end <= edge for end in ends) for edge in (own.start, own.stop))
-    for part in batch.microbatches(max_tokens, together=sizes, share=distributed.rank_and_world_size()):
-        end, room = start, part.num_sequences
-        while end < stop and room > 0:
-            room -= sizes[end]
-            end += 1
-        yield part, rows[start:end]
-        start = end
 
 
 def set_pad_token(tokenizer: Any, ends: set[int]) -> None:

@@ -62,7 +62,7 @@ class TokenBudget:
         if used <= longest:
             advice = "try gradient_checkpointing, lora_rank, or shorter sequences"
             raise NoMemoryError(f"{longest} tokens that cannot be cut do not fit: {advice} ({reason})")
-        if distributed.rank_and_world_size()[1] > 1:
+        if distributed.world_size() > 1:
             raise NoMemoryError(f"resume with max_tokens below {used} on all processes ({reason})")
         self.tokens = used // 2
         distributed.print_once(f"out of memory with {used} tokens a micro-batch: {self.tokens} from here on ({reason})")

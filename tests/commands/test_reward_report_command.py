@@ -23,7 +23,8 @@ from fastrlhf.packing import pack
 from fastrlhf.runtime.metrics import MetricsLog
 from fastrlhf.settings.training import RewardConfig
 from fastrlhf.settings.trust import EvaluateRewardConfig
-from fastrlhf.trainers.reward import RewardTrainer, full_sequences
+from fastrlhf.trainers.packed_rows import full_sequences
+from fastrlhf.trainers.reward import RewardTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HH = Path(__file__).parents[2] / ".." / "shared" / "data" / "hh_harmless.jsonl.gz"

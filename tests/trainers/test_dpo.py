@@ -17,7 +17,7 @@ from fastrlhf.models.policy import Policy
 from fastrlhf.settings.training import DPOConfig
 from fastrlhf.stats.accuracy import wilson_interval
 from fastrlhf.trainers.dpo import DPO
-from fastrlhf.trainers.reward import full_sequences, pack_rows
+from fastrlhf.trainers.packed_rows import full_sequences, pack_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,8 @@ from fastrlhf.models.policy import Policy, RewardModel, load_causal_lm
 from fastrlhf.models.shared_prompts import can_share_prompts
 from fastrlhf.packing import pack
 from fastrlhf.settings.training import RewardConfig
-from fastrlhf.trainers.reward import RewardTrainer, full_sequences, pack_rows
+from fastrlhf.trainers.packed_rows import full_sequences, pack_rows
+from fastrlhf.trainers.reward import RewardTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

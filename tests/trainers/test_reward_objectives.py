@@ -18,7 +18,8 @@ from fastrlhf.models.policy import Policy, RewardModel
 from fastrlhf.packing import pack
 from fastrlhf.rewards.scorer import load_reward_model
 from fastrlhf.settings.training import RewardConfig
-from fastrlhf.trainers.reward import RewardTrainer, full_sequences, pack_rows
+from fastrlhf.trainers.packed_rows import full_sequences, pack_rows
+from fastrlhf.trainers.reward import RewardTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LETTERS = ("xxxab", "xyaab", "yyyab")  # of responses, from good to bad

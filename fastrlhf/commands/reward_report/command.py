@@ -39,7 +39,7 @@ from fastrlhf.runtime.output_folder import check_reads_none_of
 from fastrlhf.settings.trust import EvaluateRewardConfig
 from fastrlhf.trainers.loading import check_fits
 from fastrlhf.trainers.objectives import LOADERS
-from fastrlhf.trainers.reward import full_sequences, pack_rows
+from fastrlhf.trainers.packed_rows import full_sequences, pack_rows
 
 FILES = ("report.html", "summary.json", "scores.jsonl")
 
