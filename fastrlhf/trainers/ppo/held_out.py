@@ -6,17 +6,31 @@ from collections.abc import Sequence
 from copy import copy, deepcopy
 from typing import Any
 
-from fastrlhf.data import Prompt
+from fastrlhf.data import Prompt, load_prompts
 from fastrlhf.errors import UserError
 from fastrlhf.generation.sampling import Sample
 from fastrlhf.packing import Packed
 from fastrlhf.rewards.scorer import Scorer
+from fastrlhf.runtime import distributed
 from fastrlhf.runtime.fingerprints import fingerprint_tokens
 from fastrlhf.settings.ppo import PPOConfig
 from fastrlhf.stats.falls import Falls
 from fastrlhf.stats.means import Mean
 
 FIRST = 2**31  # number of the first held-out answer, above that of any answer that is trained on
+
+
+def load_eval_prompts(config: PPOConfig, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Returns the held-out prompts, none without eval_data; says how many of them are among the prompts, too."""
+    if config.eval_data is None:
+        return []
+    loaded = load_prompts(config.eval_data, tokenizer, limit=config.eval_limit, **config.prompt_options())
+    distributed.print_once(loaded.report)
+    seen = {tuple(prompt.tokens) for prompt in prompts}
+    if shared := sum(tuple(prompt.tokens) in seen for prompt in loaded.rows):
+        text = f"{shared} of the {len(loaded.rows)} prompts of {config.eval_data} are trained on too"
+        distributed.print_once(f"warning: {text}")
+    return loaded.rows
 
 
 def load_scorers(

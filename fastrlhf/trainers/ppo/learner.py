@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrlhf.data import Demonstration, batch_rows, shuffled
+from fastrlhf.data import Demonstration, batch_rows, load_demonstrations, shuffled
 from fastrlhf.data.order import MINIBATCHES, PTX, ROWS
 from fastrlhf.errors import UserError
 from fastrlhf.formulas.advantages import token_weights
@@ -29,6 +29,17 @@ from fastrlhf.trainers.ppo.models import PPOModels
 from fastrlhf.trainers.token_budget import TokenBudget
 
 EXTREMES: dict[str, Extreme] = {"logprob_change_max": "max", "ratio_max": "max", "ratio_min": "min"}  # of the policy
+
+
+def load_ptx(config: PPOConfig, tokenizer: Any) -> list[Demonstration]:
+    """Returns the demonstrations of PPO-ptx, none without ptx_data."""
+    if config.ptx_data is None:
+        return []
+    options = config.prompt_options()
+    max_tokens = options.pop("max_prompt_tokens") + config.max_new_tokens
+    loaded = load_demonstrations(config.ptx_data, tokenizer, max_tokens=max_tokens, **options)
+    distributed.print_once(loaded.report)
+    return loaded.rows
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from fastrlhf.data import Demonstration, Prompt
 from fastrlhf.errors import UserError
 from fastrlhf.models.lora import Adapter
 from fastrlhf.models.offload import offload, onloaded
-from fastrlhf.models.policy import Policy, RewardModel, ValueModel
+from fastrlhf.models.policy import PackedModel, Policy, RewardModel, ValueModel
 from fastrlhf.runtime.fsdp import shard
 from fastrlhf.settings.ppo import PPOConfig
+from fastrlhf.trainers.loading import check_fits
 
 
 def load_base(config: PPOConfig, *, device: torch.device, autocast: torch.dtype | None) -> Policy | None:
@@ -175,3 +177,19 @@ def unshared_parameters(first: Policy, second: Policy) -> list[tuple[torch.nn.Pa
 def shapes_of(policy: Policy) -> list[torch.Size]:
     """The shapes of its parameters, in order."""
     return [parameter.shape for parameter in policy.parameters()]
+
+
+def check_lengths(
+    config: PPOConfig,
+    tokenizer: Any,
+    models: Sequence[PackedModel],
+    prompts: Sequence[Prompt],
+    ptx: Sequence[Demonstration],
+) -> None:
+    """Raises UserError unless the context of each model holds the longest prompt with its response, and that of the
+    first one, the policy, the longest demonstration."""
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    for model in models:
+        check_fits(model.model, tokenizer, longest_prompt=longest, max_new_tokens=config.max_new_tokens)
+    if ptx:
+        check_fits(models[0].model, tokenizer, longest_demonstration=max(len(row.tokens) for row in ptx))

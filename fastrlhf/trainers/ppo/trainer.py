@@ -33,11 +33,10 @@ from fastrlhf.trainers.base import Trainer
 from fastrlhf.trainers.inspection import SampleInspection
 from fastrlhf.trainers.memory_plan import plan_ppo, print_memory_plan
 from fastrlhf.trainers.ppo.advantages import next_kl_coef, shaped_scores, with_advantages
-from fastrlhf.trainers.ppo.data import check_lengths, load_eval_prompts, load_ptx
 from fastrlhf.trainers.ppo.diagnostics import HealthChecks, describe, mean_kl, sample_rows
-from fastrlhf.trainers.ppo.held_out import HeldOut, load_scorers
-from fastrlhf.trainers.ppo.learner import Learner, Update
-from fastrlhf.trainers.ppo.models import PPOModels, load_base
+from fastrlhf.trainers.ppo.held_out import HeldOut, load_eval_prompts, load_scorers
+from fastrlhf.trainers.ppo.learner import Learner, Update, load_ptx
+from fastrlhf.trainers.ppo.models import PPOModels, check_lengths, load_base
 from fastrlhf.trainers.ppo.rollout import Rollout
 from fastrlhf.trainers.ppo.sanity_checks import check_first_step
 
