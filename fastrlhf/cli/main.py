@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         mute(closed_pipes())  # whoever reads what is printed has enough, as `| head`
         return 1
-    leave_if_interrupted(status)
+    if arguments is None:  # elsewhere main is one call of many, which must not end the process
+        leave_if_interrupted(status)
     return status
 
 
