@@ -1,4 +1,4 @@
-"""The tables and the plot of README.md and benchmarks/README.md, from the CSV files: python -m benchmarks.tables
+"""The tables of README.md (FRONT) and benchmarks/README.md (all), and the plot: python -m benchmarks.tables
 
 With --check nothing is written, and the exit status says whether the texts are those of the files. With the paths of
 CSV files it prints their tables.
@@ -19,7 +19,7 @@ Row = dict[str, str]
 
 
 class Headline(NamedTuple):
-    """A line of the front page: how many times more of `figure` the peer needs than we do, and how many we aim at."""
+    """A line of the table of speed: how many times more of `figure` the peer needs than we do, and our goal."""
 
     what: str
     beside: str
@@ -107,6 +107,15 @@ HEADLINES = [
     ),
 ]
 
+# what README.md shows, one that is slower among them; the rest is in benchmarks/README.md
+FRONT = [
+    ("SFT", "TRL 1.16, padding_free"),
+    ("DPO", "TRL 1.16"),
+    ("PPO, an iteration", "TRL 1.12"),
+    ("peak memory of PPO", "TRL 1.12"),
+    ("generation", "`generate`"),
+    ("`linear_token_logprobs` forward + backward", "full logits"),
+]
 
 LIMITS = [
     Limit("`token_logprobs`, of a copy", "token_logprobs", PLAIN, 0.45),
@@ -148,7 +157,7 @@ def peer(files: dict[str, list[Row]], line: Headline) -> str:
 
 
 def slower(files: dict[str, list[Row]]) -> str:
-    """The sentence of README.md on every comparison in which the other one is faster."""
+    """The sentence on every comparison in which the other one is faster."""
     rows = [row for rows in files.values() for row in rows if not row["name"].startswith("fastrlhf")]
     behind = sorted((float(row["ratio"]), row["benchmark"], row["case"], row["name"]) for row in rows)
     behind = [row for row in behind if row[0] < 1]
@@ -158,7 +167,7 @@ def slower(files: dict[str, list[Row]]) -> str:
 
 
 def below(files: dict[str, list[Row]]) -> str:
-    """The sentences of README.md on every ratio that is below its goal."""
+    """The sentences on every ratio that is below its goal."""
     missed = []
     for line, ratio in headlines(files):
         if ratio is not None and line.goal is not None and float(f"{ratio:.3g}") < line.goal:  # as the table has it
@@ -168,7 +177,7 @@ def below(files: dict[str, list[Row]]) -> str:
 
 
 def generation(files: dict[str, list[Row]]) -> str:
-    """The sentence of README.md on generation beside the limits of the machine."""
+    """The sentence on generation beside the limits of the machine."""
     rows = {row["name"]: row for row in files.get("generation", []) if row["case"] == GENERATION}
     if not rows:
         return "Generation was not measured."
@@ -198,7 +207,17 @@ def machine(row: Row) -> str:
 
 
 def front(files: dict[str, list[Row]]) -> str:
-    """The table of README.md."""
+    """The table of README.md: six of the lines."""
+    lines = ["| what | beside | ratio |", "|---|---|---|"]
+    shown = {(line.what, line.beside): (peer(files, line), ratio) for line, ratio in headlines(files)}
+    for what, beside in FRONT:
+        name, ratio = shown[what, beside]
+        lines.append(f"| {what} | {name} | {'not measured' if ratio is None else f'{ratio:.3g}x'} |")
+    return "\n".join(lines)
+
+
+def speed(files: dict[str, list[Row]]) -> str:
+    """The table of all headlines."""
     lines = ["| what | beside | ratio | goal | benchmark |", "|---|---|---|---|---|"]
     for line, ratio in headlines(files):
         shown = "not measured" if ratio is None else f"{ratio:.3g}x"
@@ -208,7 +227,7 @@ def front(files: dict[str, list[Row]]) -> str:
 
 
 def limits(files: dict[str, list[Row]]) -> str:
-    """The second table of README.md."""
+    """The table of what the machine allows."""
     lines = ["| what | reached | goal | benchmark |", "|---|---|---|---|"]
     for line in LIMITS:
         rows = {row["name"]: row for row in files.get(line.benchmark, []) if row["case"] == line.case}
@@ -269,12 +288,18 @@ def texts() -> Iterable[tuple[Path, str]]:
     """The two pages as they should be."""
     files = read()
     front_page, page = HERE.parent / "README.md", HERE / "README.md"
-    text = between(front_page.read_text(), "speed", front(files))
-    text = between(text, "slower", slower(files))
-    text = between(text, "limits", limits(files))
-    text = between(text, "below", below(files))
-    yield front_page, between(text, "generation", generation(files))
-    yield page, between(page.read_text(), "results", whole(files))
+    yield front_page, between(front_page.read_text(), "speed", front(files))
+    text = page.read_text()
+    for name, of in (
+        ("speed", speed),
+        ("slower", slower),
+        ("generation", generation),
+        ("limits", limits),
+        ("below", below),
+        ("results", whole),
+    ):
+        text = between(text, name, of(files))
+    yield page, text
 
 
 def write() -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from fastrlhf.commands.demo import smollm2
 from fastrlhf.commands.run_report import describe, write_report
 from fastrlhf.data import Prompt, load_prompts, read_rows
 from fastrlhf.data.template import load_tokenizer
@@ -117,7 +116,7 @@ class Run(Stages):
     def sft_config(self) -> SFTConfig:
         """The settings of SFT."""
         return SFTConfig(
-            model=str(smollm2.fetch()) if self.config.model == "smollm2" else self.config.model,
+            model=self.config.model,
             data=str(self.output / "data/demonstrations.jsonl"),
             epochs=self.config.sft_epochs,
             learning_rate=self.config.sft_learning_rate,

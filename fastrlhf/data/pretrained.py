@@ -13,9 +13,11 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
+from fastrlhf.data import smollm2
 from fastrlhf.data.objects import copy_of
 from fastrlhf.errors import MissingFileError, UserError
 from fastrlhf.settings.objects import GivenObject, ModelSource, given
+from fastrlhf.settings.shipped import smollm2_folder
 
 CONFIG = "config.json"
 # what a folder holds that each of transformers' Auto classes reads: of each line one, by the start of the class's name
@@ -33,6 +35,8 @@ def read_pretrained(auto: Any, path: ModelSource, **options: Any) -> Any:
     ValueError for files that cannot be read. Both name the path."""
     what = "tokenizer" if auto.__name__ == "AutoTokenizer" else "model"
     source = given(what, path, what)
+    if not isinstance(source, GivenObject) and Path(source) == smollm2_folder():
+        smollm2.fetch()
     text, is_folder = os.fspath(source), os.path.isdir(source)
     if not is_folder and not isinstance(source, GivenObject):
         _check_hub_id(text)

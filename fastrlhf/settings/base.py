@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from fastrlhf.errors import UserError
 from fastrlhf.settings.objects import GivenObject, descriptions, given
 from fastrlhf.settings.option import check
+from fastrlhf.settings.shipped import path_of
 from fastrlhf.settings.values import convert, expand, field_types
 
 
@@ -17,7 +19,11 @@ class Settings:
 
     Whatever a value comes from, it is converted to the field's type and checked when the object is made.
 
+    shipped: of an option the file of the package that the value `shipped` stands for
+
     Raises: TypeError or ValueError naming the option."""
+
+    shipped: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         self.fill_in()
@@ -31,7 +37,8 @@ class Settings:
             value, rules = getattr(self, field.name), field.metadata
             value = given(field.name, value, rules["object"]) if rules["object"] else value
             if not isinstance(value, GivenObject):
-                value = expand(field.name, value) if rules["path"] else value
+                if rules["path"]:
+                    value = path_of(field.name, expand(field.name, value), self.shipped)
                 value = convert(field.name, value, kinds[field.name])
             object.__setattr__(self, field.name, value)
             check(field, value)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fastrlhf.errors import UserError
 from fastrlhf.settings import ppo_rules
@@ -44,6 +44,7 @@ KL_OF = {"grpo": ("loss", "k3"), "dr_grpo": ("loss", "k3"), "reinforce++_baselin
 class PPOConfig(ScoringConfig, TrainerConfig):
     """PPO against a reward with a KL penalty."""
 
+    shipped: ClassVar[Mapping[str, str]] = {"data": "prompts.jsonl"}
     reward: ModelSource | Callable[..., Any] = reads(
         REQUIRED, "reward model folder, module:function, URL, or several (docs/combining.md)", object="reward"
     )

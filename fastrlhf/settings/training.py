@@ -88,7 +88,7 @@ class ScoringConfig(JobConfig):
 class TrainerConfig(JobConfig):
     """What every loop needs."""
 
-    model: ModelSource = reads(REQUIRED, "folder or hub id of the model to start from", object="model")
+    model: ModelSource = reads(REQUIRED, "folder or hub id of the model to start from, or smollm2", object="model")
     data: RowsSource = reads(REQUIRED, "JSONL, JSON or Parquet: file, folder or glob (docs/data.md)", object="rows")
     output: str = option(REQUIRED, "folder for checkpoints, metrics and the final model", path="output", resume="free")
     tokenizer: str | Any | None = rare(

