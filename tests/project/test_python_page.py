@@ -14,6 +14,8 @@ from tiny import tiny_tokenizer
 
 import fastrlhf
 from fastrlhf import RewardModel
+from fastrlhf.data import smollm2
+from fastrlhf.settings.shipped import smollm2_folder
 
 ROOT = Path(__file__).parents[2]
 PAGES = {name: (ROOT / name).read_text() for name in ("docs/python.md", "README.md")}
@@ -24,7 +26,11 @@ SMALL = {"batch_size": 4, "max_new_tokens": 8, "steps": 2}  # in place of defaul
 def small(tmp_path, monkeypatch, one_thread):
     """A working folder with what the pages name, and small defaults."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     model_folder("MODEL")
+    smollm2_folder().parent.mkdir(parents=True)
+    model_folder(smollm2_folder())  # in place of SmolLM2
+    smollm2.mark_whole(smollm2_folder())
     RewardModel.from_pretrained("MODEL", new_head=True).save_pretrained("REWARD")
     tiny_tokenizer().save_pretrained("REWARD")
     demonstrations("demonstrations.jsonl", 12)
