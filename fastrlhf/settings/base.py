@@ -38,7 +38,9 @@ class Settings:
             value = given(field.name, value, rules["object"]) if rules["object"] else value
             if not isinstance(value, GivenObject):
                 if rules["path"]:
-                    value = path_of(field.name, expand(field.name, value), self.shipped)
+                    value = expand(field.name, value)
+                    # a default keeps its name: that of `run`, which hands it on, is in the settings of older runs
+                    value = value if value == field.default else path_of(field.name, value, self.shipped)
                 value = convert(field.name, value, kinds[field.name])
             object.__setattr__(self, field.name, value)
             check(field, value)

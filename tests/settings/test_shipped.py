@@ -13,6 +13,7 @@ from fastrlhf.cli.commands import COMMANDS
 from fastrlhf.data import smollm2
 from fastrlhf.data.files import read_rows
 from fastrlhf.data.pretrained import read_pretrained
+from fastrlhf.settings.run import RunConfig
 from fastrlhf.settings.shipped import MODEL_OPTIONS, smollm2_folder
 from fastrlhf.settings.values import dump, options_where
 
@@ -50,6 +51,10 @@ def test_smollm2_is_fetched_when_it_is_first_read(home):
 
 def test_a_folder_of_that_name_is_given_with_a_dot():
     assert SFTConfig(model="./smollm2", data="d", output="o").model == "./smollm2"
+
+
+def test_run_keeps_the_name_so_that_folders_of_older_runs_resume():
+    assert RunConfig().model == RunConfig(model="smollm2").model == "smollm2"
 
 
 def test_shipped_prompts_are_those_of_the_package_and_survive_yaml():
