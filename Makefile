@@ -11,7 +11,7 @@ BIN = $(VENV)/bin
 IN_TWO = -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 test: export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test test-oldest test-newest test-vllm lock lock-oldest fuzz faults sanitize lint bench gpu-dry-run build clean
+.PHONY: demo test test-oldest test-newest test-vllm docs lock lock-oldest fuzz faults sanitize lint bench gpu-dry-run build clean
 
 demo: $(VENV)/demo
 	$(BIN)/fastrlhf run --output demo --resume
@@ -71,6 +71,16 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The docs as a site, in build/docs, from an environment of their own. A dead link or anchor fails. Once .venv-docs is there it needs
+# no network. Never mkdocs --quiet: warnings that are not printed do not fail.
+docs: .venv-docs/done
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/done: requirements/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --upgrade -r requirements/docs.txt
+	touch $@
+
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks --save
 
@@ -85,7 +95,7 @@ build: $(VENV)/dev
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vllm build dist *.egg-info fastrlhf/*.so
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vllm .venv-docs build dist *.egg-info fastrlhf/*.so
 
 # A real SentencePiece vocabulary for the tests. Installed without its requirements, in a folder that is not on Python's path.
 VOCABULARY = mistral-common==1.13.1

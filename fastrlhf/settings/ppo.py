@@ -14,7 +14,7 @@ from fastrlhf.settings.objects import ModelSource, RowsSource
 from fastrlhf.settings.option import REQUIRED, check, option, rare, reads
 from fastrlhf.settings.training import SCHEDULES, ScoringConfig, TrainerConfig
 
-# summarize: Stiennon et al., as Huang et al. (arXiv 2403.17031) reproduce it; chat: Ouyang et al., as trainers do today
+# summarize: of Huang et al. (arXiv 2403.17031); chat: of OpenRLHF (docs/hyperparameters.md)
 PRESETS: dict[str, dict[str, Any]] = {
     "summarize": {
         "learning_rate": 3e-6,

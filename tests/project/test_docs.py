@@ -1,5 +1,6 @@
 import importlib.util
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,9 @@ def test_the_page_of_the_ops_is_up_to_date():
 @pytest.mark.parametrize("name", ops.__all__)
 def test_every_op_says_what_it_raises(name):
     assert "\nRaises: " in inspect.getdoc(getattr(ops, name)), f"{name} has no line Raises"
+
+
+def test_every_op_is_on_the_api_page():
+    assert (
+        re.findall(r"^::: fastrlhf\.ops\.\w+\.(\w+)$", (DOCS / "api_ops.md").read_text(), re.MULTILINE) == ops.__all__
+    )
