@@ -319,9 +319,9 @@ def test_the_first_error_ends_it_and_begins_no_more():
 def test_an_interrupt_ends_a_process_whose_requests_wait():
     code = """if True:
         import sys
-        from fastrlhf.runtime.http import Server
+        from fastrlhf.runtime.http import HTTPClient
         from fastrlhf.runtime.concurrency import concurrently
-        server = Server("test", sys.argv[1], timeout=60)
+        server = HTTPClient("test", sys.argv[1], timeout=60)
         print("begun", flush=True)
         list(concurrently(lambda n: server.post("", n), range(8), 8))
     """

@@ -156,7 +156,7 @@ def test_what_is_held_out_is_not_trained_on(tmp_path, loop, config, data):
 def documented_commands():
     """(command, option) of every line that starts with fastrlhf in README and docs, and of bare options in ppo.md."""
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        text = path.read_text()
+        text = path.read_text().replace("\\\n", " ")
         lines = re.findall(rf"(?:^ +|`)fastrlhf ({'|'.join(COMMANDS)}) ([^`\n#]*)", text, re.MULTILINE)
         lines += [("ppo", options) for options in re.findall(r"`(--[^`]*)`", text) if path.name == "ppo.md"]
         for command, options in lines:
