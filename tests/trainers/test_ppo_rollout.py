@@ -183,3 +183,17 @@ def test_servers_without_the_weights_of_the_policy_are_noticed_once(folder, serv
     run(folder, "stale_fast", **never | {"weight_sync": "stale"}, **changes)
     run(folder, "always", **never | {"weight_sync": served.bring}, **changes)
     assert "log-probabilities of the servers" not in capsys.readouterr().out
+
+
+def test_a_backend_that_leaves_out_a_response_is_refused(folder):
+    class Fewer:
+        def __init__(self, engine):
+            self.engine = engine
+
+        def generate(self, prompts, *args, seeds, **options):
+            return self.engine.generate(prompts[1:], *args, seeds=seeds[1:], **options)
+
+    plain = PPO(config(folder, output=str(folder / "engine")))
+    trainer = PPO(config(folder, output=str(folder / "fewer")), backend=lambda policy: Fewer(plain.rollout.engine))
+    with pytest.raises(ValueError, match=r"backend: must return a sample for each of \d+ prompts, in order, got \d+"):
+        next(trainer)

@@ -13,6 +13,7 @@ from urllib.error import HTTPError
 
 from fastrlhf.data import Prompt
 from fastrlhf.data.template import eos_token_ids
+from fastrlhf.errors import UserError
 from fastrlhf.generation.engine import Engine
 from fastrlhf.generation.rollout_server import ServerBackend
 from fastrlhf.generation.sampling import RolloutBackend, Sample, Sampling
@@ -73,6 +74,8 @@ class Rollout:
                 seeds=distributed.local_shard(seeds),
                 progress=done,
             )
+        if len(own) != (asked := len(distributed.local_shard(prompts))):
+            raise UserError(f"backend: must return a sample for each of {asked} prompts, in order, got {len(own)}")
         return [sample for samples in distributed.all_gather(own) for sample in samples]
 
 
