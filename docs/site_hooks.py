@@ -10,6 +10,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"CONTRIBUTING.md": "contributing.md"}  # files of the root that are pages of the site
+PLACES = {**PAGES, "README.md": "index.md"}  # where the site has what the root's files say
 LINK = re.compile(r"(?<=\]\()\.\./([^)#\s]+)")
 log = logging.getLogger("mkdocs.hooks")
 
@@ -25,7 +26,7 @@ def on_files(files: Any, *, config: Any) -> Any:
     for source, path in sorted(outside):
         if not (ROOT / path).is_file():
             log.warning(f"{source} links to ../{path}, which is no file")
-        elif path not in PAGES and not files.get_file_from_path(target := f"repo/{path}"):
+        elif path not in PLACES and not files.get_file_from_path(target := f"repo/{path}"):
             files.append(File.generated(config, target, abs_src_path=str(ROOT / path)))
     return files
 
@@ -35,4 +36,4 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     folder = posixpath.dirname(page.file.src_uri)
     if folder:  # a page of the repository, such as a table of test results
         return markdown
-    return LINK.sub(lambda found: PAGES.get(found[1], f"repo/{found[1]}"), markdown)
+    return LINK.sub(lambda found: PLACES.get(found[1], f"repo/{found[1]}"), markdown)
