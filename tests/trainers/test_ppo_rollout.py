@@ -193,7 +193,7 @@ def test_a_backend_that_leaves_out_a_response_is_refused(folder):
         def generate(self, prompts, *args, seeds, **options):
             return self.engine.generate(prompts[1:], *args, seeds=seeds[1:], **options)
 
-    plain = PPO(config(folder, output=str(folder / "engine")))
+    plain = PPO(config(folder, output=str(folder / "whole")))
     trainer = PPO(config(folder, output=str(folder / "fewer")), backend=lambda policy: Fewer(plain.rollout.engine))
     with pytest.raises(ValueError, match=r"backend: must return a sample for each of \d+ prompts, in order, got \d+"):
         next(trainer)
